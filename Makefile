@@ -1,0 +1,64 @@
+# Everything a developer does. All set-up happens in .venv, inside the tree; nothing global is touched.
+
+PYTHON  ?= python3
+MINUTES ?= 5
+INPUT   ?=
+TESTS   ?= tests
+
+venv   := .venv
+python := $(venv)/bin/python
+stamp  := $(venv)/.stamp
+native := setup.py shmengine/_native/build.py $(wildcard csrc/*.c csrc/*.h)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test quick bench soak lint format ctest clean
+
+help: ## Show this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+
+setup: $(stamp) ## Make .venv, install what is needed, build the C core
+
+# One stamp for all: with nothing to install, pip takes a second, and setuptools compiles only what changed.
+$(stamp): pyproject.toml $(native)
+	@test -x $(python) || $(PYTHON) -m venv $(venv)
+	@$(python) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "shmengine needs Python 3.11 or newer")'
+	@echo "setting up $(venv) and building the C core ..."
+	@$(python) -m pip install --quiet --disable-pip-version-check 'setuptools>=77' 'cffi>=2'
+	@rm -f shmengine/_native/*.so
+	@$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test,demo]'
+	@touch $@
+
+demo: $(stamp) ## The main job on real photographs, or on INPUT=file.npy, checked against NumPy
+	@$(python) examples/demo.py $(if $(INPUT),'$(INPUT)')
+
+# In this order and one after the other even under `make -j`: pytest's summary is the last thing printed.
+test: $(stamp) ## Linters, C tests (with sanitizers), Python tests
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory ctest
+	@$(python) -m pytest $(TESTS)
+
+quick: $(stamp) ## The Python tests that take no more than a few seconds each
+	@$(python) -m pytest -q -m 'not slow' $(TESTS)
+
+bench: $(stamp) ## Speed, as ratios against rivals in one run
+	@$(python) -m pytest benches
+
+soak: $(stamp) ## The stress tests for MINUTES=5 each
+	@SHMENGINE_SOAK_MINUTES=$(MINUTES) $(python) -m pytest -m slow tests/stress
+
+lint: $(stamp) ## ruff and mypy
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+	@$(python) -m mypy
+
+format: $(stamp) ## Let ruff repair what it can
+	@$(python) -m ruff check --fix .
+	@$(python) -m ruff format .
+
+ctest: ## The C core's own tests, without Python
+	@$(MAKE) --no-print-directory -C csrc test
+
+clean: ## Remove everything that was built, .venv too
+	@rm -rf $(venv) build dist *.egg-info csrc/build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -f shmengine/_native/*.so shmengine/_native/_core.c
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

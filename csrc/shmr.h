@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+/* The public interface of the core: one process's attachment to one region.
+ *
+ * Unless a function says otherwise: it may be called by any thread, does not wait, returns a status code of
+ * shmr_status.h and changes nothing when it fails. Deadlines are CLOCK_MONOTONIC nanoseconds; -1 is for ever
+ * and 0 is not at all. Blocks are named by the caller's `shmr_block`, which carries the full state word that
+ * the next transition expects: a stale or doubled call fails with STALE.
+ */
+#ifndef SHMR_H
+#define SHMR_H
+
+#include <stdint.h>
+
+#include "shmr_status.h"
+
+typedef struct shmr shmr;
+typedef struct shmr_mapping shmr_mapping;
+
+typedef struct {
+    uint32_t participants; /* at most 256 */
+    uint32_t doorbells;    /* at most 512: threads that can sleep at once */
+    uint32_t rings;        /* at most 8 */
+    uint32_t blocks;       /* live blocks; a multiple of 256, at most 2^20 */
+    uint64_t arena_bytes;  /* budget; a multiple of 2 MiB */
+    uint64_t start;        /* first position of the rings (tests start near the top) */
+    uint64_t flags;        /* of the two below */
+    uint64_t capacity[8];  /* messages committed and not yet leased, a ring */
+} shmr_config;
+
+#define SHMR_CREATOR_RECOVERS 1 /* only the creator clears up after the dead */
+#define SHMR_WAIT_ALONE 2       /* keep waiting when the last other participant has died */
+
+typedef struct {
+    uint64_t state; /* full state word: the caller's right to the block */
+    uint32_t block;
+    uint32_t kind;      /* the caller's, 16 bits */
+    uint64_t tag;       /* the caller's */
+    uint64_t offset;    /* of the payload, from the start of the mapping */
+    uint64_t room;      /* bytes there are */
+    uint64_t length;    /* bytes in use */
+    uint64_t seq;       /* epoch:24 | number:40 of the producer */
+    uint32_t producer;
+    uint32_t attempts;  /* how often it was delivered to somebody who died */
+    uint32_t references;
+    uint32_t spec_bytes;
+    unsigned char spec[128];
+} shmr_block;
+
+typedef struct {
+    uint32_t block;
+    uint32_t generation;
+    uint64_t offset; /* share: bytes from the block's start to the address asked for; hold: of the block */
+    uint64_t length;
+} shmr_ref;
+
+typedef struct {
+    uint64_t budget;    /* bytes of arena there can be */
+    uint64_t reserved;  /* bytes of arena in memory */
+    uint64_t owned;     /* bytes of extents that this process owns */
+    uint64_t used;      /* bytes of blocks allocated in them */
+    uint64_t held;      /* bytes of blocks that this process holds by reference or lease */
+    uint64_t pins;      /* leases, claims, holds and allocations of this process */
+    uint64_t committed, leased, aborted, released, bytes_committed; /* all participants */
+    uint64_t late_releases, rescued_wakeups;
+    uint64_t participants, deaths, joins;
+} shmr_counters;
+
+/* ---- life ------------------------------------------------------------------------------------------------- */
+
+/* Bytes that a region of this configuration takes (sparse); 0 if the configuration is out of range. */
+uint64_t shmr_region_bytes(const shmr_config *config);
+/* Lay out a fresh region in the file `fd` (already of the right size, all zero) and join it as participant 0. */
+int shmr_create(int fd, const shmr_config *config, shmr **out);
+/* Map, validate, join. WOULD_BLOCK: the creator is not ready yet. The descriptor is duplicated. */
+int shmr_attach(int fd, shmr **out);
+/* No new operations; the participant leaves as soon as nothing is pinned, at once with `force`. */
+int shmr_close(shmr *h, int force);
+/* Give back the handle itself; the memory goes when the last pin does. */
+void shmr_free(shmr *h);
+uint32_t shmr_self(const shmr *h);
+void *shmr_base(const shmr *h);
+uint64_t shmr_mapped_bytes(const shmr *h);
+/* Keep the mapping beyond the handle: for views. */
+shmr_mapping *shmr_mapping_retain(shmr *h);
+void shmr_mapping_release(shmr_mapping *mapping);
+void shmr_read_counters(shmr *h, shmr_counters *out);
+void shmr_read_config(const shmr *h, shmr_config *out);
+void shmr_count_late_release(shmr *h);
+
+/* ---- blocks ----------------------------------------------------------------------------------------------- */
+
+/* A block of `bytes`, CLAIMED by this process, which may name `count` others by reference (each must be held
+ * by this process; they are held on until the frame is free again).
+ * Waits for space until the deadline; with `items` >= 0 also returns ITEM_WAITS when that ring has an item,
+ * so that a process that drains results can never be stuck on its own full arena. */
+int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, int items, int64_t deadline,
+               shmr_block *out);
+/* CLAIMED or LEASED by this process -> COMMITTED in the ring, with kind, tag, length and spec as in *block.
+ * Waits while `capacity` messages are committed. `payload_check`: store a CRC32C of all bytes. */
+int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t deadline, shmr_block *block);
+int shmr_abort(shmr *h, shmr_block *block);
+/* The oldest message -> LEASED by this process. CORRUPT: the message failed a check and was discarded.
+ * CLOSED: the ring was closed and is empty. */
+int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr_block *out);
+int shmr_release(shmr *h, shmr_block *block);
+/* The references at the start of a leased block's payload. */
+int shmr_references(shmr *h, const shmr_block *block, shmr_ref *out, uint32_t count);
+
+/* ---- by reference ------------------------------------------------------------------------------------------ */
+
+/* A reference to whatever block holds these bytes, if it is one that can be shared. */
+int shmr_share(shmr *h, const void *address, uint64_t bytes, shmr_ref *out);
+/* Hold the block on (one count a call); out: its offset from the start of the mapping and its length. */
+int shmr_hold(shmr *h, uint32_t block, uint32_t generation, shmr_ref *out);
+int shmr_drop(shmr *h, uint32_t block, uint32_t generation);
+/* A claimed block becomes SHARED, held once by this process. */
+int shmr_publish(shmr *h, shmr_block *block, shmr_ref *out);
+
+/* ---- rings -------------------------------------------------------------------------------------------------- */
+
+/* Committed and not yet leased; may be stale by the time it returns, never above the capacity. */
+uint64_t shmr_approx_fill(shmr *h, uint32_t ring);
+int shmr_close_ring(shmr *h, uint32_t ring);
+/* Wait until the ring has an item (OK), or is closed and empty (CLOSED), or the deadline passes. */
+int shmr_wait_item(shmr *h, uint32_t ring, int64_t deadline);
+/* Wake every waiter in the region: they look again. */
+void shmr_ring_all(shmr *h);
+
+/* ---- death --------------------------------------------------------------------------------------------------- */
+
+/* The slot of a live participant of that process id, or -1. */
+int shmr_find(shmr *h, uint32_t pid);
+/* Look whether any other participant has died (asks the kernel) and clear up after it; count of the dead. */
+int shmr_check_deaths(shmr *h);
+/* Clear up after participant `slot`, known to be dead. With `taken`, what it had leased is leased to this
+ * process and listed there (at most `room`); without, it goes back into its ring with one attempt more. */
+int shmr_recover(shmr *h, uint32_t slot, shmr_block *taken, uint32_t room, uint32_t *count);
+uint32_t shmr_live_participants(shmr *h);
+/* What a participant says it is doing. */
+void shmr_set_progress(shmr *h, uint64_t tag, uint64_t index);
+int shmr_progress(shmr *h, uint32_t slot, uint64_t *tag, uint64_t *index, uint64_t *since_ns, uint64_t *starving);
+/* Make `slot` stop waiting for memory: nobody can relieve it. */
+void shmr_deny(shmr *h, uint32_t slot);
+/* Give whole free extents back to the pool. */
+void shmr_trim(shmr *h);
+/* End this process, at once, when the process behind `pidfd` ends: a thread that needs no interpreter. */
+int shmr_watch_parent(int pidfd);
+
+/* ---- memory for NumPy (NEP 49) ------------------------------------------------------------------------------- */
+
+/* A PyDataMem_Handler whose allocations of at least `threshold` bytes land in this process's arena.
+ * It is never freed (a few hundred bytes): arrays may outlive everything else. */
+void *shmr_numpy_handler(shmr *h, uint64_t threshold);
+
+/* ---- bytes ---------------------------------------------------------------------------------------------------- */
+
+uint32_t shmr_crc32c(uint32_t crc, const void *bytes, uint64_t length);
+/* memcpy; large ones write around the cache, since the reader is elsewhere or late. */
+void shmr_copy(void *target, const void *source, uint64_t length);
+int shmr_last_errno(void);
+const char *shmr_last_detail(void);
+const char *shmr_status_text(int status);
+int shmr_abi(void);
+
+#endif

@@ -1,0 +1,538 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+/* The private allocator of one participant over the extents that it owns.
+ *
+ * All of its metadata is this process's own memory: nothing in the region describes free space, so no peer can
+ * corrupt it, and when its owner dies it is rebuilt from the block table by whoever adopts the extents.
+ *
+ *   up to 32 KiB   slabs of equal blocks, four classes a doubling, the block freed last is handed out first
+ *   above          runs of pages: "quick" lists of exact lengths first (last freed, hence warm, first out, not
+ *                  coalesced), then a two-level segregated fit (four bins a doubling) with coalescing;
+ *                  2 MiB alignment from 2 MiB up
+ *
+ * Every function is called with h->lock held.
+ * Two-level segregated fit: M. Masmano et al., "TLSF: a new dynamic memory allocator for real-time systems",
+ * ECRTS 2004.
+ */
+#include <errno.h>
+#include <sys/mman.h>
+
+#include "shmr_internal.h"
+
+enum { RUN_NONE = 0, RUN_FREE = 1, RUN_USED = 2, RUN_QUICK = 3 };
+
+#define SMALL_MAX 32768u
+#define PAGES_PER_EXTENT (SHMR_EXTENT / SHMR_PAGE)
+
+static uint32_t run_kind(uint32_t word) { return word & 3u; }
+static uint32_t run_length(uint32_t word) { return word >> 2; }
+
+/* Zeroed memory that costs nothing until it is touched. */
+static void *sparse(size_t bytes) {
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+int shmr_arena_init(shmr *h) {
+    struct shmr_arena *a = &h->arena;
+    size_t pages = (size_t)h->g.pages + 1;
+    a->run = sparse(pages * 4);
+    a->next = sparse(pages * 4);
+    a->previous = sparse(pages * 4);
+    a->record = sparse(pages * 4);
+    a->slab_at = sparse(pages * sizeof(void *));
+    if (!a->run || !a->next || !a->previous || !a->record || !a->slab_at)
+        return shmr_fail(SHMR_SYSTEM, ENOMEM, "mmap of the allocator's tables");
+    return SHMR_OK;
+}
+
+void shmr_arena_fini(shmr *h) {
+    struct shmr_arena *a = &h->arena;
+    size_t pages = (size_t)h->g.pages + 1;
+    while (a->slabs) {
+        struct shmr_slab *s = a->slabs;
+        a->slabs = s->all_next;
+        free(s->records);
+        free(s);
+    }
+    if (a->run) munmap(a->run, pages * 4);
+    if (a->next) munmap(a->next, pages * 4);
+    if (a->previous) munmap(a->previous, pages * 4);
+    if (a->record) munmap(a->record, pages * 4);
+    if (a->slab_at) munmap(a->slab_at, pages * sizeof(void *));
+    memset(a, 0, sizeof *a);
+}
+
+/* ---- runs of pages ------------------------------------------------------------------------------------------- */
+
+/* The bin of a run: exact below 8 pages, then four a doubling. */
+static uint32_t bin_of(uint32_t pages) {
+    if (pages < 8) return pages;
+    uint32_t log = 31u - (uint32_t)__builtin_clz(pages);
+    uint32_t bin = 8 + (log - 3) * 4 + ((pages >> (log - 2)) & 3u);
+    return bin < SHMR_BINS ? bin : SHMR_BINS - 1;
+}
+
+static void list_run(struct shmr_arena *a, uint32_t page, uint32_t pages) {
+    uint32_t bin = bin_of(pages);
+    a->run[page] = pages << 2 | RUN_FREE;
+    a->run[page + pages - 1] = pages << 2 | RUN_FREE;
+    a->previous[page] = 0;
+    a->next[page] = a->bin[bin];
+    if (a->bin[bin]) a->previous[a->bin[bin] - 1] = page + 1;
+    a->bin[bin] = page + 1;
+    a->bin_bits[bin / 64] |= UINT64_C(1) << (bin % 64);
+}
+
+static void unlist_run(struct shmr_arena *a, uint32_t page) {
+    uint32_t pages = run_length(a->run[page]), bin = bin_of(pages);
+    if (a->previous[page])
+        a->next[a->previous[page] - 1] = a->next[page];
+    else
+        a->bin[bin] = a->next[page];
+    if (a->next[page]) a->previous[a->next[page] - 1] = a->previous[page];
+    if (!a->bin[bin]) a->bin_bits[bin / 64] &= ~(UINT64_C(1) << (bin % 64));
+    a->run[page] = a->run[page + pages - 1] = 0;
+}
+
+/* A run becomes free and merges with its free neighbours. Foreign pages have RUN_NONE and never match. */
+static void free_run(shmr *h, uint32_t page, uint32_t pages) {
+    struct shmr_arena *a = &h->arena;
+    if (page > 0 && run_kind(a->run[page - 1]) == RUN_FREE) {
+        uint32_t before = run_length(a->run[page - 1]);
+        page -= before;
+        unlist_run(a, page);
+        pages += before;
+    }
+    if (page + pages < h->g.pages && run_kind(a->run[page + pages]) == RUN_FREE) {
+        uint32_t after = run_length(a->run[page + pages]);
+        unlist_run(a, page + pages);
+        pages += after;
+    }
+    list_run(a, page, pages);
+}
+
+static uint32_t run_alignment(uint32_t pages) { return pages >= PAGES_PER_EXTENT ? PAGES_PER_EXTENT : 1; }
+
+/* Inside a long run, each 2 MiB step says how far back its first page is, so that any address finds it. */
+static void mark_steps(struct shmr_arena *a, uint32_t page, uint32_t pages, bool set) {
+    for (uint32_t p = (page / PAGES_PER_EXTENT + 1) * PAGES_PER_EXTENT; p < page + pages; p += PAGES_PER_EXTENT)
+        a->run[p] = set ? (p - page) << 2 | RUN_NONE : 0;
+}
+
+static uint64_t use_run(struct shmr_arena *a, uint32_t page, uint32_t pages) {
+    a->run[page] = pages << 2 | RUN_USED;
+    a->record[page] = 0;
+    mark_steps(a, page, pages, true);
+    a->used_bytes += (uint64_t)pages * SHMR_PAGE;
+    return (uint64_t)page * SHMR_PAGE;
+}
+
+static uint64_t take_quick(struct shmr_arena *a, uint32_t pages) {
+    struct shmr_quick *q = &a->quick[(pages * 0x9e3779b1u) >> 26];
+    if (q->pages != pages || !q->first) return SHMR_NOWHERE;
+    uint32_t page = q->first - 1;
+    q->first = a->next[page];
+    return use_run(a, page, pages);
+}
+
+static void flush_quick_list(shmr *h, struct shmr_quick *q) {
+    while (q->first) {
+        uint32_t page = q->first - 1;
+        q->first = h->arena.next[page];
+        free_run(h, page, q->pages);
+    }
+    q->pages = 0;
+}
+
+static bool flush_quick(shmr *h) {
+    bool any = false;
+    for (int i = 0; i < SHMR_QUICK; i++) {
+        any |= h->arena.quick[i].first != 0;
+        flush_quick_list(h, &h->arena.quick[i]);
+    }
+    return any;
+}
+
+static void release_run(shmr *h, uint32_t page) {
+    struct shmr_arena *a = &h->arena;
+    uint32_t pages = run_length(a->run[page]);
+    a->used_bytes -= (uint64_t)pages * SHMR_PAGE;
+    mark_steps(a, page, pages, false);
+    struct shmr_quick *q = &a->quick[(pages * 0x9e3779b1u) >> 26];
+    if (q->pages != pages) {
+        flush_quick_list(h, q);
+        q->pages = pages;
+    }
+    a->run[page] = pages << 2 | RUN_QUICK;
+    a->next[page] = q->first;
+    q->first = page + 1;
+}
+
+static uint64_t take_run(shmr *h, uint32_t pages) {
+    struct shmr_arena *a = &h->arena;
+    uint32_t align = run_alignment(pages);
+    for (uint32_t bin = bin_of(pages); bin < SHMR_BINS; bin++) {
+        uint64_t bits = a->bin_bits[bin / 64] >> (bin % 64);
+        if (!bits) {
+            bin |= 63; /* nothing more in this word */
+            continue;
+        }
+        bin += (uint32_t)__builtin_ctzll(bits);
+        for (uint32_t link = a->bin[bin]; link; link = a->next[link - 1]) {
+            uint32_t page = link - 1, length = run_length(a->run[page]);
+            uint32_t start = (page + align - 1) / align * align;
+            if (start + pages > page + length) continue;
+            unlist_run(a, page);
+            if (start > page) list_run(a, page, start - page);
+            if (page + length > start + pages) list_run(a, start + pages, page + length - start - pages);
+            return use_run(a, start, pages);
+        }
+    }
+    return SHMR_NOWHERE;
+}
+
+/* ---- slabs ------------------------------------------------------------------------------------------------------ */
+
+/* Sizes 64, 128, ... 512, then four a doubling up to 32 KiB. */
+static uint32_t class_of(uint64_t bytes) {
+    uint32_t units = bytes ? (uint32_t)((bytes + 63) / 64) : 1;
+    if (units <= 8) return units - 1;
+    uint32_t log = 31u - (uint32_t)__builtin_clz(units - 1); /* 2^log < units <= 2^(log+1) */
+    uint32_t step = (units - 1 - (1u << log)) >> (log - 2);
+    return 8 + (log - 3) * 4 + step;
+}
+
+static uint32_t class_bytes(uint32_t class_index) {
+    if (class_index < 8) return (class_index + 1) * 64;
+    uint32_t log = 3 + (class_index - 8) / 4, step = (class_index - 8) % 4;
+    return ((1u << log) + ((step + 1) << (log - 2))) * 64;
+}
+
+uint64_t shmr_arena_room(uint64_t bytes) {
+    if (bytes <= SMALL_MAX) return class_bytes(class_of(bytes));
+    return (bytes + SHMR_PAGE - 1) / SHMR_PAGE * SHMR_PAGE;
+}
+
+static void list_slab(struct shmr_arena *a, struct shmr_slab *s) {
+    s->previous = NULL;
+    s->next = a->partial[s->class_index];
+    if (s->next) s->next->previous = s;
+    a->partial[s->class_index] = s;
+}
+
+static void unlist_slab(struct shmr_arena *a, struct shmr_slab *s) {
+    if (s->previous)
+        s->previous->next = s->next;
+    else
+        a->partial[s->class_index] = s->next;
+    if (s->next) s->next->previous = s->previous;
+}
+
+static void track_slab(struct shmr_arena *a, struct shmr_slab *s) {
+    s->all_previous = NULL;
+    s->all_next = a->slabs;
+    if (s->all_next) s->all_next->all_previous = s;
+    a->slabs = s;
+}
+
+static void forget_slab(struct shmr_arena *a, struct shmr_slab *s) {
+    if (s->all_previous)
+        s->all_previous->all_next = s->all_next;
+    else
+        a->slabs = s->all_next;
+    if (s->all_next) s->all_next->all_previous = s->all_previous;
+    free(s->records);
+    free(s);
+}
+
+static struct shmr_slab *new_slab(shmr *h, uint32_t class_index) {
+    struct shmr_arena *a = &h->arena;
+    uint32_t bytes = class_bytes(class_index), pages = (bytes * 8 + SHMR_PAGE - 1) / SHMR_PAGE;
+    if (pages < 4) pages = 4;
+    uint64_t offset = take_quick(a, pages);
+    if (offset == SHMR_NOWHERE) offset = take_run(h, pages);
+    if (offset == SHMR_NOWHERE) return NULL;
+    uint32_t blocks = pages * SHMR_PAGE / bytes;
+    struct shmr_slab *s = malloc(sizeof *s + blocks * sizeof(uint32_t));
+    uint32_t *records = calloc(blocks, sizeof *records);
+    if (!s || !records) {
+        free(s);
+        free(records);
+        release_run(h, (uint32_t)(offset / SHMR_PAGE));
+        return NULL;
+    }
+    a->used_bytes -= (uint64_t)pages * SHMR_PAGE; /* its blocks count, not itself */
+    *s = (struct shmr_slab){.page = (uint32_t)(offset / SHMR_PAGE), .pages = pages, .class_index = class_index,
+                            .blocks = blocks, .unused = blocks, .records = records};
+    for (uint32_t i = 0; i < blocks; i++) s->stack[i] = blocks - 1 - i;
+    for (uint32_t p = 0; p < pages; p++) a->slab_at[s->page + p] = s;
+    list_slab(a, s);
+    track_slab(a, s);
+    return s;
+}
+
+static void delete_slab(shmr *h, struct shmr_slab *s) {
+    struct shmr_arena *a = &h->arena;
+    for (uint32_t p = 0; p < s->pages; p++) a->slab_at[s->page + p] = NULL;
+    a->run[s->page] = 0;
+    free_run(h, s->page, s->pages);
+    forget_slab(a, s);
+}
+
+static bool delete_empty_slabs(shmr *h) {
+    bool any = false;
+    for (uint32_t c = 0; c < SHMR_CLASSES; c++) {
+        struct shmr_slab *next;
+        for (struct shmr_slab *s = h->arena.partial[c]; s; s = next) {
+            next = s->next;
+            if (s->unused < s->blocks) continue;
+            unlist_slab(&h->arena, s);
+            delete_slab(h, s);
+            any = true;
+        }
+    }
+    return any;
+}
+
+static uint64_t take_small(shmr *h, uint64_t bytes) {
+    struct shmr_arena *a = &h->arena;
+    uint32_t class_index = class_of(bytes);
+    struct shmr_slab *s = a->partial[class_index];
+    if (!s && !(s = new_slab(h, class_index))) return SHMR_NOWHERE;
+    uint32_t block = s->stack[--s->unused];
+    if (!s->unused) unlist_slab(a, s);
+    s->records[block] = 0;
+    a->used_bytes += class_bytes(class_index);
+    return (uint64_t)s->page * SHMR_PAGE + (uint64_t)block * class_bytes(class_index);
+}
+
+static void release_small(shmr *h, struct shmr_slab *s, uint64_t offset, uint64_t room) {
+    struct shmr_arena *a = &h->arena;
+    a->used_bytes -= room;
+    if (s->class_index == SHMR_CLASSES) { /* adopted: gone when its last block is */
+        if (--s->blocks == 0) delete_slab(h, s);
+        return;
+    }
+    uint32_t block = (uint32_t)((offset - (uint64_t)s->page * SHMR_PAGE) / class_bytes(s->class_index));
+    s->records[block] = 0;
+    s->stack[s->unused++] = block;
+    /* To the front: the next allocation of this class takes the block that is warmest. */
+    if (s->unused > 1) {
+        if (a->partial[s->class_index] == s) return;
+        unlist_slab(a, s);
+    }
+    list_slab(a, s);
+}
+
+/* ---- the interface ----------------------------------------------------------------------------------------------- */
+
+uint64_t shmr_arena_allocate(shmr *h, uint64_t bytes) {
+    uint64_t offset;
+    if (bytes <= SMALL_MAX) {
+        offset = take_small(h, bytes);
+        if (offset != SHMR_NOWHERE) return offset;
+        return flush_quick(h) | delete_empty_slabs(h) ? take_small(h, bytes) : SHMR_NOWHERE;
+    }
+    uint64_t pages = (bytes + SHMR_PAGE - 1) / SHMR_PAGE;
+    if (pages > h->g.pages) return SHMR_NOWHERE;
+    offset = take_quick(&h->arena, (uint32_t)pages);
+    if (offset == SHMR_NOWHERE) offset = take_run(h, (uint32_t)pages);
+    if (offset == SHMR_NOWHERE && (flush_quick(h) | delete_empty_slabs(h)))
+        offset = take_run(h, (uint32_t)pages);
+    return offset;
+}
+
+void shmr_arena_release(shmr *h, uint64_t offset, uint64_t room) {
+    uint32_t page = (uint32_t)(offset / SHMR_PAGE);
+    struct shmr_slab *s = h->arena.slab_at[page];
+    if (s)
+        release_small(h, s, offset, room);
+    else
+        release_run(h, page);
+}
+
+uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t *room) {
+    struct shmr_arena *a = &h->arena;
+    uint32_t page = (uint32_t)(offset / SHMR_PAGE);
+    uint32_t extent = page / PAGES_PER_EXTENT;
+    if ((uint32_t)shmr_load_relaxed(shmr_extent_at(h, extent)) != h->self + 1) return NULL; /* own word: ours */
+    struct shmr_slab *s = a->slab_at[page];
+    if (s) {
+        if (s->class_index == SHMR_CLASSES) return NULL;
+        uint32_t bytes = class_bytes(s->class_index);
+        uint64_t base = (uint64_t)s->page * SHMR_PAGE;
+        uint32_t block = (uint32_t)((offset - base) / bytes);
+        *start = base + (uint64_t)block * bytes;
+        *room = bytes;
+        return block < s->blocks ? &s->records[block] : NULL;
+    }
+    /* Back to the first page of the run: runs inside are zero. */
+    while (a->run[page] == 0 && page > 0) page--;
+    if (run_kind(a->run[page]) == RUN_NONE) page -= run_length(a->run[page]);
+    if (run_kind(a->run[page]) != RUN_USED) return NULL;
+    *start = (uint64_t)page * SHMR_PAGE;
+    *room = (uint64_t)run_length(a->run[page]) * SHMR_PAGE;
+    return offset < *start + *room ? &a->record[page] : NULL;
+}
+
+/* ---- extents ------------------------------------------------------------------------------------------------------ */
+
+/* Take extent i if it is nobody's: one CAS, and it is ours with its memory reserved, or not at all. */
+static int take_extent(shmr *h, uint32_t i) {
+    shmr_word *word = shmr_extent_at(h, i);
+    uint64_t seen = shmr_load_seq_cst(word); /* S3 */
+    if ((uint32_t)seen) return SHMR_WOULD_BLOCK;
+    if (!shmr_cas_acq_rel(word, &seen, seen | (h->self + 1))) return SHMR_WOULD_BLOCK; /* A6 */
+    if (seen & SHMR_EXTENT_WARM) return SHMR_OK;
+    int status = shmr_reserve_extent(h, i);
+    if (status == SHMR_OK)
+        shmr_or_release(word, SHMR_EXTENT_WARM); /* R6 */
+    else
+        shmr_store_release(word, 0); /* R6 */
+    return status;
+}
+
+static void give_extent(shmr *h, uint32_t i) {
+    uint64_t mine = SHMR_EXTENT_WARM | (h->self + 1);
+    shmr_cas_seq_cst(shmr_extent_at(h, i), &mine, SHMR_EXTENT_WARM); /* S3 R6 */
+    h->arena.owned_bytes -= SHMR_EXTENT;
+}
+
+int shmr_arena_grow(shmr *h, uint64_t bytes) {
+    uint32_t need = (uint32_t)((bytes + SHMR_EXTENT - 1) / SHMR_EXTENT);
+    if (need == 0) need = 1;
+    if (need > h->g.extents) return shmr_fail(SHMR_TOO_LARGE, 0, "one block is larger than the memory budget");
+    /* Warm ones first, then ones that still have to be reserved. */
+    for (int pass = 0; pass < 2; pass++) {
+        uint32_t row = 0;
+        for (uint32_t i = 0; i < h->g.extents; i++) {
+            uint64_t seen = shmr_load_relaxed(shmr_extent_at(h, i)); /* only a hint: the CAS decides */
+            bool usable = (uint32_t)seen == 0 && (pass || seen & SHMR_EXTENT_WARM);
+            row = usable ? row + 1 : 0;
+            if (row < need) continue;
+            uint32_t first = i + 1 - need, taken = 0;
+            int rc = SHMR_OK;
+            while (taken < need && (rc = take_extent(h, first + taken)) == SHMR_OK) {
+                taken++;
+                h->arena.owned_bytes += SHMR_EXTENT;
+            }
+            if (taken == need) {
+                free_run(h, first * PAGES_PER_EXTENT, need * PAGES_PER_EXTENT);
+                return SHMR_OK;
+            }
+            for (uint32_t k = 0; k < taken; k++) give_extent(h, first + k);
+            if (rc == SHMR_SYSTEM || rc == SHMR_NO_MEMORY) return rc;
+            row = 0; /* somebody was faster: look on */
+        }
+    }
+    return shmr_fail(SHMR_NO_MEMORY, 0, "every extent of the memory budget is in use");
+}
+
+void shmr_arena_trim(shmr *h) {
+    struct shmr_arena *a = &h->arena;
+    flush_quick(h);
+    delete_empty_slabs(h);
+    bool any = false;
+    for (uint32_t bin = bin_of(PAGES_PER_EXTENT); bin < SHMR_BINS; bin++) {
+        uint32_t link = a->bin[bin];
+        while (link) {
+            uint32_t page = link - 1, length = run_length(a->run[page]);
+            link = a->next[page];
+            uint32_t first = (page + PAGES_PER_EXTENT - 1) / PAGES_PER_EXTENT;
+            uint32_t last = (page + length) / PAGES_PER_EXTENT;
+            if (first >= last) continue;
+            unlist_run(a, page);
+            uint32_t start = first * PAGES_PER_EXTENT, end = last * PAGES_PER_EXTENT;
+            if (start > page) list_run(a, page, start - page);
+            if (page + length > end) list_run(a, end, page + length - end);
+            for (uint32_t e = first; e < last; e++) give_extent(h, e);
+            any = true;
+            link = a->bin[bin]; /* the list has changed: again from its start */
+        }
+    }
+    if (any) shmr_notify_all(h, shmr_header_of(h)->extent_waiters);
+}
+
+/* Take over the extents of `from`, who is dead or left: what `live` (record numbers) covers is in use, the rest
+ * is free. Blocks below a page share "adopted" slabs, which are only counted down. */
+void shmr_arena_adopt_extents(shmr *h, uint32_t from, const uint32_t *live, uint32_t live_count) {
+    struct shmr_arena *a = &h->arena;
+    for (uint32_t e = 0; e < h->g.extents; e++) {
+        shmr_word *word = shmr_extent_at(h, e);
+        uint64_t seen = shmr_load_acquire(word); /* A6 */
+        if ((uint32_t)seen != from + 1) continue;
+        if (!(seen & SHMR_EXTENT_WARM)) { /* died while reserving it: nobody has used it */
+            shmr_cas_seq_cst(word, &seen, 0); /* S3 R6 */
+            continue;
+        }
+        if (!shmr_cas_acq_rel(word, &seen, SHMR_EXTENT_WARM | (h->self + 1))) continue; /* A6 R6 */
+        a->owned_bytes += SHMR_EXTENT;
+        uint32_t first = e * PAGES_PER_EXTENT;
+        for (uint32_t p = 0; p < PAGES_PER_EXTENT; p++) {
+            a->run[first + p] = 1u << 2 | RUN_QUICK; /* ours, not yet sorted: matches nothing */
+            a->slab_at[first + p] = NULL;
+        }
+    }
+    for (uint32_t i = 0; i < live_count; i++) {
+        struct shmr_record *r = shmr_record_at(h, live[i]);
+        uint64_t offset = shmr_load_relaxed(&r->offset), room = shmr_load_relaxed(&r->room);
+        uint32_t page = (uint32_t)(offset / SHMR_PAGE), end = (uint32_t)((offset + room + SHMR_PAGE - 1) / SHMR_PAGE);
+        a->used_bytes += room;
+        if (room > SMALL_MAX) {
+            for (uint32_t p = page; p < end; p++) a->run[p] = 0;
+            a->run[page] = (end - page) << 2 | RUN_USED;
+            mark_steps(a, page, end - page, true);
+            a->record[page] = live[i] + 1;
+            continue;
+        }
+        /* Join the adopted slabs that its pages already belong to, and cover the rest. */
+        struct shmr_slab *s = NULL;
+        for (uint32_t p = page; p < end; p++) {
+            struct shmr_slab *other = a->slab_at[p];
+            if (!other || other == s) continue;
+            if (!s) {
+                s = other;
+                continue;
+            }
+            struct shmr_slab *keep = s->page < other->page ? s : other, *gone = keep == s ? other : s;
+            for (uint32_t q = gone->page; q < gone->page + gone->pages; q++) a->slab_at[q] = keep;
+            uint32_t last = gone->page + gone->pages;
+            if (last > keep->page + keep->pages) keep->pages = last - keep->page;
+            keep->blocks += gone->blocks;
+            forget_slab(a, gone);
+            s = keep;
+        }
+        if (!s) {
+            s = calloc(1, sizeof *s);
+            if (!s) continue; /* its memory is lost until the region goes: nothing else breaks */
+            s->page = page;
+            s->class_index = SHMR_CLASSES;
+            track_slab(a, s);
+        }
+        uint32_t low = page < s->page ? page : s->page;
+        uint32_t high = s->page + s->pages > end ? s->page + s->pages : end;
+        s->page = low;
+        s->pages = high - low;
+        s->blocks++;
+        for (uint32_t p = low; p < high; p++) {
+            a->slab_at[p] = s;
+            a->run[p] = 0;
+        }
+    }
+    /* Whatever is still unsorted is free. Slab pages look like used runs to the neighbours. */
+    for (uint32_t e = 0; e < h->g.extents; e++) {
+        if ((uint32_t)shmr_load_relaxed(shmr_extent_at(h, e)) != h->self + 1) continue; /* own word: ours */
+        uint32_t p = e * PAGES_PER_EXTENT, end = p + PAGES_PER_EXTENT;
+        while (p < end) {
+            struct shmr_slab *s = a->slab_at[p];
+            if (s && s->page == p && s->class_index == SHMR_CLASSES) a->run[p] = s->pages << 2 | RUN_USED;
+            if (a->run[p] != (1u << 2 | RUN_QUICK)) {
+                p++;
+                continue;
+            }
+            uint32_t start = p;
+            while (p < end && a->run[p] == (1u << 2 | RUN_QUICK)) a->run[p++] = 0;
+            free_run(h, start, p - start);
+        }
+    }
+}

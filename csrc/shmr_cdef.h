@@ -1,0 +1,110 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+/* What cffi parses: the declarations of shmr.h. A test compares the two. */
+#define SHMR_OK ...
+#define SHMR_WOULD_BLOCK ...
+#define SHMR_TIMEOUT ...
+#define SHMR_INTERRUPTED ...
+#define SHMR_CLOSED ...
+#define SHMR_NO_MEMORY ...
+#define SHMR_STALE ...
+#define SHMR_FORKED ...
+#define SHMR_CORRUPT ...
+#define SHMR_MISMATCH ...
+#define SHMR_SYSTEM ...
+#define SHMR_CROWDED ...
+#define SHMR_PEER_LOST ...
+#define SHMR_ITEM_WAITS ...
+#define SHMR_NOT_SHARED ...
+#define SHMR_BAD_ARGUMENT ...
+#define SHMR_DENIED ...
+#define SHMR_TOO_LARGE ...
+typedef struct shmr shmr;
+typedef struct shmr_mapping shmr_mapping;
+typedef struct {
+    uint32_t participants;
+    uint32_t doorbells;
+    uint32_t rings;
+    uint32_t blocks;
+    uint64_t arena_bytes;
+    uint64_t start;
+    uint64_t flags;
+    uint64_t capacity[8];
+} shmr_config;
+#define SHMR_CREATOR_RECOVERS ...
+#define SHMR_WAIT_ALONE ...
+typedef struct {
+    uint64_t state;
+    uint32_t block;
+    uint32_t kind;
+    uint64_t tag;
+    uint64_t offset;
+    uint64_t room;
+    uint64_t length;
+    uint64_t seq;
+    uint32_t producer;
+    uint32_t attempts;
+    uint32_t references;
+    uint32_t spec_bytes;
+    unsigned char spec[128];
+} shmr_block;
+typedef struct {
+    uint32_t block;
+    uint32_t generation;
+    uint64_t offset;
+    uint64_t length;
+} shmr_ref;
+typedef struct {
+    uint64_t budget;
+    uint64_t reserved;
+    uint64_t owned;
+    uint64_t used;
+    uint64_t held;
+    uint64_t pins;
+    uint64_t committed, leased, aborted, released, bytes_committed;
+    uint64_t late_releases, rescued_wakeups;
+    uint64_t participants, deaths, joins;
+} shmr_counters;
+uint64_t shmr_region_bytes(const shmr_config *config);
+int shmr_create(int fd, const shmr_config *config, shmr **out);
+int shmr_attach(int fd, shmr **out);
+int shmr_close(shmr *h, int force);
+void shmr_free(shmr *h);
+uint32_t shmr_self(const shmr *h);
+void *shmr_base(const shmr *h);
+uint64_t shmr_mapped_bytes(const shmr *h);
+shmr_mapping *shmr_mapping_retain(shmr *h);
+void shmr_mapping_release(shmr_mapping *mapping);
+void shmr_read_counters(shmr *h, shmr_counters *out);
+void shmr_read_config(const shmr *h, shmr_config *out);
+void shmr_count_late_release(shmr *h);
+int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, int items, int64_t deadline,
+               shmr_block *out);
+int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t deadline, shmr_block *block);
+int shmr_abort(shmr *h, shmr_block *block);
+int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr_block *out);
+int shmr_release(shmr *h, shmr_block *block);
+int shmr_references(shmr *h, const shmr_block *block, shmr_ref *out, uint32_t count);
+int shmr_share(shmr *h, const void *address, uint64_t bytes, shmr_ref *out);
+int shmr_hold(shmr *h, uint32_t block, uint32_t generation, shmr_ref *out);
+int shmr_drop(shmr *h, uint32_t block, uint32_t generation);
+int shmr_publish(shmr *h, shmr_block *block, shmr_ref *out);
+uint64_t shmr_approx_fill(shmr *h, uint32_t ring);
+int shmr_close_ring(shmr *h, uint32_t ring);
+int shmr_wait_item(shmr *h, uint32_t ring, int64_t deadline);
+void shmr_ring_all(shmr *h);
+int shmr_find(shmr *h, uint32_t pid);
+int shmr_check_deaths(shmr *h);
+int shmr_recover(shmr *h, uint32_t slot, shmr_block *taken, uint32_t room, uint32_t *count);
+uint32_t shmr_live_participants(shmr *h);
+void shmr_set_progress(shmr *h, uint64_t tag, uint64_t index);
+int shmr_progress(shmr *h, uint32_t slot, uint64_t *tag, uint64_t *index, uint64_t *since_ns, uint64_t *starving);
+void shmr_deny(shmr *h, uint32_t slot);
+void shmr_trim(shmr *h);
+int shmr_watch_parent(int pidfd);
+void *shmr_numpy_handler(shmr *h, uint64_t threshold);
+uint32_t shmr_crc32c(uint32_t crc, const void *bytes, uint64_t length);
+void shmr_copy(void *target, const void *source, uint64_t length);
+int shmr_last_errno(void);
+const char *shmr_last_detail(void);
+const char *shmr_status_text(int status);
+int shmr_abi(void);

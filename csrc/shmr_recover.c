@@ -1,0 +1,403 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+/* Death: found out from the kernel alone (pidfd), never from time; cleared up by CASes from "stamped by the dead",
+ * so that everything here may run while all others go on, may be repeated, and may itself be killed.
+ *
+ *   residue of the dead d                    what recovery makes of it
+ *   CLAIMED(d)                               FREE: never published, never seen
+ *   COMMITTED(d), in its ring                nothing: it is a message like any other
+ *   COMMITTED(d), not in its ring            the insert is finished (only d could do it, and d is dead)
+ *   LEASED(d)                                back into its ring with one attempt more; or LEASED by the recoverer
+ *   holder bits                              first ours on what d's live frames name, then d's cleared
+ *   waiter bits, doorbells, swallowed wakes  cleared, given back; every doorbell rung
+ *   extents, groups                          adopted: the allocator is rebuilt from the block table
+ */
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "shmr_internal.h"
+
+/* ---- who is alive? ---------------------------------------------------------------------------------------------------- */
+
+int shmr_deaths_init(shmr *h) {
+    h->pidfds = malloc(h->g.config.participants * sizeof *h->pidfds);
+    h->pidfd_lives = calloc(h->g.config.participants, sizeof *h->pidfd_lives);
+    if (!h->pidfds || !h->pidfd_lives) return shmr_fail(SHMR_SYSTEM, ENOMEM, "malloc");
+    for (uint32_t i = 0; i < h->g.config.participants; i++) h->pidfds[i] = -1;
+    return SHMR_OK;
+}
+
+void shmr_deaths_fini(shmr *h) {
+    for (uint32_t i = 0; h->pidfds && i < h->g.config.participants; i++)
+        if (h->pidfds[i] >= 0) close(h->pidfds[i]);
+    free(h->pidfds);
+    free(h->pidfd_lives);
+    free(h->again);
+}
+
+/* Field 22 of /proc/PID/stat; 0 if there is no such process. */
+uint64_t shmr_start_time(uint32_t pid) {
+    char path[64], text[1024];
+    snprintf(path, sizeof path, "/proc/%u/stat", pid);
+    FILE *file = fopen(path, "re");
+    if (!file) return 0;
+    size_t n = fread(text, 1, sizeof text - 1, file);
+    fclose(file);
+    text[n] = 0;
+    char *at = strrchr(text, ')'); /* the name may contain anything */
+    for (int field = 2; at && field < 22; field++) at = strchr(at + 1, ' ');
+    return at ? strtoull(at + 1, NULL, 10) : 0;
+}
+
+/* Is the participant with this life word dead? Called with death_lock held; keeps one pidfd a participant. */
+static bool is_dead(shmr *h, uint32_t slot, uint64_t life) {
+    struct shmr_participant *p = shmr_participant_at(h, slot);
+    uint32_t pid = shmr_life_pid(life);
+    uint64_t joining = shmr_life_pack(shmr_life_epoch(life), 0, pid, SHMR_JOINING); /* one name for both states */
+    bool complete = shmr_life_kind(life) != SHMR_JOINING;
+    if (complete && shmr_load_relaxed(&p->pid_namespace) != h->pid_namespace) return false; /* cannot tell */
+    if (h->pidfds[slot] >= 0 && h->pidfd_lives[slot] != joining) {
+        close(h->pidfds[slot]);
+        h->pidfds[slot] = -1;
+    }
+    if (h->pidfds[slot] < 0) {
+        int fd = (int)syscall(SYS_pidfd_open, (pid_t)pid, 0);
+        if (fd < 0) return errno == ESRCH;
+        /* The pid may have been given to somebody else before we opened it: then the start time differs. */
+        if (complete && shmr_start_time(pid) != shmr_load_relaxed(&p->start_time)) { /* published by R13 */
+            close(fd);
+            return shmr_load_acquire(&p->life) == life; /* A13: still the same participant, and it is gone */
+        }
+        h->pidfds[slot] = fd;
+        h->pidfd_lives[slot] = joining;
+    }
+    struct pollfd poll_fd = {h->pidfds[slot], POLLIN, 0};
+    return poll(&poll_fd, 1, 0) == 1;
+}
+
+static bool slot_is_dead(shmr *h, uint32_t slot, uint64_t life) {
+    pthread_mutex_lock(&h->death_lock);
+    bool dead = is_dead(h, slot, life);
+    pthread_mutex_unlock(&h->death_lock);
+    return dead;
+}
+
+uint32_t shmr_live_participants(shmr *h) {
+    uint32_t live = 0;
+    for (uint32_t i = 0; i < h->g.config.participants; i++) {
+        uint32_t kind = shmr_life_kind(shmr_load_relaxed(&shmr_participant_at(h, i)->life)); /* a snapshot */
+        live += kind == SHMR_LIVE || kind == SHMR_JOINING;
+    }
+    return live;
+}
+
+/* Nobody else is left, and at least one of them died. */
+bool shmr_alone(const shmr *h) {
+    if (!shmr_load_relaxed(&shmr_header_of(h)->deaths)) return false; /* a snapshot */
+    for (uint32_t i = 0; i < h->g.config.participants; i++) {
+        uint32_t kind = shmr_life_kind(shmr_load_acquire(&shmr_participant_at(h, i)->life)); /* A13 */
+        if (i != h->self && (kind == SHMR_LIVE || kind == SHMR_JOINING)) return false;
+    }
+    return true;
+}
+
+int shmr_find(shmr *h, uint32_t pid) {
+    for (uint32_t i = 0; i < h->g.config.participants; i++) {
+        uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 */
+        if (shmr_life_pid(life) == pid && shmr_life_kind(life) == SHMR_LIVE) return (int)i;
+    }
+    return -1;
+}
+
+/* ---- clearing up --------------------------------------------------------------------------------------------------------- */
+
+struct recovery {
+    uint32_t dead;
+    shmr_block *taken;
+    uint32_t taken_room, taken_count;
+};
+
+static bool in_ring(const shmr *h, uint32_t ring, uint32_t block, uint32_t generation) {
+    uint64_t wanted = shmr_slot_pack(0, generation, block), mask = (UINT64_C(1) << 40) - 1;
+    for (uint64_t k = 0; k < h->g.slots[ring]; k++)
+        if ((shmr_load_acquire(shmr_slot_at(h, ring, k)) & mask) == wanted) return true; /* A3 */
+    return false;
+}
+
+/* Recovery never waits for room in a ring: what does not fit stays COMMITTED by us, on a private list that is tried
+ * again at each lease and each slice of a wait. */
+static void insert_or_keep(shmr *h, uint32_t ring, uint32_t block, uint32_t generation) {
+    if (shmr_insert(h, ring, block, generation) == SHMR_OK) {
+        shmr_notify_one(h, shmr_ring_at(h, ring)->item_waiters);
+        return;
+    }
+    pthread_mutex_lock(&h->death_lock);
+    uint32_t count = (uint32_t)shmr_count_get(&h->again_count);
+    uint32_t *grown = realloc(h->again, (count + 1) * sizeof *grown);
+    if (grown) { /* else it stays COMMITTED by us; our own recovery would find it */
+        h->again = grown;
+        grown[count] = block;
+        shmr_count_add(&h->again_count, 1);
+    }
+    pthread_mutex_unlock(&h->death_lock);
+}
+
+void shmr_retry_inserts(shmr *h) {
+    if (!shmr_count_get(&h->again_count)) return;
+    pthread_mutex_lock(&h->death_lock);
+    uint32_t count = (uint32_t)shmr_count_get(&h->again_count), left = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t block = h->again[i];
+        uint64_t s = shmr_load_acquire(&shmr_record_at(h, block)->state); /* A1 */
+        if (shmr_insert(h, shmr_state_ring(s), block, shmr_state_generation(s)) == SHMR_OK)
+            shmr_notify_one(h, shmr_ring_at(h, shmr_state_ring(s))->item_waiters);
+        else
+            h->again[left++] = block;
+    }
+    shmr_count_add(&h->again_count, (int64_t)left - (int64_t)count);
+    pthread_mutex_unlock(&h->death_lock);
+}
+
+static void add_attempt(struct shmr_record *r) {
+    uint64_t detail = shmr_load_relaxed(&r->detail); /* ours alone */
+    if ((detail >> 16 & 0xffff) < 0xffff) detail += 1u << 16;
+    shmr_store_relaxed(&r->detail, detail); /* published by R1 */
+}
+
+static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
+    struct shmr_record *r = shmr_record_at(h, block);
+    uint64_t s = shmr_load_acquire(&r->state); /* A1 */
+    uint32_t generation = shmr_state_generation(s), ring = shmr_state_ring(s), flags = shmr_state_flags(s);
+    if (shmr_state_kind(s) == SHMR_FREE || shmr_state_owner(s) != rec->dead) return;
+    switch (shmr_state_kind(s)) {
+    case SHMR_CLAIMED:
+        if (shmr_cas_seq_cst(&r->state, &s, shmr_state_pack(generation, 0, 0, 0, SHMR_FREE))) /* S2 R2 */
+            shmr_freed_by_me(h, block);
+        break;
+    case SHMR_LEASED:
+        if (rec->taken && rec->taken_count < rec->taken_room) {
+            uint64_t mine = shmr_state_pack(generation, h->self, ring, flags, SHMR_LEASED);
+            if (!shmr_cas_acq_rel(&r->state, &s, mine)) break; /* A1 R1 */
+            shmr_block *out = &rec->taken[rec->taken_count];
+            if (shmr_read_descriptor(h, block, mine, out) != SHMR_OK) {
+                out->state = mine;
+                out->block = block;
+            }
+            rec->taken_count++;
+            shmr_pin(h, 1);
+            break;
+        }
+        if (rec->taken || ring >= h->g.config.rings) break;
+        {
+            /* First ours, so that the attempt is counted by one alone; then a message again. */
+            uint64_t mine = shmr_state_pack(generation, h->self, ring, flags, SHMR_LEASED);
+            if (!shmr_cas_acq_rel(&r->state, &s, mine)) break; /* A1 R1 */
+            add_attempt(r);
+            uint64_t again = shmr_state_pack(generation + 1, h->self, ring, flags, SHMR_COMMITTED);
+            if (shmr_cas_acq_rel(&r->state, &mine, again)) insert_or_keep(h, ring, block, generation + 1); /* R1 */
+        }
+        break;
+    case SHMR_COMMITTED:
+        if (ring >= h->g.config.rings || in_ring(h, ring, block, generation)) break;
+        /* d died between the state and the slot. If the message was there and has been leased meanwhile, this fails. */
+        if (shmr_cas_acq_rel(&r->state, &s, shmr_state_pack(generation, h->self, ring, flags, SHMR_COMMITTED))) /* A1 R1 */
+            insert_or_keep(h, ring, block, generation);
+        break;
+    default: break;
+    }
+}
+
+/* (L) Everything that d allocated and that lives goes on under our name. */
+static void adopt(shmr *h, uint32_t dead) {
+    uint32_t *live = NULL, count = 0, room = 0;
+    for (uint32_t g = 0; g < h->g.groups; g++) {
+        shmr_word *word = &shmr_group_at(h, g)->owner;
+        uint64_t seen = shmr_load_acquire(word); /* A7 */
+        if ((uint32_t)seen != dead + 1) continue;
+        if (!(seen >> 32)) { /* died while reserving it */
+            shmr_cas_acq_rel(word, &seen, 0); /* R7 */
+            continue;
+        }
+        for (uint32_t i = 0; i < SHMR_GROUP; i++) {
+            uint32_t block = g * SHMR_GROUP + i;
+            struct shmr_record *r = shmr_record_at(h, block);
+            uint64_t s = shmr_load_acquire(&r->state), *table; /* A1 A2 */
+            if (shmr_state_kind(s) == SHMR_FREE) continue;
+            uint64_t offset = shmr_load_relaxed(&r->offset), bytes = shmr_load_relaxed(&r->room); /* after A1 */
+            if (offset % 64 || bytes == 0 || bytes > h->g.config.arena_bytes ||
+                offset > h->g.config.arena_bytes - bytes)
+                continue; /* rubbish: its memory is not trusted to be in use */
+            if (count == room) {
+                room = room ? room * 2 : 256;
+                uint32_t *grown = realloc(live, room * sizeof *grown);
+                if (!grown) break;
+                live = grown;
+            }
+            live[count++] = block;
+            uint32_t names;
+            if (shmr_state_flags(s) & SHMR_HAS_REFERENCES && !h->frame_refs[block] &&
+                shmr_references_at(h, block, &table, &names) == SHMR_OK) {
+                struct shmr_frame_refs *held = malloc(sizeof *held + names * sizeof(uint32_t));
+                if (!held) continue;
+                held->count = 0;
+                for (uint32_t k = 0; k < names; k++) { /* I4: d's bit still stands, so these are alive */
+                    uint32_t id = (uint32_t)table[k];
+                    if (id < h->g.config.blocks && shmr_hold_locked(h, id, (uint32_t)(table[k] >> 32)) == SHMR_OK)
+                        held->blocks[held->count++] = id;
+                }
+                h->frame_refs[block] = held;
+            }
+        }
+    }
+    shmr_arena_adopt_extents(h, dead, live, count);
+    for (uint32_t g = 0; g < h->g.groups; g++) {
+        shmr_word *word = &shmr_group_at(h, g)->owner;
+        uint64_t seen = shmr_load_acquire(word); /* A7 */
+        if ((uint32_t)seen != dead + 1) continue;
+        if (shmr_cas_acq_rel(word, &seen, (seen & ~UINT64_C(0xffffffff)) | (h->self + 1))) /* A7 R7 */
+            shmr_add_group(h, g);
+    }
+    free(live);
+}
+
+static void clear_holder_bits(shmr *h, uint32_t dead) {
+    uint64_t bit = UINT64_C(1) << (dead % 64);
+    for (uint32_t g = 0; g < h->g.groups; g++) {
+        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7: never reserved */
+        for (uint32_t i = 0; i < SHMR_GROUP; i++) {
+            uint32_t block = g * SHMR_GROUP + i;
+            struct shmr_record *r = shmr_record_at(h, block);
+            if (!(shmr_load_relaxed(&r->holders[dead / 64]) & bit)) continue; /* d sets no more bits */
+            if (dead == h->self && h->holds[block]) continue;               /* inherited, and still meant */
+            shmr_and_seq_cst(&r->holders[dead / 64], ~bit); /* S4 */
+            if (h->record_flags[block] & SHMR_MINE)
+                shmr_reclaim(h, block);
+            else
+                shmr_freed_by_me(h, block); /* its allocator looks whether anybody still holds it */
+        }
+    }
+}
+
+static void clear_waiting(shmr *h, uint32_t dead) {
+    for (uint32_t d = 0; d < h->g.config.doorbells; d++) {
+        struct shmr_doorbell *bell = shmr_doorbell_at(h, d);
+        if (shmr_load_acquire(&bell->owner) != dead + 1) continue; /* A12 */
+        uint64_t mask = ~(UINT64_C(1) << (d % 64));
+        for (uint32_t r = 0; r < h->g.config.rings; r++) {
+            shmr_and_acq_rel(&shmr_ring_at(h, r)->item_waiters[d / 64], mask); /* A11 R11 */
+            shmr_and_acq_rel(&shmr_ring_at(h, r)->slot_waiters[d / 64], mask); /* A11 R11 */
+        }
+        shmr_and_acq_rel(&shmr_header_of(h)->extent_waiters[d / 64], mask); /* A11 R11 */
+        shmr_and_acq_rel(&shmr_participant_at(h, dead)->space_waiters[d / 64], mask); /* A11 R11 */
+        shmr_store_release(&bell->owner, 0); /* R12 */
+    }
+}
+
+/* Everything that is stamped by `dead`, whose life word is ours now (RECOVERING by us, or JOINING as us). */
+static void clear_up(shmr *h, struct recovery *rec) {
+    for (uint32_t g = 0; g < h->g.groups; g++) {
+        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7: never reserved */
+        for (uint32_t i = 0; i < SHMR_GROUP; i++) recover_block(h, rec, g * SHMR_GROUP + i);
+    }
+    pthread_mutex_lock(&h->lock);
+    adopt(h, rec->dead);
+    clear_holder_bits(h, rec->dead);
+    shmr_sweep(h);
+    shmr_arena_trim(h);
+    pthread_mutex_unlock(&h->lock);
+    clear_waiting(h, rec->dead);
+}
+
+/* One at a time: whoever gets the life word. */
+static int recover(shmr *h, uint64_t life, struct recovery *rec) {
+    struct shmr_participant *p = shmr_participant_at(h, rec->dead);
+    bool died = shmr_life_kind(life) != SHMR_LEFT;
+    uint64_t recovering = shmr_life_pack(shmr_life_epoch(life), h->self, shmr_life_pid(life), SHMR_RECOVERING);
+    if (!shmr_cas_acq_rel(&p->life, &life, recovering)) return SHMR_WOULD_BLOCK; /* A13 R13 */
+    clear_up(h, rec);
+    if (died) shmr_add_relaxed(&shmr_header_of(h)->deaths, 1); /* statistics */
+    shmr_store_release(&p->life, shmr_life_pack(shmr_life_epoch(life), 0, 0, SHMR_VACANT)); /* R13 */
+    shmr_ring_all(h); /* I10: whatever wake-ups died with it */
+    return SHMR_OK;
+}
+
+/* Become the successor of one who left, or is dead, at its own place in the table; true if we did. */
+bool shmr_inherit(shmr *h, uint32_t slot) {
+    struct shmr_participant *p = shmr_participant_at(h, slot);
+    uint64_t life = shmr_load_acquire(&p->life); /* A13 */
+    uint32_t kind = shmr_life_kind(life);
+    bool died = kind == SHMR_LIVE || kind == SHMR_JOINING;
+    if (kind != SHMR_LEFT && !(died && slot_is_dead(h, slot, life))) return false;
+    uint32_t epoch = (shmr_life_epoch(life) + 1) & 0xfffff;
+    if (!shmr_cas_acq_rel(&p->life, &life, shmr_life_pack(epoch, 0, h->pid, SHMR_JOINING))) return false; /* A13 R13 */
+    h->self = slot;
+    h->epoch = epoch;
+    struct recovery rec = {.dead = slot};
+    clear_up(h, &rec);
+    if (died) shmr_add_relaxed(&shmr_header_of(h)->deaths, 1); /* statistics */
+    return true;
+}
+
+int shmr_recover(shmr *h, uint32_t slot, shmr_block *taken, uint32_t room, uint32_t *count) {
+    int status = shmr_usable(h);
+    if (status == SHMR_FORKED) return status;
+    if (slot >= h->g.config.participants || slot == h->self) return SHMR_BAD_ARGUMENT;
+    uint64_t life = shmr_load_acquire(&shmr_participant_at(h, slot)->life); /* A13 */
+    struct recovery rec = {.dead = slot, .taken = taken, .taken_room = room};
+    if (shmr_life_kind(life) == SHMR_VACANT) return SHMR_STALE;
+    status = recover(h, life, &rec);
+    if (count) *count = rec.taken_count;
+    return status;
+}
+
+int shmr_check_deaths(shmr *h) {
+    if (h->g.config.flags & SHMR_CREATOR_RECOVERS) return 0;
+    int found = 0;
+    for (uint32_t i = 0; i < h->g.config.participants; i++) {
+        if (i == h->self) continue;
+        uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 */
+        uint32_t kind = shmr_life_kind(life);
+        if (kind == SHMR_LIVE || kind == SHMR_JOINING) {
+            if (!slot_is_dead(h, i, life)) continue;
+        } else if (kind == SHMR_RECOVERING) { /* is its recoverer alive? */
+            uint32_t by = shmr_life_by(life);
+            if (by >= h->g.config.participants || by == h->self) continue;
+            uint64_t other = shmr_load_acquire(&shmr_participant_at(h, by)->life); /* A13 */
+            uint32_t other_kind = shmr_life_kind(other);
+            if ((other_kind == SHMR_LIVE || other_kind == SHMR_JOINING) && !slot_is_dead(h, by, other)) continue;
+        } else {
+            continue;
+        }
+        struct recovery rec = {.dead = i};
+        if (recover(h, life, &rec) == SHMR_OK) found++;
+    }
+    return found;
+}
+
+void shmr_adopt_orphans(shmr *h) {
+    for (uint32_t i = 0; i < h->g.config.participants; i++) {
+        if (i == h->self) continue;
+        uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 */
+        if (shmr_life_kind(life) != SHMR_LEFT) continue;
+        struct recovery rec = {.dead = i};
+        recover(h, life, &rec);
+    }
+}
+
+/* An orderly exit with views alive: what we lease is done with, what we claim was never sent. */
+void shmr_let_go(shmr *h) {
+    for (uint32_t g = 0; g < h->g.groups; g++) {
+        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7: never reserved */
+        for (uint32_t i = 0; i < SHMR_GROUP; i++) {
+            uint32_t block = g * SHMR_GROUP + i, kind;
+            struct shmr_record *r = shmr_record_at(h, block);
+            uint64_t s = shmr_load_acquire(&r->state); /* A1 */
+            kind = shmr_state_kind(s);
+            if ((kind != SHMR_LEASED && kind != SHMR_CLAIMED) || shmr_state_owner(s) != h->self) continue;
+            uint64_t freed = shmr_state_pack(shmr_state_generation(s), 0, 0, 0, SHMR_FREE);
+            if (shmr_cas_seq_cst(&r->state, &s, freed)) shmr_freed_by_me(h, block); /* S2 R2 */
+        }
+    }
+}

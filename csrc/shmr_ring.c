@@ -1,0 +1,334 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+/* The stamped ring: any number of producers and consumers, each of which may die at any instruction.
+ *
+ *         lease_cursor                 commit_cursor
+ *              v                             v
+ *   ... taken  [c|g|b] [c|g|b] [c|g|b] [c|g|b] [c-1|..] ...      a slot is one word: cycle | generation | block
+ *
+ *   commit:  state CLAIMED(me) -> COMMITTED(ring,me,generation+1); then one CAS puts cycle|generation|block into
+ *            the slot at commit_cursor: that CAS is the publication. Whoever comes next advances the cursor.
+ *   lease:   one CAS on the *block's state* COMMITTED -> LEASED(me) takes the message and records its owner.
+ *            Whoever comes next advances lease_cursor over slots whose block is no longer COMMITTED.
+ *
+ * I5  A slot is filled once a cycle, in order: position p only when every position below it is filled.
+ * I6  lease_cursor passes p only after the block of p has left COMMITTED(generation): leases are strictly FIFO.
+ * I7  At most `capacity` positions lie between the cursors, so a commit can find the ring full: the committer
+ *     (alone entitled to insert) then takes its block back, COMMITTED -> CLAIMED, and waits for a slot.
+ * I8  A message's number is given and its slot filled under one private lock: order per producer.
+ *
+ * Wrap-around: positions are 64 bits, cycles their upper part modulo 2^24; both are compared for equality only.
+ * The ring without stamps: "naive circular queue" in R. Nikolaev, "A scalable, portable, and memory-efficient
+ * lock-free FIFO queue", DISC 2019.
+ */
+#include <errno.h>
+
+#include "shmr_internal.h"
+
+/* After so many turns of a helping loop somebody must be writing rubbish: give up instead of spinning. */
+#define TURNS_MAX (1u << 20)
+
+static uint32_t cycle_of(const shmr *h, uint32_t ring, uint64_t position) {
+    return (uint32_t)((position >> h->g.shift[ring]) + 1) & SHMR_CYCLE_MASK;
+}
+
+/* Does the slot's block still wait to be leased, in this very cycle of its life? */
+static bool is_waiting(const shmr *h, uint32_t ring, uint64_t slot, uint64_t *state) {
+    uint32_t block = shmr_slot_block(slot);
+    if (block >= h->g.config.blocks) return false;
+    *state = shmr_load_seq_cst(&shmr_record_at(h, block)->state); /* S1 A1 */
+    return shmr_state_kind(*state) == SHMR_COMMITTED && shmr_state_ring(*state) == ring &&
+           (shmr_state_generation(*state) & SHMR_SLOT_GENERATION_MASK) == shmr_slot_generation(slot);
+}
+
+static void advance_lease_cursor(shmr *h, uint32_t ring, uint64_t position) {
+    struct shmr_ring *q = shmr_ring_at(h, ring);
+    if (shmr_cas_seq_cst(&q->lease_cursor, &position, position + 1)) /* S5 R4 */
+        shmr_notify_one(h, q->slot_waiters);
+}
+
+static int poison(shmr *h, const char *why) {
+    shmr_or_release(&shmr_header_of(h)->poisoned, 1); /* R9 */
+    return shmr_fail(SHMR_CORRUPT, 0, why);
+}
+
+/* Put a COMMITTED block into the ring. WOULD_BLOCK: full. Only whom the state word names may call this. */
+int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation) {
+    struct shmr_ring *q = shmr_ring_at(h, ring);
+    uint64_t capacity = h->g.config.capacity[ring];
+    for (uint32_t turn = 0; turn < TURNS_MAX; turn++) {
+        uint64_t position = shmr_load_acquire(&q->commit_cursor);  /* A5 */
+        uint64_t first = shmr_load_seq_cst(&q->lease_cursor);      /* S5 A4: what lies before it is done with */
+        if ((int64_t)(position - first) >= (int64_t)capacity) {
+            uint64_t state, slot = shmr_load_acquire(shmr_slot_at(h, ring, first)); /* A3 */
+            if (shmr_slot_cycle(slot) == cycle_of(h, ring, first) && !is_waiting(h, ring, slot, &state)) {
+                advance_lease_cursor(h, ring, first); /* help a slow or dead consumer */
+                continue;
+            }
+            if (shmr_load_seq_cst(&q->lease_cursor) != first) continue; /* S5 A4: it has moved: look again */
+            return SHMR_WOULD_BLOCK;
+        }
+        shmr_word *at = shmr_slot_at(h, ring, position);
+        uint64_t seen = shmr_load_acquire(at); /* A3 */
+        uint32_t cycle = cycle_of(h, ring, position);
+        if (shmr_slot_cycle(seen) == cycle) { /* help a slow or dead producer */
+            shmr_cas_acq_rel(&q->commit_cursor, &position, position + 1); /* R5 */
+            continue;
+        }
+        if (shmr_slot_cycle(seen) != ((cycle - 1) & SHMR_CYCLE_MASK)) continue; /* the cursor was stale */
+        if (shmr_cas_seq_cst(at, &seen, shmr_slot_pack(cycle, generation, block))) { /* S1 R3: published */
+            shmr_cas_acq_rel(&q->commit_cursor, &position, position + 1); /* R5 */
+            return SHMR_OK;
+        }
+    }
+    return poison(h, "a ring's cursors and slots do not agree");
+}
+
+/* Take the oldest message. WOULD_BLOCK: empty. */
+static int take(shmr *h, uint32_t ring, uint32_t *block, uint64_t *state) {
+    struct shmr_ring *q = shmr_ring_at(h, ring);
+    for (uint32_t turn = 0; turn < TURNS_MAX; turn++) {
+        uint64_t first = shmr_load_acquire(&q->lease_cursor);               /* A4 */
+        uint64_t slot = shmr_load_seq_cst(shmr_slot_at(h, ring, first));    /* S1 A3 */
+        uint32_t cycle = cycle_of(h, ring, first);
+        if (shmr_slot_cycle(slot) != cycle) {
+            if (shmr_slot_cycle(slot) == ((cycle - 1) & SHMR_CYCLE_MASK)) return SHMR_WOULD_BLOCK;
+            continue; /* the cursor was stale */
+        }
+        uint64_t seen;
+        if (!is_waiting(h, ring, slot, &seen)) {
+            advance_lease_cursor(h, ring, first); /* help: taken already */
+            continue;
+        }
+        uint64_t mine = shmr_state_pack(shmr_state_generation(seen), h->self, ring, shmr_state_flags(seen),
+                                        SHMR_LEASED);
+        if (shmr_cas_seq_cst(&shmr_record_at(h, shmr_slot_block(slot))->state, &seen, mine)) { /* S1 A1 R1 */
+            advance_lease_cursor(h, ring, first);
+            *block = shmr_slot_block(slot);
+            *state = mine;
+            return SHMR_OK;
+        }
+    }
+    return poison(h, "a ring's cursors and slots do not agree");
+}
+
+/* ---- readiness, as cheap as it gets: a hint only ------------------------------------------------------------------- */
+
+static bool slot_is_filled(const shmr *h, uint32_t ring) {
+    uint64_t first = shmr_load_acquire(&shmr_ring_at(h, ring)->lease_cursor);  /* A4 */
+    uint64_t slot = shmr_load_seq_cst(shmr_slot_at(h, ring, first));           /* S1 A3 */
+    return shmr_slot_cycle(slot) != ((cycle_of(h, ring, first) - 1) & SHMR_CYCLE_MASK);
+}
+
+bool shmr_ring_has_item(const shmr *h, uint32_t ring) {
+    return slot_is_filled(h, ring) ||
+           shmr_load_relaxed(&shmr_ring_at(h, ring)->closed); /* only a hint: the lease decides */
+}
+
+bool shmr_ring_has_room(const shmr *h, uint32_t ring) {
+    const struct shmr_ring *q = shmr_ring_at(h, ring);
+    uint64_t position = shmr_load_acquire(&q->commit_cursor); /* A5 */
+    uint64_t first = shmr_load_seq_cst(&q->lease_cursor);     /* S5 A4 */
+    return (int64_t)(position - first) < (int64_t)h->g.config.capacity[ring] || shmr_load_relaxed(&q->closed); /* hint */
+}
+
+uint64_t shmr_approx_fill(shmr *h, uint32_t ring) {
+    if (ring >= h->g.config.rings) return 0;
+    const struct shmr_ring *q = shmr_ring_at(h, ring);
+    uint64_t first = shmr_load_acquire(&q->lease_cursor);     /* A4 */
+    uint64_t position = shmr_load_acquire(&q->commit_cursor); /* A5 */
+    int64_t fill = (int64_t)(position - first); /* either cursor may lag */
+    if (fill < 0) return 0;
+    return (uint64_t)fill > h->g.config.capacity[ring] ? h->g.config.capacity[ring] : (uint64_t)fill;
+}
+
+/* ---- commit ---------------------------------------------------------------------------------------------------------- */
+
+struct commit_attempt {
+    uint32_t ring;
+    int items;
+    shmr_block *block;
+    uint32_t payload_crc;
+};
+
+static int try_commit(shmr *h, void *argument) {
+    struct commit_attempt *c = argument;
+    shmr_block *b = c->block;
+    int status = shmr_usable(h);
+    if (status != SHMR_OK) return status;
+    struct shmr_ring *q = shmr_ring_at(h, c->ring);
+    if (shmr_load_acquire(&q->closed)) return SHMR_CLOSED; /* A9 */
+    struct shmr_record *r = shmr_record_at(h, b->block);
+    pthread_mutex_lock(&h->commit_lock[c->ring]);
+    b->seq = (uint64_t)h->epoch << 40 | (h->next_seq[c->ring] + 1);
+    b->producer = h->self;
+    uint64_t attempts = shmr_state_kind(b->state) == SHMR_LEASED ? b->attempts : 0;
+    shmr_store_relaxed(&r->length, b->length); /* the descriptor: published by R1 below */
+    shmr_store_relaxed(&r->seq, b->seq);
+    shmr_store_relaxed(&r->tag, b->tag);
+    shmr_store_relaxed(&r->detail, (uint64_t)b->producer << 48 | (uint64_t)(b->kind & 0xffff) << 32 |
+                                       attempts << 16 | b->spec_bytes);
+    for (uint32_t i = 0; i < (b->spec_bytes + 7) / 8; i++) {
+        uint64_t word;
+        memcpy(&word, b->spec + 8 * i, 8);
+        shmr_store_relaxed(&r->spec[i], word);
+    }
+    b->kind &= 0xffff;
+    shmr_store_relaxed(&r->check, (uint64_t)shmr_descriptor_check(b) << 32 | c->payload_crc);
+
+    uint32_t generation = shmr_state_generation(b->state) + 1; /* I2 */
+    uint64_t expected = b->state;
+    uint64_t committed = shmr_state_pack(generation, h->self, c->ring, shmr_state_flags(b->state), SHMR_COMMITTED);
+    if (!shmr_cas_acq_rel(&r->state, &expected, committed)) { /* R1 */
+        pthread_mutex_unlock(&h->commit_lock[c->ring]);
+        return SHMR_STALE;
+    }
+    status = shmr_insert(h, c->ring, b->block, generation);
+    if (status == SHMR_OK) {
+        h->next_seq[c->ring]++; /* I8 */
+    } else { /* I7: only we could insert it, so nobody has seen it */
+        b->state = shmr_state_pack(generation, h->self, 0, shmr_state_flags(b->state), SHMR_CLAIMED);
+        shmr_cas_acq_rel(&r->state, &committed, b->state); /* R1 */
+    }
+    pthread_mutex_unlock(&h->commit_lock[c->ring]);
+    if (status == SHMR_WOULD_BLOCK && c->items >= 0 && shmr_ring_has_item(h, (uint32_t)c->items))
+        return SHMR_ITEM_WAITS;
+    return status;
+}
+
+int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t deadline, shmr_block *block) {
+    int status = shmr_usable(h);
+    if (status != SHMR_OK) return status;
+    uint32_t kind = shmr_state_kind(block->state);
+    if (ring >= h->g.config.rings || block->spec_bytes > SHMR_SPEC_BYTES || block->length > block->room)
+        return shmr_fail(SHMR_BAD_ARGUMENT, 0, "ring, spec or length out of range");
+    if (block->block >= h->g.config.blocks || (kind != SHMR_CLAIMED && kind != SHMR_LEASED) ||
+        shmr_state_owner(block->state) != h->self)
+        return SHMR_STALE;
+    struct commit_attempt attempt = {ring, items, block, 0};
+    if (payload_check) attempt.payload_crc = shmr_crc32c(0, h->base + block->offset, block->length);
+    uint64_t length = block->length;
+    status = try_commit(h, &attempt);
+    if (status == SHMR_WOULD_BLOCK && deadline != 0) {
+        struct shmr_ring *q = shmr_ring_at(h, ring);
+        struct shmr_source sources[2] = {
+            {q->slot_waiters, shmr_ring_has_room, ring, true},
+            {items >= 0 ? shmr_ring_at(h, (uint32_t)items)->item_waiters : NULL, shmr_ring_has_item,
+             items >= 0 ? (uint32_t)items : 0, true},
+        };
+        status = shmr_wait(h, sources, items >= 0 ? 2 : 1, SHMR_SPIN_SLOT, try_commit, &attempt, deadline);
+    }
+    if (status != SHMR_OK) return status;
+    block->state = 0;
+    shmr_notify_one(h, shmr_ring_at(h, ring)->item_waiters);
+    struct shmr_participant *me = shmr_participant_at(h, h->self);
+    shmr_add_relaxed(&me->committed, 1);            /* statistics */
+    shmr_add_relaxed(&me->bytes_committed, length); /* statistics */
+    shmr_pin(h, -1);
+    return SHMR_OK;
+}
+
+/* ---- lease ------------------------------------------------------------------------------------------------------------ */
+
+struct lease_attempt {
+    uint32_t ring;
+    shmr_block *out;
+    bool sequence_broken;
+};
+
+/* While only one participant ever leases, a producer's numbers must come without a gap; with several, each
+ * sees a growing part of them. Messages delivered again after a death are exempt. */
+static bool in_sequence(shmr *h, uint32_t ring, const shmr_block *b, bool sole) {
+    uint64_t *last = &h->last_seq[ring][b->producer];
+    if (b->attempts) return true;
+    uint64_t before = *last;
+    *last = b->seq;
+    if (before >> 40 != b->seq >> 40) /* another life of that slot of the table */
+        return b->seq > before && (!sole || (b->seq & ((UINT64_C(1) << 40) - 1)) == 1);
+    return sole ? b->seq == before + 1 : b->seq > before;
+}
+
+static int try_lease(shmr *h, void *argument) {
+    struct lease_attempt *a = argument;
+    int status = shmr_usable(h);
+    if (status != SHMR_OK) return status;
+    struct shmr_ring *q = shmr_ring_at(h, a->ring);
+    uint64_t lessee = shmr_load_relaxed(&q->lessee); /* before the take: ordered by A1 of the next one */
+    if (lessee != h->self + 1 && lessee != UINT64_MAX) {
+        uint64_t none = 0;
+        if (!shmr_cas_acq_rel(&q->lessee, &none, h->self + 1) && none != h->self + 1) /* A10 R10 */
+            shmr_store_release(&q->lessee, UINT64_MAX); /* R10 */
+    }
+    uint32_t block = 0;
+    uint64_t state = 0;
+    bool closed = shmr_load_acquire(&q->closed); /* A9: first, so that what was committed before is found */
+    pthread_mutex_lock(&h->lease_lock[a->ring]);
+    status = take(h, a->ring, &block, &state);
+    if (status == SHMR_OK) {
+        status = shmr_read_descriptor(h, block, state, a->out);
+        if (status == SHMR_OK) {
+            bool sole = shmr_load_acquire(&q->lessee) == h->self + 1; /* A10 */
+            a->sequence_broken = !in_sequence(h, a->ring, a->out, sole);
+        } else {
+            a->out->state = state; /* so that it can be given back */
+            a->out->block = block;
+        }
+    }
+    pthread_mutex_unlock(&h->lease_lock[a->ring]);
+    if (status == SHMR_WOULD_BLOCK && closed) return SHMR_CLOSED;
+    return status;
+}
+
+int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr_block *out) {
+    int status = shmr_usable(h);
+    if (status != SHMR_OK) return status;
+    if (ring >= h->g.config.rings) return shmr_fail(SHMR_BAD_ARGUMENT, 0, "no such ring");
+    struct lease_attempt attempt = {ring, out, false};
+    out->state = 0;
+    status = try_lease(h, &attempt);
+    if (status == SHMR_WOULD_BLOCK && deadline != 0) {
+        struct shmr_source source = {shmr_ring_at(h, ring)->item_waiters, shmr_ring_has_item, ring, true};
+        status = shmr_wait(h, &source, 1, SHMR_SPIN_ITEM, try_lease, &attempt, deadline);
+    }
+    if (status != SHMR_OK && out->state == 0) return status;
+    shmr_retry_inserts(h);
+    shmr_pin(h, 1);
+    if (status == SHMR_OK && attempt.sequence_broken)
+        status = shmr_fail(SHMR_CORRUPT, 0, "sequence number: a message is missing, doubled or out of order");
+    if (status == SHMR_OK && payload_check) {
+        uint32_t stored = (uint32_t)shmr_load_relaxed(&shmr_record_at(h, out->block)->check); /* leased by us */
+        if (stored != 0 && stored != shmr_crc32c(0, h->base + out->offset, out->length))
+            status = shmr_fail(SHMR_CORRUPT, 0, "checksum of the payload");
+    }
+    struct shmr_participant *me = shmr_participant_at(h, h->self);
+    shmr_add_relaxed(&me->leased, 1); /* statistics */
+    if (status == SHMR_CORRUPT) shmr_release(h, out); /* reported, and out of everybody's way */
+    return status;
+}
+
+/* ---- the rest ----------------------------------------------------------------------------------------------------------- */
+
+int shmr_close_ring(shmr *h, uint32_t ring) {
+    int status = shmr_usable(h);
+    if (status != SHMR_OK) return status;
+    if (ring >= h->g.config.rings) return shmr_fail(SHMR_BAD_ARGUMENT, 0, "no such ring");
+    shmr_store_release(&shmr_ring_at(h, ring)->closed, 1); /* R9 */
+    shmr_ring_all(h);
+    return SHMR_OK;
+}
+
+static int item_waits(shmr *h, void *argument) {
+    uint32_t ring = *(uint32_t *)argument;
+    int status = shmr_usable(h);
+    if (status != SHMR_OK) return status;
+    bool closed = shmr_load_acquire(&shmr_ring_at(h, ring)->closed); /* A9: before the look */
+    if (slot_is_filled(h, ring)) return SHMR_OK;
+    return closed ? SHMR_CLOSED : SHMR_WOULD_BLOCK;
+}
+
+int shmr_wait_item(shmr *h, uint32_t ring, int64_t deadline) {
+    if (ring >= h->g.config.rings) return shmr_fail(SHMR_BAD_ARGUMENT, 0, "no such ring");
+    int status = item_waits(h, &ring);
+    if (status != SHMR_WOULD_BLOCK || deadline == 0) return status;
+    struct shmr_source source = {shmr_ring_at(h, ring)->item_waiters, shmr_ring_has_item, ring, true};
+    return shmr_wait(h, &source, 1, SHMR_SPIN_ITEM, item_waits, &ring, deadline);
+}

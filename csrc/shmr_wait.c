@@ -1,0 +1,244 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+/* Waiting: a bitmap of waiters per source, and doorbells: process-shared semaphores with one waiter each.
+ *
+ *   waiter                                        the other side
+ *   borrow a doorbell, drain old tokens           change the state (one seq_cst CAS)
+ *   set its bit at each source     (seq_cst)      load the bitmap (seq_cst): empty -> done, one load, no call
+ *   try again                                     clear one bit; if it was set, post that doorbell
+ *   sleep; try again; ...
+ *   clear its bits; pass the baton on
+ *
+ * I9   Set-bit / try-again against change / load-bitmap are all sequentially consistent, so one of the two sees
+ *      the other: no lost wake-up.
+ * I10  Whoever clears a bit posts, always; whoever leaves after having been registered looks whether the source
+ *      still has something and notifies the next. So a wake-up that reached somebody busy, or dying, goes on;
+ *      what a dead notifier took with it, recovery repairs by ringing every doorbell.
+ *
+ * The 250 ms slices are a safety net and the moment to look for deaths; wake-ups that only they found are counted.
+ */
+#include <errno.h>
+#include <semaphore.h>
+#include <time.h>
+
+#include "shmr_internal.h"
+
+#define SLICE_NS 250000000
+#define SPIN_NS 50000
+#define MISSES_MAX 3   /* after so many spins in vain: no more spinning */
+#define PROBE_EVERY 32 /* but try again now and then */
+
+int64_t shmr_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* ---- notifying ------------------------------------------------------------------------------------------------------ */
+
+bool shmr_any_waiter(const shmr_word *waiters) {
+    for (int w = 0; w < SHMR_WAITER_WORDS; w++)
+        if (shmr_load_seq_cst(&waiters[w])) return true; /* S1 S2 S3 S5 I9 */
+    return false;
+}
+
+static void post(shmr *h, uint32_t doorbell) {
+    if (doorbell < h->g.config.doorbells) sem_post(&shmr_doorbell_at(h, doorbell)->bell);
+}
+
+void shmr_notify_one(shmr *h, shmr_word *waiters) {
+    for (int w = 0; w < SHMR_WAITER_WORDS; w++) {
+        uint64_t bits;
+        while ((bits = shmr_load_seq_cst(&waiters[w]))) { /* S1 S2 S3 S5 I9 */
+            uint64_t bit = bits & -bits;
+            if (!(shmr_and_acq_rel(&waiters[w], ~bit) & bit)) continue; /* A11 R11: another was faster */
+            post(h, (uint32_t)(w * 64) + (uint32_t)__builtin_ctzll(bit)); /* I10 */
+            return;
+        }
+    }
+}
+
+void shmr_notify_all(shmr *h, shmr_word *waiters) {
+    for (int w = 0; w < SHMR_WAITER_WORDS; w++) {
+        if (!shmr_load_seq_cst(&waiters[w])) continue; /* S1 S2 S3 S5 I9 */
+        uint64_t bits = shmr_exchange_seq_cst(&waiters[w], 0); /* S1 S2 S3 S5 */
+        for (; bits; bits &= bits - 1)
+            post(h, (uint32_t)(w * 64) + (uint32_t)__builtin_ctzll(bits)); /* I10 */
+    }
+}
+
+void shmr_ring_all(shmr *h) {
+    for (uint32_t i = 0; i < h->g.config.doorbells; i++)
+        if (shmr_load_relaxed(&shmr_doorbell_at(h, i)->owner)) post(h, i); /* extra tokens are harmless */
+}
+
+/* ---- doorbells ------------------------------------------------------------------------------------------------------- */
+
+static int borrow_doorbell(shmr *h) {
+    int found = -1;
+    pthread_mutex_lock(&h->doorbell_lock);
+    if (h->doorbell_count) {
+        found = (int)h->doorbells[--h->doorbell_count];
+    } else {
+        for (uint32_t i = 0; i < h->g.config.doorbells && found < 0; i++) {
+            shmr_word *owner = &shmr_doorbell_at(h, i)->owner;
+            uint64_t nobody = 0;
+            if (shmr_load_relaxed(owner) == 0 && /* the CAS decides */
+                shmr_cas_acq_rel(owner, &nobody, h->self + 1)) /* A12 */
+                found = (int)i;
+        }
+    }
+    pthread_mutex_unlock(&h->doorbell_lock);
+    if (found >= 0)
+        while (sem_trywait(&shmr_doorbell_at(h, (uint32_t)found)->bell) == 0) continue; /* old tokens */
+    return found;
+}
+
+static void return_doorbell(shmr *h, int doorbell) {
+    if (doorbell < 0) return;
+    pthread_mutex_lock(&h->doorbell_lock);
+    h->doorbells[h->doorbell_count++] = (uint32_t)doorbell;
+    pthread_mutex_unlock(&h->doorbell_lock);
+}
+
+void shmr_return_doorbells(shmr *h) {
+    pthread_mutex_lock(&h->doorbell_lock);
+    while (h->doorbell_count)
+        shmr_store_release(&shmr_doorbell_at(h, h->doorbells[--h->doorbell_count])->owner, 0); /* R12 */
+    pthread_mutex_unlock(&h->doorbell_lock);
+}
+
+/* ---- waiting ----------------------------------------------------------------------------------------------------------- */
+
+static bool any_ready(const shmr *h, const struct shmr_source *sources, int count) {
+    for (int i = 0; i < count; i++)
+        if (sources[i].ready && sources[i].ready(h, sources[i].ring)) return true;
+    return false;
+}
+
+/* A partner that answers from another core does so within a microsecond; one that sleeps takes 45. So spin first,
+ * as long as spinning has been gaining. True: worth an attempt. */
+static bool spin(shmr *h, const struct shmr_source *sources, int count, enum shmr_spin_kind kind,
+                 int64_t deadline) {
+    struct shmr_spin *s = &h->spin[kind]; /* private; races between threads only cost a wrong guess */
+    uint64_t turn = shmr_add_relaxed(&s->turns, 1), misses = shmr_load_relaxed(&s->misses);
+    if (misses >= MISSES_MAX && turn % PROBE_EVERY) return false;
+    int64_t end = shmr_now() + SPIN_NS;
+    if (deadline > 0 && deadline < end) end = deadline;
+    do {
+        for (int i = 0; i < 16; i++) {
+            if (any_ready(h, sources, count)) {
+                if (misses) shmr_store_relaxed(&s->misses, 0);
+                return true;
+            }
+            shmr_pause();
+        }
+    } while (shmr_now() < end);
+    if (misses < MISSES_MAX) shmr_store_relaxed(&s->misses, misses + 1);
+    return false;
+}
+
+static int sleep_until(shmr *h, int doorbell, int64_t end) {
+    struct timespec t = {end / 1000000000, end % 1000000000};
+    if (doorbell < 0) { /* more sleeping threads than doorbells: look again in a millisecond */
+        t.tv_sec = 0;
+        t.tv_nsec = 1000000;
+        return nanosleep(&t, NULL) == 0 ? 0 : errno;
+    }
+    return sem_clockwait(&shmr_doorbell_at(h, (uint32_t)doorbell)->bell, CLOCK_MONOTONIC, &t) == 0 ? 0 : errno;
+}
+
+/* Give back whole free extents if somebody is short of them: called on every wake-up. */
+static void relieve(shmr *h) {
+    if (!shmr_any_waiter(shmr_header_of(h)->extent_waiters)) return;
+    pthread_mutex_lock(&h->lock);
+    shmr_drain_freed(h);
+    shmr_arena_trim(h);
+    pthread_mutex_unlock(&h->lock);
+}
+
+void shmr_trim(shmr *h) {
+    if (shmr_usable(h) == SHMR_FORKED) return;
+    pthread_mutex_lock(&h->lock);
+    shmr_sweep(h);
+    shmr_arena_trim(h);
+    pthread_mutex_unlock(&h->lock);
+}
+
+/* A slice ended, and there was something. Did it come just now, with the post on its way? If nobody rings within
+ * a moment although our bit stands, a wake-up was lost. */
+static void count_rescue(shmr *h, const struct shmr_source *sources, int count, int doorbell) {
+    if (doorbell < 0 || sleep_until(h, doorbell, shmr_now() + 5000000) != ETIMEDOUT) return;
+    for (int i = 0; i < count; i++)
+        if (!(shmr_load_relaxed(&sources[i].waiters[doorbell / 64]) >> (doorbell % 64) & 1)) return; /* statistics */
+    shmr_add_relaxed(&shmr_participant_at(h, h->self)->rescued_wakeups, 1); /* statistics */
+}
+
+/* Call attempt() until it returns something else than WOULD_BLOCK, sleeping on the sources in between. */
+int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_spin_kind kind,
+              int (*attempt)(shmr *h, void *argument), void *argument, int64_t deadline) {
+    int status = SHMR_WOULD_BLOCK;
+    if (spin(h, sources, count, kind, deadline)) {
+        status = attempt(h, argument);
+        if (status != SHMR_WOULD_BLOCK) return status;
+    }
+    int doorbell = borrow_doorbell(h);
+    bool watching_space = sources[0].waiters == shmr_participant_at(h, h->self)->space_waiters;
+    bool by_slice = false;
+    int64_t next_look = 0;
+    for (;;) {
+        if (doorbell >= 0)
+            for (int i = 0; i < count; i++)
+                shmr_or_seq_cst(&sources[i].waiters[doorbell / 64], UINT64_C(1) << (doorbell % 64)); /* S1 S2 S3 S5 */
+        status = attempt(h, argument);
+        if (status != SHMR_WOULD_BLOCK) {
+            if (by_slice && status == SHMR_OK) count_rescue(h, sources, count, doorbell);
+            break;
+        }
+        int64_t now = shmr_now();
+        if (deadline >= 0 && now >= deadline) {
+            status = SHMR_TIMEOUT;
+            break;
+        }
+        if (now >= next_look) {
+            bool found = shmr_check_deaths(h) > 0;
+            shmr_retry_inserts(h);
+            next_look = now + SLICE_NS;
+            if (watching_space) {
+                shmr_adopt_orphans(h);
+                pthread_mutex_lock(&h->lock);
+                shmr_sweep(h);
+                pthread_mutex_unlock(&h->lock);
+                if (!by_slice) { /* the first time: what that found is worth an attempt before sleeping */
+                    status = attempt(h, argument);
+                    if (status != SHMR_WOULD_BLOCK) break;
+                }
+            }
+            if (found || shmr_load_relaxed(&shmr_header_of(h)->deaths)) { /* a hint: shmr_alone looks itself */
+                status = attempt(h, argument);
+                if (status != SHMR_WOULD_BLOCK) break;
+                if (!(h->g.config.flags & SHMR_WAIT_ALONE) && shmr_alone(h)) {
+                    status = SHMR_PEER_LOST;
+                    break;
+                }
+            }
+        }
+        if (!watching_space) relieve(h);
+        int64_t end = now + SLICE_NS;
+        if (deadline >= 0 && deadline < end) end = deadline;
+        int error = sleep_until(h, doorbell, end);
+        by_slice = error == ETIMEDOUT;
+        if (error == EINTR) {
+            status = attempt(h, argument); /* we may hold a baton */
+            if (status == SHMR_WOULD_BLOCK) status = SHMR_INTERRUPTED;
+            break;
+        }
+    }
+    if (doorbell >= 0) {
+        for (int i = 0; i < count; i++)
+            shmr_and_acq_rel(&sources[i].waiters[doorbell / 64], ~(UINT64_C(1) << (doorbell % 64))); /* A11 R11 */
+        for (int i = 0; i < count; i++) /* I10 */
+            if (sources[i].baton && sources[i].ready(h, sources[i].ring)) shmr_notify_one(h, sources[i].waiters);
+        return_doorbell(h, doorbell);
+    }
+    return status;
+}

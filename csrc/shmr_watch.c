@@ -1,0 +1,31 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+/* A worker must not outlive its main process, even while user code in it holds the interpreter for minutes:
+ * a thread of plain C waits for the main process's pidfd and ends this one. (PR_SET_PDEATHSIG will not do: it
+ * fires when the *thread* that started us ends.) */
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include "shmr_internal.h"
+
+static void *watch(void *argument) {
+    struct pollfd parent = {(int)(intptr_t)argument, POLLIN, 0};
+    while (poll(&parent, 1, -1) < 1) continue;
+    _exit(0);
+}
+
+int shmr_watch_parent(int pidfd) {
+    pthread_t thread;
+    pthread_attr_t attributes;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are the interpreter's business */
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, 64 << 10);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    int error = pthread_create(&thread, &attributes, watch, (void *)(intptr_t)pidfd);
+    pthread_attr_destroy(&attributes);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return error ? shmr_fail(SHMR_SYSTEM, error, "pthread_create") : SHMR_OK;
+}

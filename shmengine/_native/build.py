@@ -1,0 +1,70 @@
+"""Build the C core through cffi (API mode). Build time only: never imported at run time.
+
+Environment switches (rebuild with ``make rebuild`` after changing one):
+
+- ``SHMENGINE_DEBUG=1``: invariants checked, no optimisation;
+- ``SHMENGINE_SANITIZE=address|undefined|thread``: that sanitizer (its runtime must be preloaded);
+- ``SHMENGINE_COVERAGE=1``: gcov instrumentation.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cffi import FFI
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+
+SOURCES = (
+    "shmr_region.c",
+    "shmr_reserve.c",
+    "shmr_arena.c",
+    "shmr_held.c",
+    "shmr_block.c",
+    "shmr_ring.c",
+    "shmr_wait.c",
+    "shmr_recover.c",
+    "shmr_numpy.c",
+    "shmr_memory.c",
+    "shmr_watch.c",
+)
+
+
+def flags() -> tuple[list[str], list[str]]:
+    """Compiler and linker flags after the environment."""
+    compile_args = ["-std=c11", "-D_GNU_SOURCE", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    link_args = ["-pthread"]
+    if os.environ.get("SHMENGINE_DEBUG") == "1":
+        compile_args += ["-O0", "-g", "-DSHMR_DEBUG"]
+    else:
+        compile_args += ["-O2", "-g"]
+    sanitize = os.environ.get("SHMENGINE_SANITIZE", "")
+    if sanitize:
+        if sanitize not in {"address", "undefined", "thread"}:
+            raise SystemExit(f"SHMENGINE_SANITIZE={sanitize!r}: use address, undefined or thread")
+        compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"]
+        link_args += [f"-fsanitize={sanitize}"]
+    if os.environ.get("SHMENGINE_COVERAGE") == "1":
+        compile_args += ["--coverage"]
+        link_args += ["--coverage"]
+    return compile_args, link_args
+
+
+compile_args, link_args = flags()
+ffi = FFI()
+ffi.cdef((CSRC / "shmr_cdef.h").read_text())
+ffi.set_source(
+    "shmengine._native._core",
+    '#include "shmr.h"\n',
+    sources=[os.path.relpath(CSRC / name, ROOT) for name in SOURCES],
+    include_dirs=[os.path.relpath(CSRC, ROOT)],
+    depends=[os.path.relpath(path, ROOT) for path in sorted(CSRC.glob("*.h"))],
+    extra_compile_args=compile_args,
+    extra_link_args=link_args,
+)
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    ffi.compile(verbose=True)

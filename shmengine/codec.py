@@ -1,0 +1,600 @@
+"""Objects to frames and back, with array data beside the pickle instead of in it.
+
+A *frame* is one run of bytes that describes itself, so that the same frame can lie in a block of
+shared memory or travel through a pipe, a message queue or a socket::
+
+    0        64                       64-byte aligned
+    | header | table | specs | in-band | part 0 | part 1 | ...
+
+The table has one entry for each part: a buffer, an array (its `ArraySpec` is among the specs) or
+a reference to an array that is already in shared memory. A bare array has no in-band bytes at all.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from shmengine._native import crc32c
+from shmengine.arrays import (
+    Array,
+    Bytes,
+    address_of,
+    decode_spec,
+    extent_of,
+    is_plain_dtype,
+    pack_spec,
+    view,
+)
+from shmengine.errors import (
+    Corrupt,
+    RemoteError,
+    RemoteTraceback,
+    SerializationError,
+    ShmError,
+    StaleReference,
+)
+from shmengine.filemap import mapping_behind
+from shmengine.pickling import dump, find_culprit
+from shmengine.plain import dump_plain, load_plain
+
+__all__ = [
+    "Encoded",
+    "FrameInfo",
+    "SharedReference",
+    "decode",
+    "decode_exception",
+    "encode",
+    "encode_exception",
+    "find_culprit",
+    "inspect_frame",
+]
+
+FRAME_MAGIC = b"SHMF"
+FRAME_VERSION = 1
+FRAME_ALIGNMENT = 64
+
+# What the in-band bytes are.
+KIND_PICKLE = 1
+KIND_PLAIN = 2
+KIND_ARRAY = 3  # none: the object is part 0
+
+# magic, version, kind, flags; in-band, total, checked bytes; sequence; producer, parts, table and
+# specs bytes, body CRC; reserved. The CRC of all this is the last word.
+_HEADER = struct.Struct("<4sBBHQQQQIIII4x")
+HEADER_BYTES = 64
+_CRC = struct.Struct("<I")
+
+# offset from the start of the frame, bytes, bytes of the spec, what it is
+_ENTRY = struct.Struct("<QQII")
+_PART_BUFFER = 0
+_PART_ARRAY = 1
+_PART_SHARED = 2
+
+_REFERENCE = struct.Struct("<QQQQ")
+
+# Up to here the in-band bytes are joined, copied at once, and always covered by the CRC.
+SMALL_BYTES = 1 << 16
+_FIRST_LOOK = 4096
+
+_ndarray = np.ndarray
+_ZEROS = bytes(FRAME_ALIGNMENT)
+
+
+class SharedReference(NamedTuple):
+    """Where an array lies in shared memory.
+
+    Attributes
+    ----------
+    region : int
+        63-bit number that names the region.
+    block, generation : int
+        The block, and which use of it.
+    offset : int
+        Bytes from the start of the block to the array's lowest address.
+    """
+
+    region: int
+    block: int
+    generation: int
+    offset: int
+
+
+Share = Callable[[Array], "SharedReference | None"]
+Resolve = Callable[[SharedReference], Bytes]
+
+
+class _Parts:
+    """The parts of a frame in the making."""
+
+    __slots__ = ("entries", "memmap_mode", "references", "share", "sources", "specs")
+
+    def __init__(self, share: Share | None, memmap_mode: str | None) -> None:
+        self.share = share
+        self.memmap_mode = memmap_mode
+        self.entries: list[tuple[int, int, int]] = []  # bytes, bytes of the spec, what it is
+        self.specs: list[bytes] = []
+        # For each part with bytes: an array and the strides of its copy, or a memoryview and None.
+        self.sources: list[tuple[Any, tuple[int, ...] | None]] = []
+        self.references: list[SharedReference] = []
+
+    def reset(self) -> None:
+        self.entries.clear()
+        self.specs.clear()
+        self.sources.clear()
+        self.references.clear()
+
+    def add_buffer(self, buffer: pickle.PickleBuffer) -> None:
+        raw = buffer.raw()
+        self.entries.append((raw.nbytes, 0, _PART_BUFFER))
+        self.sources.append((raw, None))
+
+    def add_array(self, array: Array) -> None:
+        share = self.share
+        if share is not None:
+            reference = share(array)
+            if reference is not None:
+                self._add_shared(array, reference)
+                return
+        strides = None
+        if array.flags.c_contiguous:
+            spec = pack_spec(array.dtype, array.shape)
+        else:
+            spec, array, strides = _compact(array)
+        self.specs.append(spec)
+        self.entries.append((array.nbytes, len(spec), _PART_ARRAY))
+        self.sources.append((array, strides))
+
+    def _add_shared(self, array: Array, reference: SharedReference) -> None:
+        spec = _REFERENCE.pack(*reference)
+        if array.flags.c_contiguous:
+            spec += pack_spec(array.dtype, array.shape)
+        else:
+            low = extent_of(array)[0]
+            spec += pack_spec(array.dtype, array.shape, array.strides, address_of(array) - low)
+        self.references.append(reference)
+        self.specs.append(spec)
+        self.entries.append((0, len(spec), _PART_SHARED))
+
+
+def _compact(array: Array) -> tuple[bytes, Array, tuple[int, ...] | None]:
+    """Say how an array that is not C-contiguous is copied.
+
+    Its memory order is kept where it is C's or Fortran's, and elements that it repeats by a stride
+    of zero are copied once.
+
+    Returns
+    -------
+    spec : bytes
+    source : ndarray
+        What to copy.
+    strides : tuple of int or None
+        Where to: the strides of the copy, None for C order.
+    """
+    shape, steps = array.shape, array.strides
+    repeated = [step == 0 and count > 1 for step, count in zip(steps, shape, strict=True)]
+    source = array
+    if True in repeated:
+        source = array[tuple(slice(0, 1) if once else slice(None) for once in repeated)]
+    order = [abs(step) for step, count in zip(steps, source.shape, strict=True) if count > 1]
+    fortran = len(order) > 1 and order == sorted(order)
+    strides = [0] * len(shape)
+    step = array.itemsize
+    axes = range(len(shape))
+    for axis in axes if fortran else reversed(axes):
+        strides[axis] = step
+        step *= source.shape[axis]
+    copied = tuple(strides) if fortran else None
+    spread = tuple(0 if once else step for once, step in zip(repeated, strides, strict=True))
+    return pack_spec(array.dtype, shape, spread if fortran or True in repeated else None), source, copied
+
+
+class Encoded:
+    """An object ready to be written as a frame. The object's arrays are not copied before that.
+
+    Attributes
+    ----------
+    nbytes : int
+        Size of the whole frame.
+    bytes_inline : int
+        Bytes of arrays, buffers and big ``bytes`` objects that are copied into the frame.
+    references : list of SharedReference
+        Arrays that travel by reference instead.
+    """
+
+    __slots__ = (
+        "_body",
+        "_copies",
+        "_counts",
+        "_kind",
+        "bytes_inline",
+        "nbytes",
+        "references",
+    )
+
+    def __init__(self, kind: int, parts: _Parts, pieces: list[Any]) -> None:
+        in_band_bytes = sum(map(len, pieces)) if pieces else 0
+        inline = 0
+        copies: list[tuple[int, int, Any, tuple[int, ...] | None]] = []
+        entries = parts.entries
+        prefix: list[Any] = []
+        prefix_bytes = 0
+        end = HEADER_BYTES + in_band_bytes
+        if entries:
+            prefix_bytes = _ENTRY.size * len(entries) + sum(map(len, parts.specs))
+            end += prefix_bytes
+            sources = iter(parts.sources)
+            for nbytes, spec_bytes, what in entries:
+                offset = 0
+                if what != _PART_SHARED:
+                    offset = (end + 63) & -64
+                    end = offset + nbytes
+                    inline += nbytes
+                    copies.append((offset, nbytes, *next(sources)))
+                prefix.append(_ENTRY.pack(offset, nbytes, spec_bytes, what))
+            prefix += parts.specs
+        if in_band_bytes <= SMALL_BYTES:
+            prefix += pieces
+            self._body: list[Any] = [b"".join(prefix)]
+        else:
+            self._body = [b"".join(prefix), *pieces]
+            inline += sum(len(piece) for piece in pieces if len(piece) >= SMALL_BYTES)
+        self._kind = kind
+        self._counts = (in_band_bytes, len(entries), prefix_bytes)
+        self._copies = copies
+        self.nbytes = end
+        self.bytes_inline = inline
+        self.references = parts.references
+
+    def write_into(
+        self, target: Any, *, sequence: int = 0, producer: int = 0, checksum: bool = False
+    ) -> None:
+        """Write the frame; every array is copied exactly once, straight to its place.
+
+        Parameters
+        ----------
+        target : memoryview or ndarray of uint8
+            Writable and contiguous, at least `nbytes` long, 64-byte aligned.
+        sequence, producer : int, optional
+            What the header says about the sender.
+        checksum : bool, optional
+            Let the CRC cover all bytes, and not only what is not array data.
+        """
+        root: Bytes = target if type(target) is _ndarray else np.frombuffer(target, np.uint8)
+        memory = memoryview(cast("Any", root))
+        at = HEADER_BYTES
+        for piece in self._body:
+            end = at + len(piece)
+            memory[at:end] = piece
+            at = end
+        for offset, nbytes, source, strides in self._copies:
+            if at < offset:
+                memory[at:offset] = _ZEROS[at - offset :]
+            at = offset + nbytes
+            if type(source) is memoryview:
+                memory[offset:at] = source
+            elif nbytes:
+                _ndarray(source.shape, source.dtype, root, offset, strides)[...] = source
+        body = self._body[0]
+        if checksum:
+            body = memory[HEADER_BYTES : self.nbytes]
+        in_band_bytes, part_count, prefix_bytes = self._counts
+        header = _HEADER.pack(
+            FRAME_MAGIC,
+            FRAME_VERSION,
+            self._kind,
+            0,
+            in_band_bytes,
+            self.nbytes,
+            len(body),
+            sequence,
+            producer,
+            part_count,
+            prefix_bytes,
+            crc32c(body),
+        )
+        memory[:HEADER_BYTES] = header + _CRC.pack(crc32c(header))
+
+    def to_bytes(self) -> bytes:
+        """Return the frame as bytes."""
+        memory = np.empty(self.nbytes, np.uint8)
+        self.write_into(memory)
+        return memory.tobytes()
+
+
+def encode(
+    obj: Any,
+    *,
+    share: Share | None = None,
+    allow_pickle: bool = True,
+    by_value: bool = True,
+    memmap_mode: str | None = "r",
+    label: str = "",
+) -> Encoded:
+    """Make an object ready to be written as a frame.
+
+    Parameters
+    ----------
+    obj : object
+        Anything that cloudpickle can pickle. Arrays of every kind and layout, masked arrays, record
+        arrays and other subclasses travel as data beside the pickle; arrays come back read-only
+        if the frame is. A ``memoryview`` comes back as one, over the frame.
+    share : callable, optional
+        ``share(array)`` returns a `SharedReference` if the array lies in shared memory that the
+        reader can reach. It may be called more than once for an array.
+    allow_pickle : bool, optional
+        False: only arrays, None, bool, int, float, complex, str, bytes, list, tuple and dict, and
+        no references to files.
+    by_value : bool, optional
+        Whether functions and classes that other processes cannot import (those of ``__main__``
+        first of all) go by value. False is for processes that share the caller's modules by fork.
+    memmap_mode : {"r", "r+", None}, optional
+        How the reader opens a `numpy.memmap` or a view of one, which travels as the name of its
+        file; with None its data travels.
+    label : str, optional
+        What the path in an error begins with.
+
+    Raises
+    ------
+    SerializationError
+        With the path to what cannot be encoded, for instance ``args[0]['lock']``.
+    """
+    parts = _Parts(share, memmap_mode)
+    if (
+        type(obj) is _ndarray
+        and is_plain_dtype(obj.dtype)
+        and (obj.base is None or memmap_mode is None or mapping_behind(obj) is None)
+    ):
+        parts.add_array(obj)
+        return Encoded(KIND_ARRAY, parts, [])
+    if not allow_pickle:
+        return Encoded(KIND_PLAIN, parts, dump_plain(obj, parts, label))
+    return Encoded(KIND_PICKLE, parts, dump(obj, parts, by_value=by_value, label=label))
+
+
+class FrameInfo(NamedTuple):
+    """What a frame's header says."""
+
+    kind: int
+    nbytes: int
+    sequence: int
+    producer: int
+    in_band_bytes: int
+    part_count: int
+    prefix_bytes: int
+    checked_bytes: int
+    body_crc: int
+
+
+def inspect_frame(frame: Any, *, verify: bool = True) -> FrameInfo:
+    """Check a frame's header and return what it says.
+
+    Parameters
+    ----------
+    frame : ndarray of uint8, or any flat buffer
+        May be longer than the frame.
+
+    Raises
+    ------
+    Corrupt
+        If this is no frame, or not the whole of it.
+    """
+    root: Bytes = frame if type(frame) is _ndarray else np.frombuffer(frame, np.uint8)
+    return _parse_header(root[:HEADER_BYTES].tobytes(), root.nbytes, verify)
+
+
+def _parse_header(raw: bytes, available: int, verify: bool) -> FrameInfo:
+    if len(raw) < HEADER_BYTES:
+        raise Corrupt(f"{len(raw)} bytes are too few for a frame", "length")
+    magic, version, kind, flags, in_band, total, checked, sequence, producer, count, prefix, crc = (
+        _HEADER.unpack_from(raw)
+    )
+    if magic != FRAME_MAGIC:
+        raise Corrupt(f"no frame: it begins with {magic!r}", "magic")
+    if version != FRAME_VERSION:
+        raise Corrupt(f"a frame of version {version}; this is version {FRAME_VERSION}", "version")
+    if verify and _CRC.unpack_from(raw, _HEADER.size)[0] != crc32c(raw[: _HEADER.size]):
+        raise Corrupt("the checksum of a frame's header is wrong", "header CRC")
+    if not KIND_PICKLE <= kind <= KIND_ARRAY or flags:
+        raise Corrupt(f"a frame of kind {kind} with flags {flags}", "kind")
+    if total > available or HEADER_BYTES + max(prefix + in_band, checked) > total:
+        raise Corrupt(f"a frame of {total} bytes ({prefix} + {in_band}) in {available}", "length")
+    if count * _ENTRY.size > prefix:
+        raise Corrupt(f"{count} parts in a table of {prefix} bytes", "parts")
+    return FrameInfo(kind, total, sequence, producer, in_band, count, prefix, checked, crc)
+
+
+def decode(
+    frame: Any,
+    *,
+    resolve: Resolve | None = None,
+    allow_pickle: bool = True,
+    verify: bool = True,
+    copy: bool = False,
+) -> Any:
+    """Turn a frame into the object it was made from.
+
+    Parameters
+    ----------
+    frame : ndarray of uint8, or any flat buffer
+        May be longer than the frame. Arrays are views of it, read-only if it is, and keep it alive.
+    resolve : callable, optional
+        ``resolve(reference)`` returns the memory of a block in shared memory from its first byte.
+    allow_pickle : bool, optional
+        False: refuse frames that contain a pickle, without looking at it.
+    verify : bool, optional
+        Whether to verify the checksums. Lengths and bounds are always verified.
+    copy : bool, optional
+        Whether arrays are private, writable copies.
+
+    Raises
+    ------
+    Corrupt
+        If this is no frame or a damaged one.
+    StaleReference
+        If it names shared memory or a file that cannot be reached any more.
+    SerializationError
+        If it is sound and cannot be unpickled here, or must not be.
+    """
+    root: Bytes = frame if type(frame) is _ndarray else np.frombuffer(frame, np.uint8)
+    # Somebody may still write into shared memory: copy, check the copy, use the copy.
+    raw = root[:_FIRST_LOOK].tobytes()
+    info = _parse_header(raw, root.nbytes, verify)
+    kind, total, _, _, in_band_bytes, count, prefix_bytes, checked_bytes, body_crc = info
+    prefix_end = HEADER_BYTES + prefix_bytes
+    body_end = prefix_end + in_band_bytes
+    if body_end > len(raw):
+        raw = root[: body_end if in_band_bytes <= SMALL_BYTES else prefix_end].tobytes()
+    checked_end = HEADER_BYTES + checked_bytes
+    if verify:
+        body = raw if checked_end <= len(raw) else memoryview(cast("Any", root))
+        if crc32c(body[HEADER_BYTES:checked_end]) != body_crc:
+            raise Corrupt("the checksum of a frame is wrong", "CRC")
+    parts = _read_parts(root, raw, count, prefix_end, body_end, total, resolve, copy) if count else []
+    if kind == KIND_ARRAY:
+        if len(parts) != 1 or type(parts[0]) is memoryview or in_band_bytes:
+            raise Corrupt("a frame of one array has something else", "parts")
+        return parts[0]
+    in_band: Any = memoryview(raw if body_end <= len(raw) else cast("Any", root))[prefix_end:body_end]
+    if kind == KIND_PLAIN:
+        return load_plain(in_band, parts)
+    if not allow_pickle:
+        raise SerializationError("a frame with a pickle, and allow_pickle is False")
+    try:
+        return pickle.loads(in_band, buffers=parts)
+    except ShmError:
+        raise
+    except Exception as error:
+        if verify and checked_end >= body_end:
+            message = f"cannot unpickle in this process: {type(error).__name__}: {error}"
+            raise SerializationError(message) from error
+        raise Corrupt(f"the pickle in a frame is damaged: {error}", "in-band bytes") from error
+
+
+def _read_parts(
+    root: Bytes,
+    raw: bytes,
+    count: int,
+    prefix_end: int,
+    body_end: int,
+    total: int,
+    resolve: Resolve | None,
+    copy: bool,
+) -> list[Any]:
+    spec_start = HEADER_BYTES + count * _ENTRY.size
+    parts: list[Any] = []
+    for offset, nbytes, spec_bytes, what in _ENTRY.iter_unpack(raw[HEADER_BYTES:spec_start]):
+        spec_end = spec_start + spec_bytes
+        if spec_end > prefix_end:
+            raise Corrupt("the spec of an array is outside of its place", "parts")
+        if what == _PART_SHARED:
+            parts.append(_read_shared(raw[spec_start:spec_end], resolve, copy))
+            spec_start = spec_end
+            continue
+        if offset < body_end or offset + nbytes > total or offset & (FRAME_ALIGNMENT - 1):
+            raise Corrupt(f"a part of {nbytes} bytes at {offset} in a frame of {total}", "parts")
+        if what == _PART_ARRAY:
+            spec = decode_spec(raw[spec_start:spec_end])
+            spec_start = spec_end
+            strides = spec.strides
+            if spec.offset or (spec.nbytes != nbytes if strides is None else min(strides, default=0) < 0):
+                raise Corrupt(f"{nbytes} bytes for an array of {spec.nbytes}", "parts")
+            if strides is None:
+                array = view(root, spec, offset)
+            else:
+                array = view(root[: offset + nbytes], spec, offset)
+                if 0 in strides:  # several elements in one place: not to be written to
+                    array.flags.writeable = False
+            parts.append(array.copy("K") if copy else array)
+        elif what == _PART_BUFFER:
+            part: Any = root[offset : offset + nbytes]
+            parts.append(memoryview(part.copy() if copy else part))
+        else:
+            raise Corrupt(f"a part of unknown kind {what}", "parts")
+    return parts
+
+
+def _read_shared(raw: bytes, resolve: Resolve | None, copy: bool) -> Array:
+    if len(raw) < _REFERENCE.size:
+        raise Corrupt(f"{len(raw)} bytes for a reference to shared memory", "parts")
+    reference = SharedReference(*_REFERENCE.unpack_from(raw))
+    spec = decode_spec(raw[_REFERENCE.size :])
+    if resolve is None:
+        raise StaleReference(f"{reference} is shared memory of others")
+    array = view(resolve(reference), spec, reference.offset)
+    return array.copy("K") if copy else array
+
+
+# --- exceptions ----------------------------------------------------------------------------
+
+
+def encode_exception(error: BaseException) -> tuple[str, str, str, bytes | None, list[str]]:
+    """Make an exception ready to travel, whatever its class.
+
+    Returns
+    -------
+    type_name : str
+        Qualified name of its class.
+    message : str
+    traceback : str
+        Formatted, with causes and context.
+    frame : bytes or None
+        The exception itself; None if it cannot be pickled, or not be unpickled again.
+    notes : list of str
+    """
+    import traceback
+
+    cls = type(error)
+    type_name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    try:
+        message = str(error)
+    except Exception:
+        message = f"<the text of this {type_name} cannot be made>"
+    try:
+        text = "".join(traceback.format_exception(error))
+    except Exception:
+        text = f"{type_name}: {message}\n"
+    notes = getattr(error, "__notes__", None)
+    notes = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+    frame: bytes | None
+    try:
+        frame = encode(error, memmap_mode=None).to_bytes()
+        if not _is_same_error(decode(frame), cls):
+            frame = None
+    except Exception:
+        frame = None
+    return type_name, message, text, frame, notes
+
+
+def _is_same_error(loaded: object, cls: type) -> bool:
+    return isinstance(loaded, BaseException) and type(loaded).__qualname__ == cls.__qualname__
+
+
+def decode_exception(encoded: tuple[str, str, str, bytes | None, list[str]]) -> BaseException:
+    """Return the exception from `encode_exception`, with the remote traceback as ``__cause__``.
+
+    Returns
+    -------
+    BaseException
+        Of the original class if that could travel, otherwise a `RemoteError`.
+    """
+    type_name, message, text, frame, notes = encoded
+    error: BaseException | None = None
+    if frame is not None:
+        try:
+            loaded = decode(frame, copy=True)
+            error = loaded if isinstance(loaded, BaseException) else None
+        except Exception:  # its class cannot be had in this process
+            error = None
+    if error is None:
+        error = RemoteError(f"{type_name}: {message}" if message else type_name, type_name)
+    present = getattr(error, "__notes__", [])
+    for note in notes:
+        if note not in present:
+            error.add_note(note)
+    error.__cause__ = RemoteTraceback(text)
+    return error

@@ -1,0 +1,106 @@
+"""Checks of what callers give to an `Engine`: each mistake its own text, at the call."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence, Sized
+from typing import Any
+
+import numpy as np
+
+from shmengine.engine.backend import Entropy, TaskOptions, function_name
+from shmengine.errors import ArrayError
+
+__all__ = [
+    "check_callable",
+    "check_choice",
+    "check_iterables",
+    "check_out",
+    "is_index",
+    "positive",
+    "task_options",
+    "total_of",
+]
+
+
+def task_options(
+    method: str,
+    fn: Callable[..., Any],
+    timeout: float | None,
+    window: int | None,
+    rng: Any,
+    writable: Any,
+    retries: int | None = None,
+) -> TaskOptions:
+    """Check what all methods have in common."""
+    check_callable("fn", fn)
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout must be positive (seconds) or None, not {timeout!r}")
+    if writable is True:
+        writable = "private"
+    elif writable is not False:
+        check_choice("writable", writable, ("private", "shared"))
+    return TaskOptions(
+        timeout=timeout,
+        retries=0 if writable == "shared" else retries,
+        writable=writable,
+        rng=entropy_of(rng),
+        window=None if window is None else positive("window", window),
+        label=f"{method}({function_name(fn)})",
+    )
+
+
+def entropy_of(rng: Any) -> Entropy | None:
+    if rng is None:
+        return None
+    try:
+        if isinstance(rng, bool):
+            raise TypeError
+        seed = operator.index(rng) if is_index(rng) else tuple(operator.index(word) for word in rng)
+    except TypeError:
+        raise TypeError(f"rng must be a seed (an int or a sequence of ints), not {rng!r}") from None
+    if min((seed,) if isinstance(seed, int) else seed, default=0) < 0:
+        raise ValueError(f"rng must not be negative, got {rng!r}")
+    return seed
+
+
+def check_iterables(method_name: str, iterables: Sequence[Any]) -> None:
+    if not iterables:
+        raise TypeError(f"{method_name} needs at least one iterable")
+    for iterable in iterables:
+        if not any(hasattr(type(iterable), method) for method in ("__iter__", "__getitem__")):
+            raise TypeError(f"{method_name}: {type(iterable).__name__} object is not iterable")
+
+
+def check_out(out: Any, dtype: np.dtype | None) -> None:
+    if not isinstance(out, np.ndarray):
+        raise ArrayError(f"out must be an ndarray, not {type(out).__name__}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
+    if dtype is not None and dtype != out.dtype:
+        raise ValueError(f"dtype {dtype} contradicts out, which has dtype {out.dtype}: give one of them")
+
+
+def check_callable(name: str, fn: Any) -> None:
+    if not callable(fn):
+        raise TypeError(f"{name} must be callable, not {type(fn).__name__}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def is_index(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, (bool, np.ndarray))
+
+
+def positive(name: str, value: Any) -> int:
+    if not is_index(value) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+    return operator.index(value)
+
+
+def total_of(iterables: Sequence[Iterable[Any]]) -> int | None:
+    lengths = [len(iterable) for iterable in iterables if isinstance(iterable, Sized)]
+    return min(lengths, default=None)

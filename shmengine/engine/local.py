@@ -1,0 +1,479 @@
+"""Backends without processes: `SerialBackend`, the oracle of the others, and `ThreadBackend`.
+
+Both keep the contract that processes impose: a function sees read-only arrays (unless told otherwise),
+and what it returns belongs to the caller alone, never to an input or to another result.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import numpy as np
+
+from shmengine.arrays import readonly
+from shmengine.engine.backend import Call, Outcome, Ref, TaskOptions, annotate, task_rng, timed_out
+from shmengine.errors import Closed
+from shmengine.stats import EngineStats
+
+__all__ = ["LocalRef", "SerialBackend", "ThreadBackend"]
+
+CLOSED = "this engine is closed; make a new one"
+
+
+class LocalRef(Ref):
+    """A reference to a snapshot in this process."""
+
+    __slots__ = ("_snapshot",)
+
+    def __init__(self, snapshot: Any) -> None:
+        self._snapshot = snapshot
+
+    def get(self) -> Any:
+        """Return the object."""
+        return self._snapshot
+
+
+class _LocalBackend:
+    """What both local backends have in common: one task at a time, counted."""
+
+    kind: str
+    workers: int
+
+    def __init__(
+        self, workers: int, initializer: Callable[..., Any] | None = None, initargs: tuple[Any, ...] = ()
+    ) -> None:
+        self.workers = workers
+        self._initializer = initializer
+        self._initargs = initargs
+        self._closed = False
+        self._lock = threading.Lock()
+        self._done = self._failed = self._in_flight = 0
+        self._refs: weakref.WeakSet[LocalRef] = weakref.WeakSet()
+
+    def put(self, obj: Any) -> Ref:
+        self._check_open()
+        ref = LocalRef(_snapshot(obj))
+        self._refs.add(ref)
+        return ref
+
+    def empty(self, shape: Any, dtype: Any, order: Literal["C", "F"]) -> np.ndarray:
+        self._check_open()
+        return np.empty(shape, dtype, order=order)
+
+    def is_shared(self, array: np.ndarray) -> bool:  # noqa: ARG002  # as the contract has it
+        return True
+
+    def allocator(self) -> AbstractContextManager[None]:
+        self._check_open()
+        return nullcontext()
+
+    def copy_into(self, target: np.ndarray, source: np.ndarray) -> None:
+        np.copyto(target, source, casting="same_kind")
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            backend=self.kind,
+            workers=self.workers,
+            tasks_done=self._done,
+            tasks_failed=self._failed,
+            tasks_in_flight=self._in_flight,
+        )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed(CLOSED)
+
+    def _count(self, failed: bool) -> None:
+        with self._lock:
+            if failed:
+                self._failed += 1
+            else:
+                self._done += 1
+
+    def _run(self, fn: Callable[..., Any], call: Call, options: TaskOptions, index: int | None) -> Any:
+        """Run one task and return its value, or raise what it raised."""
+        args, kwargs = call
+        if self._refs:
+            args, kwargs = _resolved(args), _resolved(kwargs)
+        args = tuple([_presented(a, options.writable) if isinstance(a, np.ndarray) else a for a in args])
+        kwargs = {
+            name: _presented(a, options.writable) if isinstance(a, np.ndarray) else a
+            for name, a in kwargs.items()
+        }
+        if options.rng is not None:
+            kwargs["rng"] = task_rng(options.rng, index or 0)
+        returned = [fn(*args, **kwargs)]
+        del args, kwargs  # so that a private copy which the function returned is ours alone
+        _detach(returned)
+        return returned.pop()
+
+
+class SerialBackend(_LocalBackend):
+    """Runs each task in the calling thread, one after another, when its outcome is asked for."""
+
+    kind = "serial"
+
+    def __init__(
+        self, initializer: Callable[..., Any] | None = None, initargs: tuple[Any, ...] = (), **_: Any
+    ) -> None:
+        super().__init__(1, initializer, initargs)
+        self._initialised = initializer is None
+
+    def stream(
+        self,
+        fn: Callable[..., Any],
+        calls: Iterable[Call],
+        options: TaskOptions,
+        *,
+        ordered: bool,  # noqa: ARG002  # either is the same here
+    ) -> Iterator[Outcome]:
+        self._check_open()
+        for index, call in enumerate(calls):
+            yield self._attempt(fn, call, options, index)  # no local: a large value must not live on here
+            self._check_open()
+
+    def submit(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: TaskOptions
+    ) -> Future[Any]:
+        self._check_open()
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        _, value, error = self._attempt(fn, Call(args, kwargs), options, None)
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(annotate(error, options))
+        return future
+
+    def close(self, *, wait: bool = True) -> None:  # noqa: ARG002  # nothing runs
+        self._closed = True
+
+    def _attempt(
+        self, fn: Callable[..., Any], call: Call, options: TaskOptions, index: int | None
+    ) -> Outcome:
+        started = time.monotonic()
+        value: Any = None
+        error: BaseException | None = None
+        try:
+            if not self._initialised:
+                assert self._initializer is not None
+                self._initializer(*self._initargs)
+                self._initialised = True
+            value = self._run(fn, call, options, index)
+            if options.timeout is not None and time.monotonic() - started > options.timeout:
+                error, value = timed_out(options, index), None
+        except KeyboardInterrupt:
+            raise  # it was meant for the main program
+        except BaseException as raised:
+            error = raised
+        try:
+            self._count(error is not None)
+            return Outcome(-1 if index is None else index, value, error)
+        finally:
+            del error  # no cycle of traceback and frame
+
+
+class _Task:
+    """One call on its way through the threads; ends exactly once: run, dropped or timed out."""
+
+    __slots__ = ("abandoned", "call", "ended", "finish", "fn", "index", "options", "started", "thread")
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        call: Call,
+        options: TaskOptions,
+        index: int | None,
+        finish: Callable[[_Task, Any, BaseException | None], None],
+    ) -> None:
+        self.fn = fn
+        self.call: Call | None = call
+        self.options = options
+        self.index = index
+        self.finish = finish
+        self.started: float | None = None
+        self.thread: threading.Thread | None = None  # that runs it; None again when it was replaced
+        self.ended = False  # guarded by the backend's lock, like `abandoned`
+        self.abandoned = False  # nobody waits for it any more
+
+
+class ThreadBackend(_LocalBackend):
+    """Runs tasks in threads of this process: no copies, and parallel where functions drop the GIL.
+
+    The threads are daemons: a call that outlives its timeout, or the engine, keeps no program alive.
+    """
+
+    kind = "thread"
+
+    def __init__(
+        self,
+        workers: int,
+        initializer: Callable[..., Any] | None = None,
+        initargs: tuple[Any, ...] = (),
+        **_: Any,
+    ) -> None:
+        super().__init__(workers, initializer, initargs)
+        self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._threads: set[threading.Thread] = set()
+        self._inline = threading.local()  # has `serial` in our own threads
+        for _ in range(workers):
+            self._add_thread()
+
+    def stream(
+        self, fn: Callable[..., Any], calls: Iterable[Call], options: TaskOptions, *, ordered: bool
+    ) -> Iterator[Outcome]:
+        self._check_open()
+        if hasattr(self._inline, "serial"):
+            # A task that maps on its own engine: waiting for a thread from within one could be for ever.
+            yield from self._inline.serial.stream(fn, calls, options, ordered=ordered)
+            return
+        window = options.window or 4 * self.workers
+        finished: queue.SimpleQueue[tuple[_Task, Any, BaseException | None]] = queue.SimpleQueue()
+        running: dict[int, _Task] = {}
+        early: dict[int, Outcome] = {}  # completed before its turn
+        numbered = enumerate(calls)
+        turn = 0
+        more = True
+
+        def finish(task: _Task, value: Any, error: BaseException | None) -> None:
+            finished.put((task, value, error))
+
+        try:
+            while True:
+                while more and len(running) + len(early) < window:
+                    index, call = next(numbered, (-1, None))
+                    if call is None:
+                        more = False
+                        break
+                    task = _Task(fn, call, options, index, finish)
+                    del call
+                    running[index] = task
+                    self._start(task)
+                if turn in early:
+                    yield early.pop(turn)
+                    turn += 1
+                    continue
+                if not running:
+                    return
+                if ordered:
+                    outcome = self._next_outcome(finished, running, options)
+                    early[outcome.index] = outcome
+                    del outcome
+                else:
+                    yield self._next_outcome(finished, running, options)
+                self._check_open()
+        finally:
+            for task in running.values():
+                self._abandon(task)
+
+    def submit(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: TaskOptions
+    ) -> Future[Any]:
+        self._check_open()
+        if hasattr(self._inline, "serial"):
+            return self._inline.serial.submit(fn, args, kwargs, options)  # type: ignore[no-any-return]
+        future: Future[Any] = Future()
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return fn(*args, **kwargs) if future.set_running_or_notify_cancel() else None
+
+        def finish(task: _Task, value: Any, error: BaseException | None) -> None:
+            if task.started is None:  # dropped by close()
+                future.cancel()
+                future.set_running_or_notify_cancel()
+            elif future.cancelled():
+                return
+            elif error is None:
+                future.set_result(value)
+            else:
+                future.set_exception(annotate(error, options))
+
+        self._start(_Task(run, Call(args, kwargs), options, None, finish))
+        return future
+
+    def close(self, *, wait: bool = True) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                for _ in self._threads:
+                    self._queue.put(None)
+            threads = list(self._threads)
+        if wait:
+            for thread in threads:
+                if thread is not threading.current_thread():
+                    thread.join()
+
+    def _start(self, task: _Task) -> None:
+        with self._lock:
+            self._check_open()
+            self._in_flight += 1
+            self._queue.put(task)
+
+    def _add_thread(self) -> None:
+        thread = threading.Thread(target=self._work, name="shmengine-worker", daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+    def _work(self) -> None:
+        self._inline.serial = SerialBackend()
+        failure: BaseException | None = None
+        if self._initializer is not None:
+            try:
+                self._initializer(*self._initargs)
+            except BaseException as raised:
+                failure = raised
+        while (task := self._queue.get()) is not None:
+            leave = self._work_on(task, failure)
+            del task
+            if leave:
+                return
+
+    def _work_on(self, task: _Task, failure: BaseException | None) -> bool:
+        """Run one task; tell whether this thread has been replaced meanwhile."""
+        value: Any = None
+        error: BaseException | None = None
+        with self._lock:
+            assert task.call is not None
+            call, task.call = task.call, None
+            dropped = task.abandoned or self._closed
+            if not dropped:
+                task.thread, task.started = threading.current_thread(), time.monotonic()
+        if dropped:
+            error = Closed(CLOSED)
+        else:
+            try:
+                if failure is not None:
+                    raise failure
+                value = self._run(task.fn, call, task.options, task.index)
+            except BaseException as raised:
+                error = raised
+        del call
+        with self._lock:
+            abandoned, task.ended = task.abandoned, True
+            replaced = not dropped and task.thread is None
+            self._in_flight -= 1
+        if not abandoned:
+            if not dropped:
+                self._count(error is not None)
+            task.finish(task, value, error)
+        del value, error
+        return replaced
+
+    def _abandon(self, task: _Task, *, replace: bool = False) -> bool:
+        """Stop waiting for `task`; tell False if it has ended already.
+
+        `replace`: the thread that is busy with it counts no longer, and a new one takes its place.
+        """
+        with self._lock:
+            if task.ended:
+                return False
+            task.abandoned = True
+            if replace and task.thread is not None and not self._closed:
+                self._threads.discard(task.thread)
+                task.thread = None
+                self._add_thread()
+            return True
+
+    def _next_outcome(
+        self,
+        finished: queue.SimpleQueue[tuple[_Task, Any, BaseException | None]],
+        running: dict[int, _Task],
+        options: TaskOptions,
+    ) -> Outcome:
+        """Wait until one of `running` completes or exceeds its timeout; it is removed from there."""
+        while True:
+            patience = None
+            if options.timeout is not None:
+                now = time.monotonic()
+                starts = {index: task.started for index, task in running.items() if task.started is not None}
+                for index, started in starts.items():
+                    if now - started > options.timeout and self._abandon(running[index], replace=True):
+                        del running[index]
+                        self._count(failed=True)
+                        return Outcome(index, None, timed_out(options, index))
+                # A task that has not started cannot exceed its time before a whole timeout from now.
+                patience = max(min(starts.values(), default=now) + options.timeout - now, 0.001)
+            try:
+                task, value, error = finished.get(timeout=patience)
+            except queue.Empty:
+                continue
+            if isinstance(error, Closed) and task.started is None:
+                raise error
+            assert task.index is not None
+            del running[task.index]
+            return Outcome(task.index, value, error)
+
+
+def _detach(holder: list[Any], depth: int = 2) -> None:
+    """Replace, in `holder`, every array whose memory somebody else may hold too by a copy of it.
+
+    With processes a result shares memory with nothing; here only an array that nobody else refers to
+    may stay as it is. Looks into exact tuples, lists and dicts, `depth` deep.
+    """
+    for i in range(len(holder)):
+        kind = type(holder[i])
+        if kind is tuple or kind is list or kind is dict:
+            if not depth:
+                continue
+            container, holder[i] = holder[i], None
+            parts = list(container.values() if kind is dict else container)
+            keys = list(container) if kind is dict else []
+            del container  # now `parts` alone refers to them, unless the container is kept elsewhere
+            _detach(parts, depth - 1)
+            holder[i] = dict(zip(keys, parts, strict=True)) if kind is dict else kind(parts)
+        elif isinstance(holder[i], np.ndarray) and not _is_alone(holder, i):
+            holder[i] = holder[i].copy(order="K")
+
+
+def _is_alone(holder: list[Any], i: int) -> bool:
+    base = holder[i].base
+    if base is not None and (
+        not isinstance(base, np.ndarray) or base.base is not None or sys.getrefcount(base) > _ALONE
+    ):
+        return False
+    del base
+    array = holder[i]
+    return sys.getrefcount(array) <= _ALONE
+
+
+def _references(holder: list[Any], i: int) -> int:
+    array = holder[i]
+    return sys.getrefcount(array)
+
+
+# The count of an array to which one list refers; measured, because interpreters count differently.
+_ALONE = _references([np.empty(0)], 0)
+
+
+def _presented(array: np.ndarray, writable: Any) -> np.ndarray:
+    """Return `array` as the function is to see it."""
+    if writable is False:
+        return readonly(array)
+    return array if writable == "shared" else array.copy(order="K")
+
+
+def _resolved(value: Any) -> Any:
+    """Return `value` with the object in place of each reference, inside exact containers too."""
+    if isinstance(value, LocalRef):
+        return value.get()
+    kind = type(value)
+    if kind is tuple or kind is list or kind is set or kind is frozenset:
+        return kind(_resolved(part) for part in value)
+    if kind is dict:
+        return {key: _resolved(part) for key, part in value.items()}
+    return value
+
+
+def _snapshot(obj: Any) -> Any:
+    """Return a copy of `obj` as processes would see it: independent of the original, arrays read-only."""
+    from shmengine.codec import decode, encode
+
+    return decode(np.frombuffer(encode(obj).to_bytes(), np.uint8))

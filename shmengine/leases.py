@@ -1,0 +1,206 @@
+"""Claims and leases: a process's right to write, or to read, one block of a ring.
+
+``with`` a claim, leaving commits and an exception aborts; ``with`` a lease, leaving releases. The array that is
+yielded is a plain ``ndarray``. If it (or a view of it) is still in use elsewhere when a lease's block is left,
+the block stays leased until the last view dies, which is counted (``late_releases``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shmengine._native import ffi, lib
+from shmengine._native.status import OK, STALE, fail
+from shmengine.errors import LeaseError, WouldBlock
+
+if TYPE_CHECKING:
+    from shmengine.region import Region
+    from shmengine.ring import Ring
+
+__all__ = ["Claim", "Lease", "release_with"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# References that stand behind an unescaped view when its lease ends: the cache's, the handle's, the argument of
+# getrefcount, and the name after ``as``.
+_VIEW_REFERENCES = 4
+# The same for its root: the cache's, the view's base, the argument of getrefcount.
+_ROOT_REFERENCES = 3
+
+_watched: dict[int, weakref.ref[Any]] = {}  # by id: arrays cannot be hashed
+
+
+def release_with(root: Any, region: Region, block: Any) -> None:
+    """Release a leased block when `root`, and so every view derived from it, is gone."""
+
+    def release(reference: weakref.ref[Any]) -> None:
+        del _watched[id(reference)]
+        lib.shmr_release(region.handle, block)  # a stale one was released by force, or is the parent's
+
+    reference = weakref.ref(root, release)
+    _watched[id(reference)] = reference
+
+
+class Claim:
+    """A block to be filled; made by `Ring.claim`.
+
+    Attributes
+    ----------
+    array : ndarray
+        Writable, over the block's memory, uninitialised.
+    """
+
+    __slots__ = ("_array", "_block", "_deadline", "_layout", "_ring", "_seconds")
+
+    def __init__(
+        self, ring: Ring, block: Any, array: Array, layout: Any, deadline: int, seconds: float | None
+    ) -> None:
+        self._ring = ring
+        self._block = block
+        self._array: Array | None = array
+        self._layout = layout
+        self._deadline = deadline
+        self._seconds = seconds
+
+    @property
+    def array(self) -> Array:
+        """The memory to fill."""
+        if self._array is None:
+            raise LeaseError("this claim has ended: it was committed or aborted")
+        return self._array
+
+    def commit(self) -> None:
+        """Hand the block over; waits while the ring is full, up to the timeout given to `Ring.claim`.
+
+        Raises
+        ------
+        Timeout, WouldBlock
+            The ring stayed full; the claim is aborted.
+        LeaseError
+            The claim has ended already.
+        """
+        array = self._array
+        if array is None:
+            raise LeaseError("this claim has ended: it was committed or aborted")
+        self._array = None
+        array.flags.writeable = False  # what is committed belongs to the reader
+        ring = self._ring
+        status = ring._commit(self._block, self._layout, self._deadline)
+        if status != OK:
+            with contextlib.suppress(LeaseError):
+                self._abort()
+            if self._deadline == 0 and status == lib.SHMR_WOULD_BLOCK:
+                raise WouldBlock("commit to this ring: it is full; the claim was aborted")
+            fail(status, "commit to this ring (the claim was aborted)", seconds=self._seconds)
+        ring._recycle(self._block, self._layout)
+
+    def abort(self) -> None:
+        """Give the block back; nobody will see it.
+
+        Raises
+        ------
+        LeaseError
+            The claim has ended already.
+        """
+        if self._array is None:
+            raise LeaseError("this claim has ended: it was committed or aborted")
+        self._array.flags.writeable = False
+        self._array = None
+        self._abort()
+
+    def _abort(self) -> None:
+        status = lib.shmr_abort(self._ring._region.handle, self._block)
+        if status == STALE or status == lib.SHMR_FORKED:
+            raise LeaseError("abort of a claim: it is not, or no longer, held by this process")
+
+    def __enter__(self) -> Array:
+        return self.array
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.commit()
+        elif self._array is not None:
+            self.abort()
+
+    def __del__(self) -> None:
+        if self._array is not None:  # forgotten: nobody can commit it any more
+            with contextlib.suppress(Exception):
+                self.abort()
+
+
+class Lease:
+    """A committed block to be read; made by `Ring.lease`.
+
+    Attributes
+    ----------
+    array : ndarray
+        Read-only for good, over the block's memory.
+    attempts : int
+        How often the message had been delivered to somebody who died before releasing it.
+    """
+
+    __slots__ = ("_array", "_block", "_key", "_ring", "attempts")
+
+    def __init__(self, ring: Ring, block: Any, array: Array, key: Any) -> None:
+        self._ring = ring
+        self._block = block
+        self._array: Array | None = array
+        self._key = key
+        self.attempts: int = block.attempts
+
+    @property
+    def array(self) -> Array:
+        """The memory to read."""
+        if self._array is None:
+            raise LeaseError("this lease has ended: it was released")
+        return self._array
+
+    def release(self) -> None:
+        """Give the block back, at once if no view of it is in use elsewhere, else with the last view.
+
+        Raises
+        ------
+        LeaseError
+            The lease has ended already, or belongs to the parent of this forked process.
+        """
+        # Called directly there may be no name after ``as``; one reference more is then taken for an escape only
+        # if the array is in use twice.
+        array = self._array
+        if array is None:
+            raise LeaseError("this lease has ended: it was released")
+        self._array = None
+        ring = self._ring
+        base: Any = array.base
+        # `array` and `base` are names of this frame: one reference more each than the constants count.
+        if sys.getrefcount(array) <= _VIEW_REFERENCES and sys.getrefcount(base) <= _ROOT_REFERENCES + 1:
+            status = lib.shmr_release(ring._region.handle, self._block)
+            if status != OK:
+                raise LeaseError("release of a lease: it is not, or no longer, held by this process")
+            ring._blocks.append(self._block)
+            return
+        ring._views.pop(self._key, None)
+        lib.shmr_count_late_release(ring._region.handle)
+        release_with(base, ring._region, self._block)
+
+    def __enter__(self) -> Array:
+        return self.array
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        if self._array is not None:
+            self.release()
+
+    def __del__(self) -> None:
+        if self._array is not None:
+            with contextlib.suppress(Exception):
+                self.release()
+
+
+def new_block() -> Any:
+    """Return a fresh ``shmr_block``."""
+    return ffi.new("shmr_block *")

@@ -1,0 +1,409 @@
+"""Objects to an in-band pickle and the parts that travel beside it.
+
+Three roads, cheapest first:
+
+* exact builtin types, standard library and numpy types: the C pickler, at its full speed. It asks
+  `reducer_override` only about what it has no opcode for, so plain values cost nothing extra;
+* anything else: cloudpickle's pickler (also C), so that functions, classes and instances of
+  ``__main__``, and of modules that another process cannot import, go by value;
+* ``by_value=False``: what `pickle` does, for processes that share the caller's modules (fork).
+
+On all of them our reducers take out what pickle 5 would copy into the stream: every kind of array.
+``bytes`` and ``bytearray`` objects from 64 KiB on stay in the stream, but as pieces of their own that
+are copied straight into the frame.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import pickle
+import sys
+from pickle import PickleBuffer
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, Protocol
+
+import numpy as np
+
+from shmengine import filemap
+from shmengine.arrays import Array, is_plain_dtype
+from shmengine.errors import SerializationError
+
+__all__ = ["Parts", "dump", "find_culprit"]
+
+PROTOCOL = 5
+_ndarray = np.ndarray
+_STABLE_PACKAGES = sys.stdlib_module_names | {"numpy", "shmengine"}
+
+
+class Parts(Protocol):
+    """Collects what travels beside the pickle, in the order in which the pickle names it."""
+
+    def add_array(self, array: Array) -> None:
+        """Take an array of a plain dtype."""
+
+    def add_buffer(self, buffer: PickleBuffer) -> None:
+        """Take a contiguous buffer."""
+
+    def reset(self) -> None:
+        """Forget everything: pickling starts again."""
+
+    memmap_mode: str | None
+
+
+# --- what the reading side calls -----------------------------------------------------------
+
+# pickle lets a reader supply any object for an out-of-band buffer. So the stream only says "the
+# next part" (one opcode), and the decoder hands over arrays that it has already checked and made.
+_NEXT_PART = PickleBuffer(bytearray(1))
+
+
+def _part(part: Any) -> Any:
+    return part
+
+
+def _subclass(cls: type[Array], array: Array) -> Array:
+    return array.view(cls)
+
+
+def _set_attributes(array: Array, attributes: dict[str, Any]) -> None:
+    array.__dict__.update(attributes)
+
+
+def _memoryview(raw: Any, layout: str, shape: tuple[int, ...]) -> memoryview:
+    flat = memoryview(raw)
+    if flat.nbytes == 0 or (layout == "B" and len(shape) == 1):
+        return flat
+    return flat.cast(layout, shape) if layout == "B" else flat.cast(layout).cast("B").cast(layout, shape)  # type: ignore[call-overload, no-any-return]
+
+
+# --- reducers ------------------------------------------------------------------------------
+
+
+def _reduce_array(parts: Parts, array: Array) -> Any:
+    if not is_plain_dtype(array.dtype):
+        return NotImplemented
+    if array.base is not None and parts.memmap_mode is not None:
+        reference = filemap.reference_to(array, parts.memmap_mode)
+        if reference is not None:
+            return filemap.open_view, reference
+    parts.add_array(array)
+    return _part, (_NEXT_PART,)
+
+
+def _reduce_subclass(parts: Parts, array: Array) -> Any:
+    cls = type(array)
+    if cls is np.memmap or not is_plain_dtype(array.dtype):
+        return _reduce_array(parts, array)
+    if not _has_standard_pickling(cls):
+        return NotImplemented
+    attributes = getattr(array, "__dict__", None)
+    if not attributes:
+        return _subclass, (cls, array.view(_ndarray))
+    return _subclass, (cls, array.view(_ndarray)), attributes, None, None, _set_attributes
+
+
+def _has_standard_pickling(cls: type[Array]) -> bool:
+    """Tell whether data and ``__dict__`` are all there is to an instance of this subclass."""
+    masked = sys.modules.get("numpy.ma")
+    for known in (_ndarray,) if masked is None else (_ndarray, masked.MaskedArray, np.recarray):
+        if (
+            issubclass(cls, known)
+            and cls.__reduce__ is known.__reduce__
+            and cls.__reduce_ex__ is known.__reduce_ex__
+            and cls.__setstate__ is known.__setstate__
+        ):
+            return True
+    return cls in (np.recarray, np.matrix)
+
+
+def _reduce_memoryview(view: memoryview) -> Any:
+    if view.c_contiguous:
+        return _memoryview, (PickleBuffer(view), view.format, view.shape)
+    return _memoryview, (PickleBuffer(view.tobytes()), view.format, view.shape)
+
+
+def _reduce(parts: Parts, obj: Any) -> Any:
+    """Return our own reduction of what is not an exact ndarray; NotImplemented if we have none."""
+    if isinstance(obj, _ndarray):
+        return _reduce_subclass(parts, obj)
+    if type(obj) is memoryview:
+        return _reduce_memoryview(obj)
+    return NotImplemented
+
+
+# --- picklers ------------------------------------------------------------------------------
+
+
+class _NotPlain(Exception):
+    """Something that the plain pickler must not decide about."""
+
+
+class _Sink:
+    """A file that keeps what is written as a list of pieces (big ``bytes`` come as themselves)."""
+
+    __slots__ = ("write",)
+
+    def __init__(self, pieces: list[Any]) -> None:
+        self.write = pieces.append
+
+
+_plain_types: set[type] = set()
+
+
+def _is_stable(name: object) -> bool:
+    return type(name) is str and name.partition(".")[0] in _STABLE_PACKAGES
+
+
+class _PlainPickler(pickle.Pickler):
+    parts: Parts
+
+    def __init__(self) -> None:
+        self.pieces: list[Any] = []
+        super().__init__(_Sink(self.pieces), PROTOCOL, buffer_callback=self._take_buffer)
+
+    def _take_buffer(self, buffer: PickleBuffer) -> None:
+        if buffer is not _NEXT_PART:
+            self.parts.add_buffer(buffer)
+
+    def reducer_override(self, obj: Any) -> Any:
+        cls = type(obj)
+        if cls is _ndarray:
+            return _reduce_array(self.parts, obj)
+        if cls in _plain_types:
+            return NotImplemented
+        if isinstance(obj, (type, FunctionType, BuiltinFunctionType)):
+            if not _is_stable(obj.__module__):
+                raise _NotPlain
+            return NotImplemented
+        if not _is_stable(cls.__module__):
+            raise _NotPlain
+        reduced = _reduce(self.parts, obj)
+        if reduced is NotImplemented and not isinstance(obj, _ndarray):
+            _plain_types.add(cls)
+        return reduced
+
+
+class _ReferencePickler(_PlainPickler):
+    """Functions and classes by reference, as `pickle` does."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is _ndarray:
+            return _reduce_array(self.parts, obj)
+        return _reduce(self.parts, obj)
+
+
+def _make_value_pickler() -> Any:
+    import cloudpickle
+
+    class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
+        """Functions and classes by value where another process could not import them."""
+
+        def __init__(self, parts: Parts) -> None:
+            self.parts = parts
+            self.pieces: list[Any] = []
+            super().__init__(_Sink(self.pieces), PROTOCOL, buffer_callback=self._take_buffer)
+
+        def _take_buffer(self, buffer: PickleBuffer) -> None:
+            if buffer is not _NEXT_PART:
+                self.parts.add_buffer(buffer)
+
+        def reducer_override(self, obj: Any) -> Any:
+            if type(obj) is _ndarray:
+                return _reduce_array(self.parts, obj)
+            reduced = _reduce(self.parts, obj)
+            if reduced is not NotImplemented:
+                return reduced
+            if isinstance(obj, (type, FunctionType)):
+                module = sys.modules.get(obj.__module__) if type(obj.__module__) is str else None
+                if module is not None and not _is_importable(obj.__module__):
+                    cloudpickle.register_pickle_by_value(module)
+            return super().reducer_override(obj)
+
+    return ValuePickler
+
+
+_importable: dict[str, bool] = {"__main__": True}  # cloudpickle knows __main__ itself
+
+
+def _is_importable(name: str) -> bool:
+    """Tell whether another process with our ``sys.path`` could import the package of this module."""
+    package = name.partition(".")[0]
+    known = _importable.get(package)
+    if known is None:
+        known = package in _STABLE_PACKAGES or _can_be_found(package)
+        _importable[package] = known
+    return known
+
+
+def _can_be_found(package: str) -> bool:
+    module = sys.modules.get(package)
+    loaded: importlib.machinery.ModuleSpec | None = getattr(module, "__spec__", None)
+    if module is not None and loaded is None:
+        return False
+    for finder in sys.meta_path:
+        try:
+            found = finder.find_spec(package, None)
+        except Exception:  # a broken finder is not our affair
+            continue
+        if found is not None:
+            return loaded is None or found.origin == loaded.origin
+    return False
+
+
+_idle: list[_PlainPickler] = []
+_value_pickler: Any = None
+
+
+def dump(obj: Any, parts: Parts, *, by_value: bool = True, label: str = "") -> list[Any]:
+    """Pickle an object.
+
+    Parameters
+    ----------
+    obj : object
+    parts : Parts
+        Receives the arrays and buffers.
+    by_value : bool, optional
+        Whether functions and classes that other processes cannot import go by value.
+    label : str, optional
+        How the error calls `obj`.
+
+    Returns
+    -------
+    list of bytes-like
+        The pickle, in pieces. Pieces may be the caller's own ``bytes`` and ``bytearray`` objects.
+
+    Raises
+    ------
+    SerializationError
+        With the path to what cannot be pickled.
+    """
+    try:
+        return _dump(obj, parts, by_value)
+    except Exception as error:
+        path, culprit, reason = find_culprit(obj, label, by_value=by_value)
+        what = f"{type(culprit).__qualname__!r} object"
+        message = f"cannot pickle {what} at {path}" if path else f"cannot pickle {what}"
+        raise SerializationError(f"{message}: {reason or error}", path) from (reason or error)
+
+
+def _dump(obj: Any, parts: Parts, by_value: bool) -> list[Any]:
+    global _value_pickler
+    if not by_value:
+        reference_pickler = _ReferencePickler()
+        reference_pickler.parts = parts
+        reference_pickler.dump(obj)
+        return reference_pickler.pieces
+    try:
+        pickler = _idle.pop()
+    except IndexError:
+        pickler = _PlainPickler()
+    pickler.parts = parts
+    try:
+        pickler.dump(obj)
+    except Exception:  # _NotPlain, or something that cloudpickle may know better
+        parts.reset()
+    else:
+        pieces = pickler.pieces.copy()
+        pickler.pieces.clear()
+        pickler.clear_memo()
+        del pickler.parts
+        _idle.append(pickler)
+        return pieces
+    if _value_pickler is None:
+        _value_pickler = _make_value_pickler()
+    value_pickler = _value_pickler(parts)
+    value_pickler.dump(obj)
+    return value_pickler.pieces  # type: ignore[no-any-return]
+
+
+# --- whose fault it was --------------------------------------------------------------------
+
+
+class _NoParts:
+    """Parts that are only counted out: for trying whether something can be pickled."""
+
+    memmap_mode: str | None = None
+
+    def add_array(self, array: Array) -> None: ...
+
+    def add_buffer(self, buffer: PickleBuffer) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+def find_culprit(obj: Any, label: str = "", *, by_value: bool = True) -> tuple[str, Any, Exception | None]:
+    """Find the innermost part of an object that cannot be pickled.
+
+    Parameters
+    ----------
+    obj : object
+        For instance the arguments of a call.
+    label : str, optional
+        What the path begins with, for instance ``"args"``.
+
+    Returns
+    -------
+    path : str
+        For instance ``args[0]['lock']``.
+    culprit : object
+    reason : Exception or None
+        What pickling the culprit alone raised; None if the whole object can be pickled.
+    """
+    reason = _why_not(obj, by_value)
+    path = label
+    seen: set[int] = set()
+    while reason is not None and id(obj) not in seen:
+        seen.add(id(obj))
+        for step, part in _parts_of(obj):
+            failure = _why_not(part, by_value)
+            if failure is not None:
+                path, obj, reason = path + step, part, failure
+                break
+        else:
+            break
+    return path, obj, reason
+
+
+def _why_not(obj: Any, by_value: bool) -> Exception | None:
+    try:
+        _dump(obj, _NoParts(), by_value)
+    except Exception as error:
+        return error
+    return None
+
+
+def _parts_of(obj: Any) -> Any:
+    """Yield (step of the path, part) for everything that pickling this object leads to."""
+    if isinstance(obj, (list, tuple)):
+        yield from ((f"[{index}]", part) for index, part in enumerate(obj))
+    elif isinstance(obj, dict):
+        for key, part in obj.items():
+            yield f".key({key!r:.80})", key
+            yield f"[{key!r:.80}]", part
+    elif isinstance(obj, (set, frozenset)):
+        yield from ((f".element({part!r:.80})", part) for part in obj)
+    elif isinstance(obj, np.ndarray) and obj.dtype.hasobject and obj.dtype.names is None:
+        for index in np.ndindex(obj.shape):
+            yield f"[{', '.join(map(str, index))}]", obj[index]
+    elif isinstance(obj, FunctionType):
+        for name, cell in zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=False):
+            try:
+                yield f".<closure {name}>", cell.cell_contents
+            except ValueError:  # an empty cell
+                continue
+        for name in obj.__code__.co_names:
+            if name in obj.__globals__:
+                yield f".<global {name}>", obj.__globals__[name]
+        yield ".__defaults__", obj.__defaults__
+        yield ".__kwdefaults__", obj.__kwdefaults__
+    for name in ("__self__", "func", "args", "keywords"):  # methods and partials
+        part = getattr(obj, name, None)
+        if part is not None and not isinstance(obj, type) and not isinstance(part, type(sys)):
+            yield f".{name}", part
+    attributes = getattr(obj, "__dict__", None)
+    if isinstance(attributes, dict) and not isinstance(obj, (type, FunctionType)):
+        yield from ((f".{name}", part) for name, part in attributes.items())
+    slots = getattr(type(obj), "__slots__", ())
+    for name in (slots,) if isinstance(slots, str) else slots:
+        if hasattr(obj, name) and name not in ("__dict__", "__weakref__"):
+            yield f".{name}", getattr(obj, name)

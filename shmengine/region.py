@@ -1,0 +1,356 @@
+"""Regions: one sparse piece of shared memory, and this process's place in it.
+
+A region is made with `multiprocessing.shared_memory.SharedMemory` and unlinked at once, so that even a
+SIGKILL of everybody leaves nothing in ``/dev/shm``; where that file system is too small (containers give it
+64 MiB) an anonymous memory file takes its place. Only a region with a user's name keeps one. The C core maps it
+once a process; views hold the mapping, not the `Region`, so nothing is ever unmapped under them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+import threading
+import time
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shmengine import config
+from shmengine._native import ffi, lib
+from shmengine._native.status import OK, WOULD_BLOCK, fail
+from shmengine.arrays import Bytes
+from shmengine.errors import LayoutMismatch, MemoryBudgetExceeded, ShmError, UseAfterFork
+
+__all__ = ["EXTENT_BYTES", "Region", "RegionConfig", "RegionToken"]
+
+EXTENT_BYTES = config.EXTENT_BYTES
+NAME_PREFIX = "shmengine."
+GROUP = 256  # records that change hands together (SHMR_GROUP)
+ATTACH_SECONDS = 5.0  # a creator that is alive takes milliseconds from the file to the magic
+
+
+@dataclass(frozen=True)
+class RegionConfig:
+    """Geometry of a region; see ``shmr_config`` in csrc/shmr.h."""
+
+    arena_bytes: int
+    capacities: tuple[int, ...]
+    participants: int = 64
+    doorbells: int = 256
+    blocks: int = 0
+    start: int = 0
+    creator_recovers: bool = False
+    wait_alone: bool = False
+
+    def to_c(self) -> Any:
+        """Return a ``shmr_config``, rounded to what the core takes."""
+        arena = max(1, -(-self.arena_bytes // EXTENT_BYTES)) * EXTENT_BYTES
+        blocks = self.blocks or min(1 << 20, max(4096, arena // 1024))
+        c = ffi.new("shmr_config *")
+        c.participants = self.participants
+        c.doorbells = self.doorbells
+        c.rings = len(self.capacities)
+        c.blocks = -(-blocks // GROUP) * GROUP
+        c.arena_bytes = arena
+        c.start = self.start
+        c.flags = (lib.SHMR_CREATOR_RECOVERS if self.creator_recovers else 0) | (
+            lib.SHMR_WAIT_ALONE if self.wait_alone else 0
+        )
+        for i, capacity in enumerate(self.capacities):
+            c.capacity[i] = capacity
+        return c
+
+
+@dataclass(frozen=True)
+class RegionToken:
+    """What another process needs to find a region."""
+
+    number: int
+    pid: int
+    start_time: str
+    fd: int
+    inode: int
+    name: str | None
+    duplicate: Any = field(default=None, compare=False)  # multiprocessing's DupFd, while it spawns
+
+
+def _start_time(pid: int) -> str:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[19].decode()
+
+
+_attached: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
+_attaching = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _attaching
+    _attaching = threading.Lock()
+    _attached.clear()  # the parent's places in its regions are not ours
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class Region:
+    """This process's attachment to a region: a place among its participants, and its memory.
+
+    Not made directly: `create`, `attach`, `attach_name`, `from_token`.
+
+    Attributes
+    ----------
+    handle : cdata
+        ``shmr *`` for the C core.
+    fd : int
+        Descriptor of the region's file, for children.
+    number : int
+        63 random bits that name the region in references.
+    memory, readable : memoryview
+        All of the region, writable and read-only; whoever holds one holds the mapping.
+    """
+
+    def __init__(self, handle: Any, fd: int, name: str | None, *, creator: bool) -> None:
+        self.handle = handle
+        self.fd = fd
+        self.name = name
+        self.creator = creator
+        self.pid = os.getpid()
+        self.closed = False
+        info = os.fstat(fd)
+        self.inode = info.st_ino
+        self.number = (info.st_ino * 0x9E3779B97F4A7C15 ^ info.st_dev) & (1 << 63) - 1
+        mapping = lib.shmr_mapping_retain(handle)
+        base = ffi.gc(
+            ffi.cast("char *", lib.shmr_base(handle)),
+            lambda _, release=lib.shmr_mapping_release, mapping=mapping: release(mapping),
+        )
+        self.memory = memoryview(ffi.buffer(base, lib.shmr_mapped_bytes(handle)))
+        self.readable = self.memory.toreadonly()
+        self._finalizer = weakref.finalize(self, _end, handle, fd, name if creator else None, self.pid)
+
+    # --- making and finding ------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, settings: RegionConfig, name: str | None = None) -> Region:
+        """Make a region and join it as its first participant.
+
+        Raises
+        ------
+        MemoryBudgetExceeded
+            Neither ``/dev/shm`` nor an anonymous memory file can hold it.
+        FileExistsError
+            The name is taken.
+        """
+        c = settings.to_c()
+        total = lib.shmr_region_bytes(c)
+        if total == 0:
+            raise ValueError(f"no region can have this geometry: {settings}")
+        fd = _make_file(total, int(c.arena_bytes), name)
+        out = ffi.new("shmr **")
+        status = lib.shmr_create(fd, c, out)
+        if status != OK:
+            os.close(fd)
+            if name is not None:
+                _unlink(name)
+            if status == lib.SHMR_NO_MEMORY:
+                raise MemoryBudgetExceeded(
+                    f"no room for the control part of a region ({config.format_bytes(total - int(c.arena_bytes))}"
+                    f" of {config.format_bytes(total)}): /dev/shm has {config.format_bytes(config.shm_free())} free",
+                    total,
+                )
+            fail(status, "create a region")
+        region = cls(out[0], fd, name, creator=True)
+        _attached[region.number] = region
+        return region
+
+    @classmethod
+    def attach(cls, fd: int, name: str | None = None) -> Region:
+        """Join the region behind a descriptor, which the new object owns from then on (on failure too)."""
+        out = ffi.new("shmr **")
+        deadline = time.monotonic() + ATTACH_SECONDS
+        try:
+            while (status := lib.shmr_attach(fd, out)) == WOULD_BLOCK:
+                if time.monotonic() > deadline:
+                    raise LayoutMismatch("attach to a region: nobody has finished creating it")
+                time.sleep(0.001)
+            if status != OK:
+                fail(status, "attach to a region")
+        except BaseException:
+            os.close(fd)
+            raise
+        region = cls(out[0], fd, name, creator=False)
+        _attached[region.number] = region
+        return region
+
+    @classmethod
+    def attach_name(cls, name: str) -> Region:
+        """Join the region of this name.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is none.
+        LayoutMismatch
+            It is no region of ours: another owner, open to others, another version.
+        """
+        fd = os.open(_path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o077:
+            os.close(fd)
+            raise LayoutMismatch(
+                f"{_path(name)} is not safe to attach to: it must be a plain file of this user with mode 0600"
+            )
+        return cls.attach(fd, name)
+
+    @classmethod
+    def from_token(cls, token: RegionToken) -> Region:
+        """Join the region that a token names; the same process gets the same object."""
+        with _attaching:
+            known = _attached.get(token.number)
+            if known is not None and not known.closed:
+                return known
+            if token.duplicate is not None:
+                return cls.attach(token.duplicate.detach(), token.name)
+            if token.name is not None:
+                region = cls.attach_name(token.name)
+                if region.inode != token.inode:
+                    region.close()
+                    raise LayoutMismatch(f"the region named {token.name!r} has been replaced by another one")
+                return region
+            return cls.attach(_borrow_descriptor(token))
+
+    def token(self) -> RegionToken:
+        """Return what another process needs to join; inside a multiprocessing spawn the descriptor goes along."""
+        from multiprocessing import context, reduction
+
+        duplicate = None
+        if context.get_spawning_popen() is not None:
+            duplicate = reduction.DupFd(self.fd)
+        pid = os.getpid()
+        return RegionToken(self.number, pid, _start_time(pid), self.fd, self.inode, self.name, duplicate)
+
+    def rejoin(self) -> Region:
+        """In a forked child: join once more, as a participant of its own."""
+        with _attaching:
+            known = _attached.get(self.number)
+            if known is not None and known.pid == os.getpid() and not known.closed:
+                return known
+            return Region.attach(os.dup(self.fd), self.name)
+
+    # --- memory --------------------------------------------------------------------------------
+
+    def root(self, offset: int, nbytes: int, *, writable: bool = False) -> Bytes:
+        """Return the flat bytes at an offset of the region; everything derived from them keeps the mapping."""
+        return np.frombuffer(self.memory if writable else self.readable, np.uint8, nbytes, offset)
+
+    def counters(self) -> Any:
+        """Return a fresh ``shmr_counters``."""
+        out = ffi.new("shmr_counters *")
+        lib.shmr_read_counters(self.handle, out)
+        return out
+
+    # --- end -----------------------------------------------------------------------------------
+
+    def check_fork(self) -> None:
+        """Raise `UseAfterFork` in a forked child."""
+        if self.pid != os.getpid():
+            raise UseAfterFork("it belongs to the parent of this forked process")
+
+    def close(self, *, force: bool = False) -> None:
+        """Leave: at once if nothing is held here, else with the last view (`force`: at once anyway)."""
+        self.closed = True
+        if self.pid != os.getpid():
+            return
+        lib.shmr_close(self.handle, int(force))
+        if self.creator and self.name is not None:
+            _unlink(self.name)
+            self.name = None
+
+
+def _end(handle: Any, fd: int, name: str | None, pid: int) -> None:
+    """Finalize a region: when it is collected, or at exit."""
+    if pid != os.getpid():
+        with contextlib.suppress(OSError):
+            os.close(fd)
+        return
+    # At exit views may still be alive; what they lease is done with, and must not be delivered again.
+    lib.shmr_close(handle, 1)
+    lib.shmr_free(handle)
+    with contextlib.suppress(OSError):
+        os.close(fd)
+    if name is not None:
+        _unlink(name)
+
+
+def _path(name: str) -> str:
+    return f"/dev/shm/{NAME_PREFIX}{name}"  # noqa: S108 - where POSIX shared memory is on Linux
+
+
+def _unlink(name: str) -> None:
+    """Remove the name of a region of ours, as `SharedMemory.unlink` would."""
+    import _posixshmem
+    from multiprocessing import resource_tracker
+
+    with contextlib.suppress(FileNotFoundError):
+        _posixshmem.shm_unlink(f"/{NAME_PREFIX}{name}")
+    with contextlib.suppress(Exception):
+        resource_tracker.unregister(f"/{NAME_PREFIX}{name}", "shared_memory")
+
+
+def _make_file(total: int, arena: int, name: str | None) -> int:
+    """Return a descriptor of a new sparse file of `total` bytes."""
+    free = config.shm_free()
+    if name is None and free < total:
+        try:
+            fd = os.memfd_create("shmengine", os.MFD_CLOEXEC)
+            os.truncate(fd, total)
+        except OSError as error:
+            raise MemoryBudgetExceeded(
+                f"/dev/shm has {config.format_bytes(free)} free, {config.format_bytes(total)} are asked for, and"
+                f" an anonymous memory file is refused ({error}); give a smaller memory=, or more to /dev/shm"
+                " (docker run --shm-size)",
+                total,
+            ) from error
+        return fd
+    from multiprocessing.shared_memory import SharedMemory
+
+    full = f"{NAME_PREFIX}{name if name is not None else secrets.token_hex(16)}"
+    try:
+        memory = SharedMemory(full, create=True, size=total)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise MemoryBudgetExceeded(
+            f"/dev/shm cannot hold a region of {config.format_bytes(arena)}: {error}", total
+        ) from error
+    try:
+        return os.dup(memory._fd)  # type: ignore[attr-defined]
+    finally:
+        memory.close()
+        if name is None:
+            memory.unlink()
+
+
+def _borrow_descriptor(token: RegionToken) -> int:
+    """Open another process's descriptor, after making sure that it is that process and that file."""
+    refusal = (
+        "this token of a region was pickled outside of multiprocessing, and the process that made it"
+        f" (pid {token.pid}) {{}}; give the ring a name= for strangers"
+    )
+    try:
+        if _start_time(token.pid) != token.start_time:
+            raise ShmError(refusal.format("has ended"))
+        fd = os.open(f"/proc/{token.pid}/fd/{token.fd}", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ShmError(refusal.format("has ended, or has closed it")) from None
+    except PermissionError:
+        raise ShmError(refusal.format("does not let this one open its descriptors")) from None
+    if os.fstat(fd).st_ino != token.inode:
+        os.close(fd)
+        raise ShmError(refusal.format("has closed it"))
+    return fd

@@ -1,0 +1,508 @@
+"""The ring by itself: arrays from any number of producers to any number of consumers, in any processes.
+
+    ring.claim ─ fill in place ─ commit ──►  [slot][slot][slot] ──► ring.lease ─ read in place ─ release
+          └ an exception aborts                  one word each                        └ block is free again
+
+No copy between filling and reading; crash-safe: a SIGKILL of anyone at any instruction stalls nobody, and what
+the dead had leased is delivered again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shmengine import arrays
+from shmengine._native import ffi, lib
+from shmengine._native.status import CLOSED, FORKED, INTERRUPTED, OK, TIMEOUT, WOULD_BLOCK, fail
+from shmengine.arrays import ArraySpec, decode_spec, encode_spec
+from shmengine.config import format_bytes, parse_bytes
+from shmengine.errors import ArrayError, Closed, Corrupt, LayoutMismatch, LeaseError
+from shmengine.leases import Claim, Lease, new_block, release_with
+from shmengine.region import Region, RegionConfig, RegionToken
+from shmengine.stats import RingStats
+
+__all__ = ["Ring", "deadline_of"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+KIND_ARRAY = 1
+KIND_ARRAY_PREFIX = 2  # the spec is longer than a descriptor holds: it begins the payload
+SPEC_BYTES = 128
+MAX_CACHED = 1024
+NO_REFS = ffi.NULL
+
+
+def deadline_of(timeout: float | None) -> int:
+    """Monotonic nanoseconds for the core: -1 for ever, 0 not at all.
+
+    Raises
+    ------
+    ValueError
+        The timeout is negative or not a number.
+    """
+    if timeout is None:
+        return -1
+    if not timeout >= 0:
+        raise ValueError(f"timeout must be None (for ever), 0 (do not wait) or positive seconds, not {timeout!r}")
+    if timeout == 0:
+        return 0
+    return time.monotonic_ns() + int(min(timeout, 1e9) * 1e9)
+
+
+class _Layout(NamedTuple):
+    """Everything that follows from a shape and a dtype."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    spec: bytes
+    prefix: int  # bytes of payload before the array
+    nbytes: int  # bytes of the array
+    spare: list[Any]  # blocks whose spec is filled in
+
+
+class Ring:
+    """A crash-safe ring of arrays in shared memory.
+
+    Any number of producers and consumers, threads and processes. A ring pickles to children (as an argument of
+    a `multiprocessing.Process` under any start method); strangers meet by `name`.
+
+    Parameters
+    ----------
+    capacity : int
+        Messages that can be committed and not yet leased; a producer waits beyond it.
+    arena_bytes : int or str
+        Memory for all blocks together, claimed, committed and leased: bytes or ``"256 MiB"``. It is used as
+        far as it is needed, in steps of 2 MiB.
+    name : str, optional
+        Made if it does not exist, attached to if it does; removed when its creator closes it.
+    check : {"frame", "payload"}
+        What is verified of every message: sequence, bounds and checksum of its descriptor; or all bytes too.
+
+    Raises
+    ------
+    ValueError
+        A parameter is out of range.
+    MemoryBudgetExceeded
+        There is not even room for the control part.
+    LayoutMismatch
+        `name` exists with another capacity or size, or is no ring.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        arena_bytes: int | str = "256 MiB",
+        name: str | None = None,
+        *,
+        check: str = "frame",
+    ) -> None:
+        if not isinstance(capacity, int) or isinstance(capacity, bool) or not 1 <= capacity <= 1 << 20:
+            raise ValueError(f"capacity must be an int from 1 to {1 << 20} messages, not {capacity!r}")
+        size = parse_bytes(arena_bytes)
+        if size < 1:
+            raise ValueError(f"arena_bytes must be positive, not {arena_bytes!r}")
+        if check not in ("frame", "payload"):
+            raise ValueError(f"check must be 'frame' or 'payload', not {check!r}")
+        if name is not None and (not name or "/" in name or "\0" in name or len(name) > 200):
+            raise ValueError(f"a ring's name is a short file name without '/', not {name!r}")
+        self._setup(_open_region(_config(capacity, size), name), check)
+
+    def _setup(self, region: Region, check: str) -> None:
+        self._region = region
+        self._check = check
+        self._payload_check = int(check == "payload")
+        self._capacity = int(_read_config(region).capacity[0])
+        self._closed = False
+        self._lock = threading.Lock()
+        self._layouts: dict[Any, _Layout] = {}
+        self._views: dict[Any, tuple[Any, Array]] = {}  # read-only arrays by place and spec
+        self._targets: dict[Any, Array] = {}  # writable ones
+        self._blocks: list[Any] = []
+
+    # --- producing -------------------------------------------------------------------------------
+
+    def claim(self, shape: int | tuple[int, ...], dtype: Any = float, timeout: float | None = None) -> Claim:
+        """Claim a block for an array, to be filled in place.
+
+        Parameters
+        ----------
+        shape : int or tuple of int
+        dtype : dtype-like
+            Any but object and StringDType.
+        timeout : float, optional
+            Seconds to wait, for memory now and for a slot at the commit, together; None: for ever.
+
+        Returns
+        -------
+        Claim
+            ``with ring.claim(shape, dtype) as frame: ...``: leaving commits, an exception aborts.
+
+        Raises
+        ------
+        Timeout, Closed, PeerLost
+        MemoryBudgetExceeded
+            The array is larger than the whole arena.
+        ArrayError
+            No array of this dtype can be carried.
+        """
+        return self._claim(shape, dtype, deadline_of(timeout), timeout)
+
+    def try_claim(self, shape: int | tuple[int, ...], dtype: Any = float) -> Claim | None:
+        """Like `claim`, but never wait: None if there is no memory or no slot now."""
+        if lib.shmr_approx_fill(self._handle(), 0) >= self._capacity:
+            return None
+        try:
+            return self._claim(shape, dtype, 0, 0)
+        except _Nothing:
+            return None
+
+    def _claim(self, shape: Any, dtype: Any, deadline: int, seconds: float | None) -> Claim:
+        try:
+            layout = self._layouts[shape, dtype]
+        except (KeyError, TypeError):
+            layout = self._layout(shape, dtype)
+        block = layout.spare.pop() if layout.spare else self._filled_block(layout)
+        region = self._region
+        need = layout.prefix + layout.nbytes
+        while (status := lib.shmr_claim(region.handle, need, NO_REFS, 0, -1, deadline, block)) != OK:
+            if status == FORKED:
+                region = self._rejoin()
+            elif status != INTERRUPTED:
+                layout.spare.append(block)
+                self._refuse(status, "claim from this ring", seconds, need)
+        key = (block.offset, layout.spec)
+        array = self._targets.get(key)
+        if array is None or sys.getrefcount(array) > 3 or sys.getrefcount(array.base) > 3:
+            array = self._target(key, block.offset, layout)
+        array.flags.writeable = True
+        return Claim(self, block, array, layout, deadline, seconds)
+
+    def _target(self, key: Any, offset: int, layout: _Layout) -> Array:
+        root = self._region.root(offset, layout.prefix + layout.nbytes, writable=True)
+        if layout.prefix:
+            root[: 4 + len(layout.spec)] = np.frombuffer(
+                len(layout.spec).to_bytes(4, "little") + layout.spec, np.uint8
+            )
+        array = arrays.view(root, ArraySpec(layout.dtype, layout.shape), layout.prefix)
+        if layout.prefix == 0:
+            if len(self._targets) >= MAX_CACHED:
+                self._targets.clear()
+            self._targets[key] = array
+        return array
+
+    def _layout(self, shape: Any, dtype: Any) -> _Layout:
+        try:
+            spec = ArraySpec(np.dtype(dtype), _shape(shape))
+            raw = encode_spec(spec)
+        except TypeError as error:
+            if isinstance(error, ArrayError):
+                raise
+            raise ArrayError(f"no array has shape {shape!r} and dtype {dtype!r}: {error}") from error
+        prefix = 0 if len(raw) <= SPEC_BYTES else -(-(4 + len(raw)) // 64) * 64
+        layout = _Layout(spec.dtype, spec.shape, raw, prefix, spec.nbytes, [])
+        try:
+            if len(self._layouts) >= MAX_CACHED:
+                self._layouts.clear()
+            self._layouts[shape, dtype] = layout
+        except TypeError:
+            pass  # a list as shape, or another unhashable spelling: not remembered
+        return layout
+
+    def _filled_block(self, layout: _Layout) -> Any:
+        block = new_block()
+        if not layout.prefix:
+            ffi.memmove(block.spec, layout.spec, len(layout.spec))
+        return block
+
+    def _commit(self, block: Any, layout: _Layout, deadline: int) -> int:
+        block.length = layout.prefix + layout.nbytes
+        if layout.prefix:
+            block.kind = KIND_ARRAY_PREFIX
+        else:
+            block.kind = KIND_ARRAY
+            block.spec_bytes = len(layout.spec)
+        while True:
+            status: int = lib.shmr_commit(self._region.handle, 0, self._payload_check, -1, deadline, block)
+            if status == FORKED:
+                raise LeaseError("commit of a claim: it belongs to the parent of this forked process")
+            if status != INTERRUPTED:
+                return status
+
+    def _recycle(self, block: Any, layout: _Layout) -> None:
+        if len(layout.spare) < 64:
+            layout.spare.append(block)
+
+    def send(self, array: Any, timeout: float | None = None) -> None:
+        """Copy an array into a block and commit it.
+
+        Parameters
+        ----------
+        array : array_like
+            In any layout; the receiver gets it C-contiguous.
+        timeout : float, optional
+            Seconds to wait for memory and a slot; None: for ever.
+
+        Raises
+        ------
+        Timeout, Closed, PeerLost, MemoryBudgetExceeded, ArrayError
+            As for `claim`.
+        """
+        source = np.asarray(array)
+        claim = self.claim(source.shape, source.dtype, timeout)
+        with claim as target:
+            if source.flags.c_contiguous:
+                lib.shmr_copy(
+                    ffi.cast("void *", arrays.address_of(target)),
+                    ffi.cast("void *", arrays.address_of(source)),
+                    source.nbytes,
+                )
+            else:
+                np.copyto(target, source)
+
+    # --- consuming -------------------------------------------------------------------------------
+
+    def lease(self, timeout: float | None = None) -> Lease:
+        """Lease the oldest message, to be read in place.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds to wait for a message; None: for ever.
+
+        Returns
+        -------
+        Lease
+            ``with ring.lease() as frame: ...``: leaving releases.
+
+        Raises
+        ------
+        Timeout, Closed
+        PeerLost
+            The ring is empty and the last other participant died.
+        Corrupt
+            The message failed a check; it is discarded, the ring goes on.
+        """
+        return self._lease(deadline_of(timeout), timeout)
+
+    def try_lease(self) -> Lease | None:
+        """Like `lease`, but never wait: None if the ring is empty."""
+        try:
+            return self._lease(0, 0)
+        except _Nothing:
+            return None
+
+    def _take(self, deadline: int, seconds: float | None) -> Any:
+        block = self._blocks.pop() if self._blocks else new_block()
+        region = self._region
+        while (status := lib.shmr_lease(region.handle, 0, self._payload_check, deadline, block)) != OK:
+            if status == FORKED:
+                region = self._rejoin()
+            elif status != INTERRUPTED:
+                self._blocks.append(block)
+                self._refuse(status, "lease from this ring", seconds, 0)
+        return block
+
+    def _lease(self, deadline: int, seconds: float | None) -> Lease:
+        block = self._take(deadline, seconds)
+        key = (block.offset, ffi.buffer(block.spec, block.spec_bytes)[:])
+        cached = self._views.get(key)
+        # A name that still holds the array of an earlier lease would look like an escape of this one.
+        if cached is None or sys.getrefcount(cached[1]) > 2 or sys.getrefcount(cached[0]) > 3:
+            root, array = self._read(block, key[1])
+            if len(self._views) >= MAX_CACHED:
+                self._views.clear()
+            self._views[key] = (root, array)
+            del root
+        else:
+            array = cached[1]
+        return Lease(self, block, array, key)
+
+    def _read(self, block: Any, raw: bytes) -> tuple[Any, Array]:
+        """Return the root and the array of a leased message; a message that is no array is given back."""
+        root = self._region.root(block.offset, block.length)
+        try:
+            start = 0
+            if block.kind == KIND_ARRAY_PREFIX and block.length >= 4:
+                length = int.from_bytes(root[:4].tobytes(), "little")
+                raw = root[4 : 4 + length].tobytes()
+                start = -(-(4 + length) // 64) * 64
+            elif block.kind != KIND_ARRAY:
+                raise Corrupt(f"a message of kind {block.kind} is no array", "kind")
+            return root, arrays.view(root, decode_spec(raw), start)
+        except Corrupt:
+            lib.shmr_release(self._region.handle, block)
+            raise
+
+    def receive(self, timeout: float | None = None) -> Array:
+        """Take the oldest message as an array; the lease ends when the last view of it dies.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds to wait for a message; None: for ever.
+
+        Returns
+        -------
+        ndarray
+            Read-only; no copy.
+
+        Raises
+        ------
+        Timeout, Closed, PeerLost, Corrupt
+            As for `lease`.
+        """
+        block = self._take(deadline_of(timeout), timeout)
+        root, array = self._read(block, ffi.buffer(block.spec, block.spec_bytes)[:])
+        release_with(root, self._region, block)
+        return array
+
+    # --- everything else ---------------------------------------------------------------------------
+
+    def approx_fill(self) -> int:
+        """Messages committed and not yet leased; may be stale when it returns, never above the capacity."""
+        return int(lib.shmr_approx_fill(self._handle(), 0))
+
+    @property
+    def capacity(self) -> int:
+        """Messages that can be committed and not yet leased."""
+        return self._capacity
+
+    @property
+    def name(self) -> str | None:
+        """The name for strangers, if it has one."""
+        return self._region.name
+
+    @property
+    def closed(self) -> bool:
+        """Whether this end was closed here."""
+        return self._closed
+
+    def stats(self) -> RingStats:
+        """Counters of all participants together."""
+        self._handle()
+        c = self._region.counters()
+        return RingStats(
+            capacity=self._capacity,
+            approx_fill=self.approx_fill(),
+            committed=c.committed,
+            leased=c.leased,
+            aborted=c.aborted,
+            late_releases=c.late_releases,
+            rescued_wakeups=c.rescued_wakeups,
+            participants=c.participants,
+            deaths=c.deaths,
+            memory_budget=c.budget,
+            memory_used=c.reserved,
+            bytes_committed=c.bytes_committed,
+        )
+
+    def close(self) -> None:
+        """End this process's part in the ring; arrays that are alive stay valid. Others go on."""
+        if self._closed:
+            return
+        self._closed = True
+        self._targets.clear()
+        self._views.clear()
+        if self._region.pid == os.getpid():
+            self._region.close()
+
+    def __enter__(self) -> Ring:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return "<shmengine.Ring closed>"
+        config = _read_config(self._region)
+        name = f" name={self.name!r}" if self.name else ""
+        return f"<shmengine.Ring capacity={self._capacity} arena={format_bytes(config.arena_bytes)}{name}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._handle()
+        return _from_token, (type(self), self._region.token(), self._check)
+
+    def _handle(self) -> Any:
+        """Return the core's handle, joined anew in a forked child."""
+        if self._closed:
+            raise Closed("this ring is closed")
+        if self._region.pid != os.getpid():
+            self._rejoin()
+        return self._region.handle
+
+    def _rejoin(self) -> Region:
+        """In a forked child: become a participant of its own."""
+        if self._closed:
+            raise Closed("this ring is closed")
+        if self._region.pid != os.getpid():
+            self._lock = threading.Lock()
+            self._region = self._region.rejoin()
+            self._targets = {}
+            self._views = {}
+            self._blocks = []
+            self._layouts = {}
+        return self._region
+
+    def _refuse(self, status: int, what: str, seconds: float | None, need: int) -> None:
+        if status == WOULD_BLOCK:
+            raise _Nothing
+        if status == CLOSED and self._closed:
+            raise Closed("this ring is closed")
+        if status == lib.SHMR_TOO_LARGE:
+            what = f"{what}: {format_bytes(need)} of {format_bytes(_read_config(self._region).arena_bytes)}"
+        if status == TIMEOUT:
+            what += f" ({self.approx_fill()} of {self._capacity} slots are full)"
+        fail(status, what, seconds=seconds)
+
+
+class _Nothing(Exception):
+    """A try_ call found nothing to do."""
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+    sizes = tuple(int(n) for n in shape) if np.iterable(shape) else (int(shape),)
+    if any(n < 0 for n in sizes):
+        raise ArrayError(f"a shape has no negative dimensions: {shape!r}")
+    return sizes
+
+
+def _config(capacity: int, size: int) -> RegionConfig:
+    return RegionConfig(arena_bytes=size, capacities=(capacity,))
+
+
+def _read_config(region: Region) -> Any:
+    out = ffi.new("shmr_config *")
+    lib.shmr_read_config(region.handle, out)
+    return out
+
+
+def _open_region(settings: RegionConfig, name: str | None) -> Region:
+    if name is None:
+        return Region.create(settings)
+    try:
+        return Region.create(settings, name)
+    except FileExistsError:
+        region = Region.attach_name(name)
+    found, wanted = _read_config(region), settings.to_c()
+    if (found.capacity[0], found.arena_bytes) != (wanted.capacity[0], wanted.arena_bytes):
+        region.close()
+        raise LayoutMismatch(
+            f"the ring named {name!r} exists with capacity {found.capacity[0]} and"
+            f" {format_bytes(found.arena_bytes)}; asked for are {wanted.capacity[0]} and"
+            f" {format_bytes(wanted.arena_bytes)}"
+        )
+    return region
+
+
+def _from_token(cls: type[Ring], token: RegionToken, check: str) -> Ring:
+    ring = cls.__new__(cls)
+    ring._setup(Region.from_token(token), check)
+    return ring

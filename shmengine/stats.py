@@ -1,0 +1,107 @@
+"""What an engine or a ring has done so far: frozen dataclasses, read by people and by programs alike."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from shmengine.config import format_bytes
+
+__all__ = ["EngineStats", "RingStats"]
+
+
+class _Table:
+    """Mixin: a plain dict, and a small table in notebooks."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a plain dict (ready for JSON)."""
+        return asdict(self)  # type: ignore[call-overload,no-any-return]
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(field.name.replace('_', ' '))}</th>"
+            f"<td style='text-align:right'>{html.escape(_shown(field.name, getattr(self, field.name)))}</td></tr>"
+            for field in fields(self)  # type: ignore[arg-type]
+        )
+        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
+
+
+# Fields that count bytes and are shown with a unit.
+_BYTES = frozenset({"bytes_copied", "bytes_shared", "bytes_committed", "memory_budget", "memory_used"})
+
+
+def _shown(name: str, value: Any) -> str:
+    return format_bytes(value) if name in _BYTES else str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats(_Table):
+    """A snapshot of one engine's counters, from `Engine.stats`.
+
+    Counters start at zero with the engine and only grow; the others say how things stand now. Backends
+    without shared memory (``"thread"``, ``"serial"``) leave what they do not have at zero.
+    """
+
+    backend: str
+    """Name of the backend: ``"process"``, ``"thread"`` or ``"serial"``."""
+    workers: int
+    """Number of workers that the engine keeps (a worker that died is replaced, not subtracted)."""
+    tasks_done: int = 0
+    """Tasks that returned a value."""
+    tasks_failed: int = 0
+    """Tasks that ended with an error, after all retries."""
+    retries: int = 0
+    """Times a task was started again because its worker died."""
+    worker_deaths: int = 0
+    """Worker processes that ended without being asked to (those killed for a timeout included)."""
+    bytes_copied: int = 0
+    """Bytes of arrays and buffers copied between private and shared memory, both ways."""
+    bytes_shared: int = 0
+    """Bytes of arrays and buffers that crossed by reference, without a copy."""
+    memory_budget: int = 0
+    """Bytes of shared memory that the engine may use."""
+    memory_used: int = 0
+    """Bytes of shared memory reserved now."""
+    ring_fill: int = 0
+    """Messages in the task and result rings now (approximate while others work)."""
+    ring_capacity: int = 0
+    """Messages that fit into these rings."""
+    tasks_in_flight: int = 0
+    """Tasks handed to workers whose outcome has not come back yet."""
+    rescued_wakeups: int = 0
+    """Waits that ended by the periodic second look instead of a wake-up (0 is normal)."""
+    late_releases: int = 0
+    """Leases that lasted longer than their ``with`` block because a view escaped."""
+
+
+@dataclass(frozen=True, slots=True)
+class RingStats(_Table):
+    """A snapshot of one ring's counters, from `Ring.stats`; they are shared by all its participants."""
+
+    capacity: int
+    """Committed messages that fit at most."""
+    approx_fill: int = 0
+    """Messages committed and not yet leased (approximate while others work)."""
+    committed: int = 0
+    """Messages committed since the ring was made."""
+    leased: int = 0
+    """Messages leased since the ring was made."""
+    aborted: int = 0
+    """Claims given up by an exception or by `abort`."""
+    late_releases: int = 0
+    """Leases that lasted longer than their ``with`` block because a view escaped."""
+    rescued_wakeups: int = 0
+    """Waits that ended by the periodic second look instead of a wake-up (0 is normal)."""
+    participants: int = 0
+    """Processes attached now."""
+    deaths: int = 0
+    """Participants found dead, whose blocks were recovered."""
+    memory_budget: int = 0
+    """Bytes of shared memory that the ring may use."""
+    memory_used: int = 0
+    """Bytes of shared memory reserved now."""
+    bytes_committed: int = 0
+    """Bytes of payload committed since the ring was made."""

@@ -1,0 +1,89 @@
+"""What holds for every test: nothing may be left behind, and nothing may hang."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.helpers.leftovers import Inventory, adopt_orphans, orphan_zombies, take_inventory
+from tests.helpers.watchdog import DEFAULT_SECONDS, Watchdog
+
+GRACE_SECONDS = float(os.environ.get("SHMENGINE_TEST_GRACE", "5"))
+"""What is on its way out may take so long; this is no bound on speed (benches measure that)."""
+
+WATCHDOG = pytest.StashKey[Watchdog]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Here, because output is captured only from the next step on: the watchdog must reach the terminal.
+    config.stash[WATCHDOG] = Watchdog(stderr=2)
+    # Whoever first uses multiprocessing's shared memory starts this process; let it not be a test.
+    multiprocessing.resource_tracker.ensure_running()
+    adopt_orphans()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if (watchdog := config.stash.get(WATCHDOG, None)) is not None:
+        watchdog.close()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    marker = item.get_closest_marker("watchdog")
+    watchdog = item.config.stash[WATCHDOG]
+    watchdog.start(marker.args[0] if marker else DEFAULT_SECONDS, item.nodeid)
+    try:
+        return (yield)
+    finally:
+        watchdog.stop()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No test leaves a name in /dev/shm, a process, a descriptor, a semaphore or a thread."""
+    before = take_inventory()
+    yield
+    _fail_if_leaked(before, "the test")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left_behind_by_module() -> Iterator[None]:
+    """The same for what tests of a module share; an engine that they share may start threads at any time."""
+    before = take_inventory(daemons=True)
+    yield
+    _fail_if_leaked(before, "the module", daemons=True)
+
+
+def _fail_if_leaked(before: Inventory, who: str, *, daemons: bool = False) -> None:
+    if not (leaked := _leaked_since(before, daemons=daemons)):
+        return
+    text = str(leaked)
+    for pid in leaked.processes:  # all are descendants of ours: the next test starts clean
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    pytest.fail(f"{who} left behind:\n{text}", pytrace=False)
+
+
+def _leaked_since(before: Inventory, *, daemons: bool) -> Inventory:
+    deadline = time.monotonic() + GRACE_SECONDS
+    leaked = take_inventory(daemons=daemons).new_since(before)
+    if leaked:
+        # The standard library keeps its server of forks for ever: not ours, but it must not hide others.
+        multiprocessing.forkserver._forkserver._stop()
+    while leaked and time.monotonic() < deadline:
+        gc.collect()
+        for pid in orphan_zombies():
+            os.waitpid(pid, 0)
+        leaked = take_inventory(daemons=daemons).new_since(before)
+        if leaked:
+            time.sleep(0.01)
+    return leaked
