@@ -11,7 +11,7 @@ stamp  := $(venv)/.stamp
 native := setup.py shmengine/_native/build.py $(wildcard csrc/*.c csrc/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick bench soak lint format ctest clean
+.PHONY: help setup rebuild demo test quick bench soak lint format ctest clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -27,6 +27,10 @@ $(stamp): pyproject.toml $(native)
 	@rm -f shmengine/_native/*.so
 	@$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test,demo]'
 	@touch $@
+
+rebuild: ## Build the C core anew, after a change of SHMENGINE_DEBUG, _SANITIZE or _COVERAGE
+	@rm -f $(stamp)
+	@$(MAKE) --no-print-directory setup
 
 demo: $(stamp) ## The main job on real photographs, or on INPUT=file.npy, checked against NumPy
 	@$(python) examples/demo.py $(if $(INPUT),'$(INPUT)')

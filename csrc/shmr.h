@@ -123,12 +123,16 @@ uint64_t shmr_approx_fill(shmr *h, uint32_t ring);
 int shmr_close_ring(shmr *h, uint32_t ring);
 /* Wait until the ring has an item (OK), or is closed and empty (CLOSED), or the deadline passes. */
 int shmr_wait_item(shmr *h, uint32_t ring, int64_t deadline);
+/* Wait until no message of the ring is committed or leased any more. Whoever releases one says so by
+ * shmr_notify_idle: for queues whose messages stay leased until the work on them is done. */
+int shmr_wait_idle(shmr *h, uint32_t ring, int64_t deadline);
+void shmr_notify_idle(shmr *h);
 /* Wake every waiter in the region: they look again. */
 void shmr_ring_all(shmr *h);
 
 /* ---- death --------------------------------------------------------------------------------------------------- */
 
-/* The slot of a live participant of that process id, or -1. */
+/* The slot of a participant (live, or still joining) of that process id, or -1. */
 int shmr_find(shmr *h, uint32_t pid);
 /* Look whether any other participant has died (asks the kernel) and clear up after it; count of the dead. */
 int shmr_check_deaths(shmr *h);
@@ -148,9 +152,10 @@ int shmr_watch_parent(int pidfd);
 
 /* ---- memory for NumPy (NEP 49) ------------------------------------------------------------------------------- */
 
-/* A PyDataMem_Handler whose allocations of at least `threshold` bytes land in this process's arena.
+/* A PyDataMem_Handler whose allocations of at least `threshold` bytes land in this process's arena, while that
+ * holds less than `limit` bytes.
  * It is never freed (a few hundred bytes): arrays may outlive everything else. */
-void *shmr_numpy_handler(shmr *h, uint64_t threshold);
+void *shmr_numpy_handler(shmr *h, uint64_t threshold, uint64_t limit);
 
 /* ---- bytes ---------------------------------------------------------------------------------------------------- */
 

@@ -139,6 +139,7 @@ static void flush_quick_list(shmr *h, struct shmr_quick *q) {
     while (q->first) {
         uint32_t page = q->first - 1;
         q->first = h->arena.next[page];
+        h->arena.run[page] = 0; /* it may end up inside a longer run */
         free_run(h, page, q->pages);
     }
     q->pages = 0;
@@ -274,6 +275,7 @@ static struct shmr_slab *new_slab(shmr *h, uint32_t class_index) {
 static void delete_slab(shmr *h, struct shmr_slab *s) {
     struct shmr_arena *a = &h->arena;
     for (uint32_t p = 0; p < s->pages; p++) a->slab_at[s->page + p] = NULL;
+    mark_steps(a, s->page, s->pages, false);
     a->run[s->page] = 0;
     free_run(h, s->page, s->pages);
     forget_slab(a, s);

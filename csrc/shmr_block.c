@@ -168,7 +168,10 @@ uint64_t shmr_take_allocation(shmr *h, uint64_t bytes) {
     if (offset != SHMR_NOWHERE) return offset;
     if (shmr_arena_grow(h, bytes) == SHMR_OK) return shmr_arena_allocate(h, bytes);
     shmr_sweep(h);
-    return shmr_arena_allocate(h, bytes);
+    offset = shmr_arena_allocate(h, bytes);
+    if (offset != SHMR_NOWHERE) return offset;
+    shmr_arena_trim(h); /* what is ours and free may continue what is nobody's */
+    return shmr_arena_grow(h, bytes) == SHMR_OK ? shmr_arena_allocate(h, bytes) : SHMR_NOWHERE;
 }
 
 struct claim_attempt {

@@ -91,6 +91,8 @@ int shmr_publish(shmr *h, shmr_block *block, shmr_ref *out);
 uint64_t shmr_approx_fill(shmr *h, uint32_t ring);
 int shmr_close_ring(shmr *h, uint32_t ring);
 int shmr_wait_item(shmr *h, uint32_t ring, int64_t deadline);
+int shmr_wait_idle(shmr *h, uint32_t ring, int64_t deadline);
+void shmr_notify_idle(shmr *h);
 void shmr_ring_all(shmr *h);
 int shmr_find(shmr *h, uint32_t pid);
 int shmr_check_deaths(shmr *h);
@@ -101,7 +103,7 @@ int shmr_progress(shmr *h, uint32_t slot, uint64_t *tag, uint64_t *index, uint64
 void shmr_deny(shmr *h, uint32_t slot);
 void shmr_trim(shmr *h);
 int shmr_watch_parent(int pidfd);
-void *shmr_numpy_handler(shmr *h, uint64_t threshold);
+void *shmr_numpy_handler(shmr *h, uint64_t threshold, uint64_t limit);
 uint32_t shmr_crc32c(uint32_t crc, const void *bytes, uint64_t length);
 void shmr_copy(void *target, const void *source, uint64_t length);
 int shmr_last_errno(void);

@@ -114,7 +114,9 @@ struct shmr_header {
     char pad1[SHMR_LINE - 24];
     shmr_word extent_waiters[SHMR_WAITER_WORDS];
     char pad2[SHMR_LINE - 8 * SHMR_WAITER_WORDS];
-    char pad3[SHMR_PAGE - 512];
+    shmr_word idle_waiters[SHMR_WAITER_WORDS]; /* who waits until a ring's messages are all dealt with */
+    char pad3[SHMR_LINE - 8 * SHMR_WAITER_WORDS];
+    char pad4[SHMR_PAGE - 640];
 };
 _Static_assert(sizeof(struct shmr_header) == SHMR_PAGE, "the header is one page");
 

@@ -22,7 +22,7 @@ struct handler {
 struct context {
     shmr *h;
     char *arena;
-    uint64_t arena_bytes, threshold;
+    uint64_t arena_bytes, threshold, limit;
     struct handler handler;
 };
 
@@ -33,8 +33,9 @@ static bool in_arena(const struct context *c, const void *address) {
 static void *take(struct context *c, size_t size) {
     shmr *h = c->h;
     if (size < c->threshold || shmr_usable(h) != SHMR_OK) return NULL;
+    uint64_t offset = SHMR_NOWHERE;
     pthread_mutex_lock(&h->lock);
-    uint64_t offset = shmr_take_allocation(h, size);
+    if (h->arena.used_bytes + size <= c->limit) offset = shmr_take_allocation(h, size);
     pthread_mutex_unlock(&h->lock);
     if (offset == SHMR_NOWHERE) return NULL;
     shmr_pin(h, 1);
@@ -90,7 +91,7 @@ static void *handler_realloc(void *context, void *address, size_t size) {
     return moved;
 }
 
-void *shmr_numpy_handler(shmr *h, uint64_t threshold) {
+void *shmr_numpy_handler(shmr *h, uint64_t threshold, uint64_t limit) {
     struct context *c = calloc(1, sizeof *c); /* immortal, like every array that it made might be */
     if (!c) return NULL;
     shmr_count_add(&h->handle, 1); /* likewise the handle; the mapping goes with the last pin */
@@ -98,6 +99,7 @@ void *shmr_numpy_handler(shmr *h, uint64_t threshold) {
     c->arena = shmr_arena_base(h);
     c->arena_bytes = h->g.config.arena_bytes;
     c->threshold = threshold ? threshold : 1;
+    c->limit = limit;
     strcpy(c->handler.name, "shmengine");
     c->handler.version = 1;
     c->handler.allocator.context = c;

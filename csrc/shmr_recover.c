@@ -106,7 +106,8 @@ bool shmr_alone(const shmr *h) {
 int shmr_find(shmr *h, uint32_t pid) {
     for (uint32_t i = 0; i < h->g.config.participants; i++) {
         uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 */
-        if (shmr_life_pid(life) == pid && shmr_life_kind(life) == SHMR_LIVE) return (int)i;
+        uint32_t kind = shmr_life_kind(life);
+        if (shmr_life_pid(life) == pid && (kind == SHMR_LIVE || kind == SHMR_JOINING)) return (int)i;
     }
     return -1;
 }
@@ -290,6 +291,7 @@ static void clear_waiting(shmr *h, uint32_t dead) {
             shmr_and_acq_rel(&shmr_ring_at(h, r)->slot_waiters[d / 64], mask); /* A11 R11 */
         }
         shmr_and_acq_rel(&shmr_header_of(h)->extent_waiters[d / 64], mask); /* A11 R11 */
+        shmr_and_acq_rel(&shmr_header_of(h)->idle_waiters[d / 64], mask);   /* A11 R11 */
         shmr_and_acq_rel(&shmr_participant_at(h, dead)->space_waiters[d / 64], mask); /* A11 R11 */
         shmr_store_release(&bell->owner, 0); /* R12 */
     }

@@ -332,3 +332,30 @@ int shmr_wait_item(shmr *h, uint32_t ring, int64_t deadline) {
     struct shmr_source source = {shmr_ring_at(h, ring)->item_waiters, shmr_ring_has_item, ring, true};
     return shmr_wait(h, &source, 1, SHMR_SPIN_ITEM, item_waits, &ring, deadline);
 }
+
+static int is_idle(shmr *h, void *argument) {
+    uint32_t ring = *(uint32_t *)argument;
+    int status = shmr_usable(h);
+    if (status != SHMR_OK) return status;
+    if (slot_is_filled(h, ring) && shmr_approx_fill(h, ring)) return SHMR_WOULD_BLOCK; /* spares the scan */
+    for (uint32_t g = 0; g < h->g.groups; g++) {
+        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7: never reserved */
+        for (uint32_t i = 0; i < SHMR_GROUP; i++) {
+            uint64_t s = shmr_load_seq_cst(&shmr_record_at(h, g * SHMR_GROUP + i)->state); /* S2 */
+            uint32_t kind = shmr_state_kind(s);
+            if ((kind == SHMR_COMMITTED || kind == SHMR_LEASED) && shmr_state_ring(s) == ring)
+                return SHMR_WOULD_BLOCK;
+        }
+    }
+    return SHMR_OK;
+}
+
+int shmr_wait_idle(shmr *h, uint32_t ring, int64_t deadline) {
+    if (ring >= h->g.config.rings) return shmr_fail(SHMR_BAD_ARGUMENT, 0, "no such ring");
+    int status = is_idle(h, &ring);
+    if (status != SHMR_WOULD_BLOCK || deadline == 0) return status;
+    struct shmr_source source = {shmr_header_of(h)->idle_waiters, NULL, ring, false};
+    return shmr_wait(h, &source, 1, SHMR_SPIN_SPACE, is_idle, &ring, deadline);
+}
+
+void shmr_notify_idle(shmr *h) { shmr_notify_all(h, shmr_header_of(h)->idle_waiters); }

@@ -21,11 +21,10 @@ class _Table:
         return asdict(self)  # type: ignore[call-overload,no-any-return]
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(field.name.replace('_', ' '))}</th>"
-            f"<td style='text-align:right'>{html.escape(_shown(field.name, getattr(self, field.name)))}</td></tr>"
-            for field in fields(self)  # type: ignore[arg-type]
-        )
+        rows = ""
+        for field in fields(self):  # type: ignore[arg-type]
+            name, text = field.name.replace("_", " "), _shown(field.name, getattr(self, field.name))
+            rows += f"<tr><th style='text-align:left'>{name}</th><td>{html.escape(text)}</td></tr>"
         return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
 
 

@@ -34,6 +34,7 @@ enum Bug {
     SETTLED_FIRST,        // a receiver settles the frame before it sets its bit
     STATE_READ_LAST,      // the sweep reads the generation it will free after it collected the words
     FRAME_NOT_HELD,       // the allocator drops its bit once the frame is committed
+    REPLY_ADDS_REFERENCE, // a reply in place, in another's frame, names a block that the frame did not name before
     CLEARED_FIRST,        // recovery clears the dead one's bits before it sets its own
     FRAMES_NOT_ADOPTED,   // recovery sets no bit of its own
     ONE_BY_ONE,           // one recovery a victim, in any order: a dead recoverer may go before its victim
@@ -48,6 +49,7 @@ struct Config {
     int rounds = 1, frames = 1;   // lives of the target, and frames the allocator sends in each
     int forwards = 0;             // how often receivers may forward the reference, in total
     int recoverers = 1, kills = 0;
+    int task = 0;                 // 1: receiver 1 has leased one more frame of the allocator's, without references
     int allocator_sweeps = 0;     // 1: the allocator sweeps, too, while it waits for the target to become FREE
     Bug bug = NO_BUG;
 };
@@ -98,9 +100,10 @@ class HolderModel {
   public:
     using State = HolderState;
 
-    // Frames 0 .. c.frames-1 lie in the allocator's arena, then one in the arena of each receiver.
+    // Frames 0 .. c.frames-1 lie in the allocator's arena, then one in the arena of each receiver, then the task.
     explicit HolderModel(const Config &config)
-        : c(config), first_recoverer(1 + c.receivers), last(c.receivers + c.recoverers), frames(c.frames + c.receivers) {}
+        : c(config), first_recoverer(1 + c.receivers), last(c.receivers + c.recoverers),
+          frames(c.frames + c.receivers + c.task) {}
 
     int processes() const { return last + 1; }
 
@@ -109,6 +112,7 @@ class HolderModel {
         s.kills = static_cast<u8>(c.kills);
         s.forwards = static_cast<u8>(c.forwards);
         s.recovery = NOBODY;
+        if (c.task) s.frame[frames - 1] = {LEASED, 1, 0};
         for (int p = 0; p <= last; p++) {
             s.arena_owner[p] = static_cast<u8>(p);
             s.recoverer[p] = NOBODY;
@@ -156,8 +160,9 @@ class HolderModel {
     int choices(const State &s, int p) const {
         switch (s.local[p].at) {
         case A_CLAIM:
-        case B_USE:
             return 2;
+        case B_USE:
+            return 3;
         case A_WAIT:
             return frames;
         case B_LEASE:
@@ -251,6 +256,12 @@ class HolderModel {
             check_alive(l.generation);
             const int mine = c.frames + p - 1;
             if (choice == 0) return go(B_DROP);
+            if (choice == 2) {   // reply to the task in place; without the bug it carries no reference and is simply settled
+                if (!c.task || p != 1 || s.frame[frames - 1].state != LEASED) return false;
+                s.frame[frames - 1] = Frame{};
+                if (c.bug == REPLY_ADDS_REFERENCE) s.frame[frames - 1] = {COMMITTED, 1, l.generation};
+                return go(B_DROP);
+            }
             if (p >= first_recoverer || !s.forwards || s.frame[mine].state != FREE || l.own & fbit(mine)) return false;
             s.forwards--;
             l.frame = static_cast<u8>(mine);
@@ -375,7 +386,7 @@ class HolderModel {
     static int word(int p) { return p % WORDS; }
     static u8 bit(int p) { return static_cast<u8>(1 << p / WORDS); }
     static u8 fbit(int f) { return static_cast<u8>(1 << f); }
-    int home(int f) const { return f < c.frames ? ALLOCATOR : f - c.frames + 1; }
+    int home(int f) const { return f < c.frames || f >= c.frames + c.receivers ? ALLOCATOR : f - c.frames + 1; }
     u8 idle(int p) const { return p < first_recoverer ? B_LEASE : R_IDLE; }
     static bool dead(const State &s, int p) { return s.local[p].at == DEAD; }
 
@@ -477,6 +488,7 @@ std::vector<explore::Case<Config>> cases() {
         {"frame settled before the bit is set", quick, {.bug = SETTLED_FIRST}},
         {"generation read after the collect", quick, {.rounds = 2, .bug = STATE_READ_LAST}},
         {"frame in flight not held by its allocator", quick, {.bug = FRAME_NOT_HELD}},
+        {"reply in place adds a reference", quick, {.task = 1, .bug = REPLY_ADDS_REFERENCE}},
         {"no sweep by releasers", quick, {.bug = NO_SWEEP_AT_RELEASE}},
         {"recovery clears before it sets", quick, {.kills = 1, .bug = CLEARED_FIRST}},
         {"recovery sets no bits", quick, {.kills = 1, .bug = FRAMES_NOT_ADOPTED}},

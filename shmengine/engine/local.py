@@ -224,7 +224,7 @@ class ThreadBackend(_LocalBackend):
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._threads: set[threading.Thread] = set()
         self._inline = threading.local()  # has `serial` in our own threads
-        for _ in range(workers):
+        while len(self._threads) < workers:
             self._add_thread()
 
     def stream(

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 __all__ = ["Reporter", "check_progress", "reporter"]
 
-REFRESH_SECONDS = 0.05
+REFRESH_SECONDS = 0.1
 PLAIN_SECONDS = 1.0
 
 
@@ -133,6 +133,7 @@ def _new_bar(console: Any) -> Any:
         TimeElapsedColumn(),
         Remaining(),
         console=console,
+        auto_refresh=False,  # a thread of its own would outlive the run a little, and meet forks
     )
 
 
@@ -160,4 +161,6 @@ class _Bar:
 
     def _flush(self) -> None:
         self._bar.advance(self._task, self._pending)
+        if self._own:
+            self._bar.refresh()
         self._pending = 0

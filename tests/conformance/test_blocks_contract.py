@@ -15,6 +15,13 @@ from shmengine.errors import ArrayError, BlockError
 NUMERIC = ["?", *"bhilqBHILQ", "e", "f", "d", "g", "F", "D", "G", ">i4", ">u2", ">f8", ">c16"]
 OTHER = ["M8[us]", ">m8[s]", "S5", "U4", ">U3", [("a", "i2"), ("b", ">f8", (2,))], object]
 
+
+def read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
 LAYOUTS = {
     "C": lambda a: a,
     "Fortran": np.asfortranarray,
@@ -27,12 +34,6 @@ LAYOUTS = {
     "read-only": read_only,
     "0-d": lambda a: a[1, 1:2].reshape(()),
 }
-
-
-def read_only(array):
-    array = array.copy()
-    array.flags.writeable = False
-    return array
 
 
 def example(dtype, shape=(11, 5)):
