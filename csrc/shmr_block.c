@@ -113,8 +113,7 @@ void shmr_reclaim(shmr *h, uint32_t block) {
     if (shmr_state_kind(s) == SHMR_SHARED && free_if_unheld(r)) s = 0;
     if (shmr_state_kind(s) != SHMR_FREE) return;
     h->record_flags[block] = 0;
-    /* Offset and room were written by us (or validated at adoption): nobody else may write them. */
-    shmr_arena_release(h, shmr_load_relaxed(&r->offset), shmr_load_relaxed(&r->room)); /* own writes */
+    shmr_arena_release(h, h->places[block].offset, h->places[block].room);
     drop_frame_refs(h, block);
     push_u32(&h->free_records, &h->free_record_count, &h->free_record_room, block);
 }
@@ -229,6 +228,10 @@ static int try_claim(shmr *h, void *argument) {
         held->count = c->count;
         h->frame_refs[block] = held;
     }
+    uint64_t start, whole;
+    uint32_t *mark = shmr_arena_record(h, offset, &start, &whole);
+    if (mark) *mark = block + 1; /* an address inside leads to this record, not to a second one */
+    h->places[block] = (struct shmr_place){offset, room};
     h->record_flags[block] = SHMR_MINE;
     shmr_store_release(&r->state, state); /* R1: a recoverer reads offset and room */
     pthread_mutex_unlock(&h->lock);
@@ -444,6 +447,7 @@ int shmr_share(shmr *h, const void *address, uint64_t bytes, shmr_ref *out) {
             struct shmr_record *r = shmr_record_at(h, block);
             shmr_store_relaxed(&r->offset, start); /* published by the store of the state */
             shmr_store_relaxed(&r->room, room);    /* likewise */
+            h->places[block] = (struct shmr_place){start, room};
             become_shared(h, block, room);
             *record = block + 1;
         }

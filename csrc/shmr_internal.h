@@ -76,6 +76,10 @@ struct shmr_arena {
 
 #define SHMR_MINE 1u /* record_flags: allocated by this process and not yet reclaimed */
 
+struct shmr_place {
+    uint64_t offset, room;
+};
+
 struct shmr_frame_refs {
     uint32_t count;
     uint32_t blocks[];
@@ -105,6 +109,7 @@ struct shmr {
     uint32_t *my_groups;
     uint32_t my_group_count, my_group_room, group_hint;
     uint8_t *record_flags;
+    struct shmr_place *places; /* a block of mine: what the arena gave, out of reach of the others */
     uint32_t *holds;                     /* a block: private count behind my holder bit */
     struct shmr_frame_refs **frame_refs; /* a block of mine: what its frame names */
     uint64_t held_bytes;

@@ -153,6 +153,7 @@ static void destroy(shmr *h) {
         if (h->record_flags && h->record_flags[i]) free(h->frame_refs[i]);
     if (h->frame_refs) munmap(h->frame_refs, (size_t)h->g.config.blocks * sizeof(void *));
     if (h->record_flags) munmap(h->record_flags, h->g.config.blocks);
+    if (h->places) munmap(h->places, (size_t)h->g.config.blocks * sizeof *h->places);
     if (h->holds) munmap(h->holds, (size_t)h->g.config.blocks * 4);
     for (uint32_t i = 0; i < SHMR_MAX_RINGS; i++) {
         free(h->last_seq[i]);
@@ -198,9 +199,10 @@ static int new_handle(int fd, const struct shmr_geometry *g, shmr **out) {
     if (status == SHMR_OK) {
         h->base = h->map->base;
         h->record_flags = sparse(g->config.blocks);
+        h->places = sparse((size_t)g->config.blocks * sizeof *h->places);
         h->holds = sparse((size_t)g->config.blocks * 4);
         h->frame_refs = sparse((size_t)g->config.blocks * sizeof(void *));
-        if (!h->record_flags || !h->holds || !h->frame_refs)
+        if (!h->record_flags || !h->places || !h->holds || !h->frame_refs)
             status = shmr_fail(SHMR_SYSTEM, ENOMEM, "mmap of private tables");
     }
     if (status == SHMR_OK) status = shmr_arena_init(h);

@@ -159,6 +159,10 @@ static int try_commit(shmr *h, void *argument) {
     if (shmr_load_acquire(&q->closed)) return SHMR_CLOSED; /* A9 */
     struct shmr_record *r = shmr_record_at(h, b->block);
     pthread_mutex_lock(&h->commit_lock[c->ring]);
+    if (shmr_load_acquire(&r->state) != b->state) { /* A1: a doubled call must not touch the descriptor */
+        pthread_mutex_unlock(&h->commit_lock[c->ring]);
+        return SHMR_STALE;
+    }
     b->seq = (uint64_t)h->epoch << 40 | (h->next_seq[c->ring] + 1);
     b->producer = h->self;
     uint64_t attempts = shmr_state_kind(b->state) == SHMR_LEASED ? b->attempts : 0;
@@ -236,12 +240,12 @@ struct lease_attempt {
 };
 
 /* While only one participant ever leases, a producer's numbers must come without a gap; with several, each
- * sees a growing part of them. Messages delivered again after a death are exempt. */
+ * sees a growing part of them. Exempt is what comes late because of a death: delivered again, or inserted only after
+ * the producer's place in the table had gone to another. */
 static bool in_sequence(shmr *h, uint32_t ring, const shmr_block *b, bool sole) {
-    uint64_t *last = &h->last_seq[ring][b->producer];
-    if (b->attempts) return true;
-    uint64_t before = *last;
-    *last = b->seq;
+    uint64_t *last = &h->last_seq[ring][b->producer], before = *last;
+    if (b->seq > before) *last = b->seq;
+    if (b->attempts || before == 0 /* none of it seen yet */ || b->seq >> 40 < before >> 40) return true;
     if (before >> 40 != b->seq >> 40) /* another life of that slot of the table */
         return b->seq > before && (!sole || (b->seq & ((UINT64_C(1) << 40) - 1)) == 1);
     return sole ? b->seq == before + 1 : b->seq > before;
@@ -271,6 +275,8 @@ static int try_lease(shmr *h, void *argument) {
         } else {
             a->out->state = state; /* so that it can be given back */
             a->out->block = block;
+            /* Whose it was cannot be told: begin to count afresh, or the next one would look like a gap. */
+            memset(h->last_seq[a->ring], 0, h->g.config.participants * sizeof(uint64_t));
         }
     }
     pthread_mutex_unlock(&h->lease_lock[a->ring]);

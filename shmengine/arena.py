@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -133,6 +133,17 @@ class Arena:
     def contains(self, array: Array) -> bool:
         """Tell whether the array's memory is this region's."""
         return self._low <= address_of(array) < self._high
+
+    def holding(self, nbytes: int) -> Callable[[], None]:
+        """Count bytes of a lease that views keep alive; call what is returned when they are gone."""
+        with self._lock:
+            self.held_bytes += nbytes
+
+        def ended() -> None:
+            with self._lock:
+                self.held_bytes -= nbytes
+
+        return ended
 
     # --- by reference -----------------------------------------------------------------------------
 

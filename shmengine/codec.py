@@ -384,10 +384,10 @@ def inspect_frame(frame: Any, *, verify: bool = True) -> FrameInfo:
         If this is no frame, or not the whole of it.
     """
     root: Bytes = frame if type(frame) is _ndarray else np.frombuffer(frame, np.uint8)
-    return _parse_header(root[:HEADER_BYTES].tobytes(), root.nbytes, verify)
+    return FrameInfo(*_parse_header(root[:HEADER_BYTES].tobytes(), root.nbytes, verify))
 
 
-def _parse_header(raw: bytes, available: int, verify: bool) -> FrameInfo:
+def _parse_header(raw: bytes, available: int, verify: bool) -> tuple[int, ...]:
     if len(raw) < HEADER_BYTES:
         raise Corrupt(f"{len(raw)} bytes are too few for a frame", "length")
     magic, version, kind, flags, in_band, total, checked, sequence, producer, count, prefix, crc = (
@@ -405,7 +405,7 @@ def _parse_header(raw: bytes, available: int, verify: bool) -> FrameInfo:
         raise Corrupt(f"a frame of {total} bytes ({prefix} + {in_band}) in {available}", "length")
     if count * _ENTRY.size > prefix:
         raise Corrupt(f"{count} parts in a table of {prefix} bytes", "parts")
-    return FrameInfo(kind, total, sequence, producer, in_band, count, prefix, checked, crc)
+    return kind, total, sequence, producer, in_band, count, prefix, checked, crc
 
 
 def decode(
@@ -443,8 +443,9 @@ def decode(
     root: Bytes = frame if type(frame) is _ndarray else np.frombuffer(frame, np.uint8)
     # Somebody may still write into shared memory: copy, check the copy, use the copy.
     raw = root[:_FIRST_LOOK].tobytes()
-    info = _parse_header(raw, root.nbytes, verify)
-    kind, total, _, _, in_band_bytes, count, prefix_bytes, checked_bytes, body_crc = info
+    kind, total, _, _, in_band_bytes, count, prefix_bytes, checked_bytes, body_crc = _parse_header(
+        raw, root.nbytes, verify
+    )
     prefix_end = HEADER_BYTES + prefix_bytes
     body_end = prefix_end + in_band_bytes
     if body_end > len(raw):
@@ -501,11 +502,13 @@ def _read_parts(
             spec = decode_spec(raw[spec_start:spec_end])
             spec_start = spec_end
             strides = spec.strides
-            if spec.offset or (spec.nbytes != nbytes if strides is None else min(strides, default=0) < 0):
-                raise Corrupt(f"{nbytes} bytes for an array of {spec.nbytes}", "parts")
             if strides is None:
                 array = view(root, spec, offset)
+                if array.nbytes != nbytes or spec.offset:
+                    raise Corrupt(f"{nbytes} bytes for an array of {array.nbytes}", "parts")
             else:
+                if spec.offset or min(strides, default=0) < 0:
+                    raise Corrupt(f"impossible strides {strides}", "parts")
                 array = view(root[: offset + nbytes], spec, offset)
                 if 0 in strides:  # several elements in one place: not to be written to
                     array.flags.writeable = False

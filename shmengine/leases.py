@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +37,13 @@ _ROOT_REFERENCES = 3
 _watched: dict[int, weakref.ref[Any]] = {}  # by id: arrays cannot be hashed
 
 
-def release_with(root: Any, region: Region, block: Any) -> None:
-    """Release a leased block when `root`, and so every view derived from it, is gone."""
+def release_with(root: Any, region: Region, block: Any, then: Callable[[], None] | None = None) -> None:
+    """Release a leased block when `root`, and so every view derived from it, is gone; `then` call `then`."""
 
     def release(reference: weakref.ref[Any]) -> None:
         del _watched[id(reference)]
+        if then is not None:
+            then()
         lib.shmr_release(region.handle, block)  # a stale one was released by force, or is the parent's
 
     reference = weakref.ref(root, release)

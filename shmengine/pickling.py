@@ -154,16 +154,35 @@ def _is_stable(name: object) -> bool:
     return type(name) is str and name.partition(".")[0] in _STABLE_PACKAGES
 
 
-class _PlainPickler(pickle.Pickler):
+class _Buffers:
+    """Takes out-of-band buffers to the parts.
+
+    It is no method of the pickler: in such a cycle everything that the pickler has seen would live
+    until the garbage collector comes.
+    """
+
     parts: Parts
 
-    def __init__(self) -> None:
-        self.pieces: list[Any] = []
-        super().__init__(_Sink(self.pieces), PROTOCOL, buffer_callback=self._take_buffer)
-
-    def _take_buffer(self, buffer: PickleBuffer) -> None:
+    def __call__(self, buffer: PickleBuffer) -> None:
         if buffer is not _NEXT_PART:
             self.parts.add_buffer(buffer)
+
+
+class _PlainPickler(pickle.Pickler):
+    def __init__(self) -> None:
+        self.pieces: list[Any] = []
+        self.buffers = _Buffers()
+        super().__init__(_Sink(self.pieces), PROTOCOL, buffer_callback=self.buffers)
+
+    def start(self, parts: Parts) -> None:
+        self.parts = self.buffers.parts = parts
+
+    def finish(self) -> list[Any]:
+        pieces = self.pieces.copy()
+        self.pieces.clear()
+        self.clear_memo()
+        del self.parts, self.buffers.parts
+        return pieces
 
     def reducer_override(self, obj: Any) -> Any:
         cls = type(obj)
@@ -201,11 +220,9 @@ def _make_value_pickler() -> Any:
         def __init__(self, parts: Parts) -> None:
             self.parts = parts
             self.pieces: list[Any] = []
-            super().__init__(_Sink(self.pieces), PROTOCOL, buffer_callback=self._take_buffer)
-
-        def _take_buffer(self, buffer: PickleBuffer) -> None:
-            if buffer is not _NEXT_PART:
-                self.parts.add_buffer(buffer)
+            buffers = _Buffers()
+            buffers.parts = parts
+            super().__init__(_Sink(self.pieces), PROTOCOL, buffer_callback=buffers)
 
         def reducer_override(self, obj: Any) -> Any:
             if type(obj) is _ndarray:
@@ -290,23 +307,20 @@ def _dump(obj: Any, parts: Parts, by_value: bool) -> list[Any]:
     global _value_pickler
     if not by_value:
         reference_pickler = _ReferencePickler()
-        reference_pickler.parts = parts
+        reference_pickler.start(parts)
         reference_pickler.dump(obj)
         return reference_pickler.pieces
     try:
         pickler = _idle.pop()
     except IndexError:
         pickler = _PlainPickler()
-    pickler.parts = parts
+    pickler.start(parts)
     try:
         pickler.dump(obj)
     except Exception:  # _NotPlain, or something that cloudpickle may know better
         parts.reset()
     else:
-        pieces = pickler.pieces.copy()
-        pickler.pieces.clear()
-        pickler.clear_memo()
-        del pickler.parts
+        pieces = pickler.finish()
         _idle.append(pickler)
         return pieces
     if _value_pickler is None:

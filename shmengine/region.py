@@ -261,6 +261,10 @@ class Region:
         if self.pid != os.getpid():
             raise UseAfterFork("it belongs to the parent of this forked process")
 
+    def stay(self) -> None:
+        """Never leave: only the end of the process ends this part in the region, as a death."""
+        self._finalizer.detach()
+
     def close(self, *, force: bool = False) -> None:
         """Leave: at once if nothing is held here, else with the last view (`force`: at once anyway)."""
         self.closed = True

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from shmengine.leases import Claim, Lease, new_block, release_with
 from shmengine.region import Region, RegionConfig, RegionToken
 from shmengine.stats import RingStats
 
-__all__ = ["Ring", "deadline_of"]
+__all__ = ["Attached", "Ring", "deadline_of", "read_config"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -67,7 +66,44 @@ class _Layout(NamedTuple):
     spare: list[Any]  # blocks whose spec is filled in
 
 
-class Ring:
+class Attached:
+    """This process's end of a region with one ring: joined anew in a forked child, closed once."""
+
+    _region: Region
+    _capacity: int
+    _closed: bool
+
+    def _attach(self, region: Region) -> None:
+        self._region = region
+        self._capacity = int(read_config(region).capacity[0])
+        self._closed = False
+
+    def _handle(self) -> Any:
+        """Return the core's handle, joined anew in a forked child."""
+        if self._closed:
+            raise self._refusal()
+        if self._region.pid != os.getpid():
+            self._rejoin()
+        return self._region.handle
+
+    def _rejoin(self) -> Region:
+        """In a forked child: become a participant of its own."""
+        if self._closed:
+            raise self._refusal()
+        if self._region.pid != os.getpid():
+            self._region = self._region.rejoin()
+            self._forget()
+        return self._region
+
+    def _forget(self) -> None:
+        """Drop what belonged to the parent of this forked process."""
+
+    def _refusal(self) -> Closed:
+        """Return the error for whoever uses this after `close`."""
+        raise NotImplementedError
+
+
+class Ring(Attached):
     """A crash-safe ring of arrays in shared memory.
 
     Any number of producers and consumers, threads and processes. A ring pickles to children (as an argument of
@@ -115,12 +151,9 @@ class Ring:
         self._setup(_open_region(_config(capacity, size), name), check)
 
     def _setup(self, region: Region, check: str) -> None:
-        self._region = region
+        self._attach(region)
         self._check = check
         self._payload_check = int(check == "payload")
-        self._capacity = int(_read_config(region).capacity[0])
-        self._closed = False
-        self._lock = threading.Lock()
         self._layouts: dict[Any, _Layout] = {}
         self._views: dict[Any, tuple[Any, Array]] = {}  # read-only arrays by place and spec
         self._targets: dict[Any, Array] = {}  # writable ones
@@ -168,7 +201,10 @@ class Ring:
             layout = self._layouts[shape, dtype]
         except (KeyError, TypeError):
             layout = self._layout(shape, dtype)
-        block = layout.spare.pop() if layout.spare else self._filled_block(layout)
+        try:
+            block = layout.spare.pop()
+        except IndexError:
+            block = self._filled_block(layout)
         region = self._region
         need = layout.prefix + layout.nbytes
         while (status := lib.shmr_claim(region.handle, need, NO_REFS, 0, -1, deadline, block)) != OK:
@@ -299,7 +335,10 @@ class Ring:
             return None
 
     def _take(self, deadline: int, seconds: float | None) -> Any:
-        block = self._blocks.pop() if self._blocks else new_block()
+        try:
+            block = self._blocks.pop()
+        except IndexError:
+            block = new_block()
         region = self._region
         while (status := lib.shmr_lease(region.handle, 0, self._payload_check, deadline, block)) != OK:
             if status == FORKED:
@@ -422,7 +461,7 @@ class Ring:
     def __repr__(self) -> str:
         if self._closed:
             return "<shmengine.Ring closed>"
-        config = _read_config(self._region)
+        config = read_config(self._region)
         name = f" name={self.name!r}" if self.name else ""
         return f"<shmengine.Ring capacity={self._capacity} arena={format_bytes(config.arena_bytes)}{name}>"
 
@@ -430,34 +469,22 @@ class Ring:
         self._handle()
         return _from_token, (type(self), self._region.token(), self._check)
 
-    def _handle(self) -> Any:
-        """Return the core's handle, joined anew in a forked child."""
-        if self._closed:
-            raise Closed("this ring is closed")
-        if self._region.pid != os.getpid():
-            self._rejoin()
-        return self._region.handle
+    def _forget(self) -> None:
+        self._targets = {}
+        self._views = {}
+        self._blocks = []
+        self._layouts = {}
 
-    def _rejoin(self) -> Region:
-        """In a forked child: become a participant of its own."""
-        if self._closed:
-            raise Closed("this ring is closed")
-        if self._region.pid != os.getpid():
-            self._lock = threading.Lock()
-            self._region = self._region.rejoin()
-            self._targets = {}
-            self._views = {}
-            self._blocks = []
-            self._layouts = {}
-        return self._region
+    def _refusal(self) -> Closed:
+        return Closed("this ring is closed")
 
     def _refuse(self, status: int, what: str, seconds: float | None, need: int) -> None:
         if status == WOULD_BLOCK:
             raise _Nothing
         if status == CLOSED and self._closed:
-            raise Closed("this ring is closed")
+            raise self._refusal()
         if status == lib.SHMR_TOO_LARGE:
-            what = f"{what}: {format_bytes(need)} of {format_bytes(_read_config(self._region).arena_bytes)}"
+            what = f"{what}: {format_bytes(need)} of {format_bytes(read_config(self._region).arena_bytes)}"
         if status == TIMEOUT:
             what += f" ({self.approx_fill()} of {self._capacity} slots are full)"
         fail(status, what, seconds=seconds)
@@ -478,7 +505,8 @@ def _config(capacity: int, size: int) -> RegionConfig:
     return RegionConfig(arena_bytes=size, capacities=(capacity,))
 
 
-def _read_config(region: Region) -> Any:
+def read_config(region: Region) -> Any:
+    """Return the geometry of a region, a ``shmr_config``."""
     out = ffi.new("shmr_config *")
     lib.shmr_read_config(region.handle, out)
     return out
@@ -491,7 +519,7 @@ def _open_region(settings: RegionConfig, name: str | None) -> Region:
         return Region.create(settings, name)
     except FileExistsError:
         region = Region.attach_name(name)
-    found, wanted = _read_config(region), settings.to_c()
+    found, wanted = read_config(region), settings.to_c()
     if (found.capacity[0], found.arena_bytes) != (wanted.capacity[0], wanted.arena_bytes):
         region.close()
         raise LayoutMismatch(

@@ -35,6 +35,10 @@
 
 using u8 = std::uint8_t;
 
+// For a list STEPS(X) of step names: their enumeration, and their texts.
+#define EXPLORE_NAME(name) name,
+#define EXPLORE_STRING(name) #name,
+
 namespace explore {
 
 constexpr std::uint32_t NONE = ~std::uint32_t{0};
@@ -184,7 +188,7 @@ template <class Model> Outcome run(const Model &model, std::size_t max_states) {
     return out;
 }
 
-// ---- command line: quick | long | trace WORD ------------------------------------------------------------------------
+// ---- command line: quick | long | trace WORD ----------------------------------------------------------
 enum class Suite { QUICK, LONG };
 
 template <class Config> struct Case {

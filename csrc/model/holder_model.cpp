@@ -1,24 +1,25 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 // Model of blocks sent by reference: a SHARED block and its bitmap of holders.
 //
-// Shared:  target           {state, generation}      the block that is sent by reference
-//          holders[2]       words of the bitmap, one bit a participant (participant p: word p % 2)
-//          version          bumped after each setting of a holder bit, before anything that protected it goes
-//          frame[f]         {state, owner, names}    a frame that carries a reference to the target (`names`: its generation)
-//          arena_owner[p]   who owns the arena that p had at first
-//          recovery         who recovers; taken over when it dies
-// Private: references       views, and own frames not yet found FREE; the holder bit stands while it is not 0
+// Shared:  target          {state, generation}     the block that is sent by reference
+//          holders[2]      words of the bitmap, one bit a participant (participant p: word p % 2)
+//          version         bumped after each setting of a holder bit, before what protected it so far may go
+//          frame[f]        {state, owner, names}   a frame that carries a reference to that life of the target
+//          arena_owner[p]  who owns the arena that p had at first
+// Private: references      views, and own frames not yet found FREE; the holder bit stands while it is not 0
 //
-// Processes: the allocator (0) shares the target, sends frames that name it, drops its view; receivers take a frame, set
-// their bit, settle the frame, use the view, perhaps forward the reference in a frame of their own, drop the view;
-// recoverers. One recovery at a time, of all the dead together: it first sets bits of its own for every frame in flight
-// in any arena of theirs, and only then clears bits of theirs. (A bit of a dead recoverer may be all that protects a
-// frame of its victim; recovering them apart, even in the right order, fails.) The last recoverer is immortal and also receives, so that every frame is consumed in the end. The ring is
-// abstracted: any receiver may lease any committed frame of another's.
+// Processes: the allocator (0) shares the target, sends frames that name it, drops its view; receivers take a
+// frame, set their bit, settle the frame, use the view, perhaps forward the reference (in the same frame, or in one
+// of their own), drop the view; recoverers, of which the last is immortal and also receives, so that every frame is
+// consumed in the end. The ring is abstracted: any receiver may lease any committed frame of another's.
 //
-// Checked: the target is never freed while a live view or a frame in flight names it; nobody finds it gone; it is freed
-// once a generation, and that stays reachable from everywhere (no leak) although nobody but releasers and recoverers
-// sweeps.
+// Invariant behind recovery: the owner of the arena in which a frame in flight lies holds what the frame names.
+// So a recoverer (1) sets its own bits for those frames, (2) takes the arenas over, (3) clears the dead one's bits
+// in every record, whatever its state, (4) sweeps; and any number of recoveries may run at once, in any order.
+//
+// Checked: the target is never freed while a live view or a frame in flight names it; nobody finds it gone; it is
+// freed once a generation, and that stays reachable from everywhere (no leak), although nobody sweeps but
+// releasers and recoverers.
 #include "explore.hpp"
 
 namespace {
@@ -34,11 +35,11 @@ enum Bug {
     SETTLED_FIRST,        // a receiver settles the frame before it sets its bit
     STATE_READ_LAST,      // the sweep reads the generation it will free after it collected the words
     FRAME_NOT_HELD,       // the allocator drops its bit once the frame is committed
-    REPLY_ADDS_REFERENCE, // a reply in place, in another's frame, names a block that the frame did not name before
-    CLEARED_FIRST,        // recovery clears the dead one's bits before it sets its own
-    FRAMES_NOT_ADOPTED,   // recovery sets no bit of its own
-    ONE_BY_ONE,           // one recovery a victim, in any order: a dead recoverer may go before its victim
-    VICTIM_FIRST,         // one recovery a victim, several at once; a dead recoverer waits for its open recoveries
+    REPLY_ADDS_REFERENCE, // a reply in place, in another's frame, names what the frame did not name before
+    FRAMES_NOT_ADOPTED,   // recovery leaves out (1)
+    CLEARED_FIRST,        // recovery goes (3) (1) (2)
+    CLEARED_BEFORE_ARENA, // recovery goes (1) (3) (2)
+    ARENA_FIRST,          // recovery goes (2) (1) (3)
     CLEARED_UNLESS_FREE,  // recovery leaves the records that are FREE alone
     NO_SWEEP_AT_RECOVERY,
     NO_SWEEP_AT_RELEASE,
@@ -54,22 +55,13 @@ struct Config {
     Bug bug = NO_BUG;
 };
 
-#define STEPS(X)                                                                                                      \
-    X(DEAD) X(DONE)                                                                                                   \
-    X(A_CLAIM) X(A_SET_BIT) X(A_SHARE) X(A_CLAIM_FRAME) X(A_COMMIT_FRAME) X(A_DROP) X(A_WAIT)                         \
-    X(B_LEASE) X(B_SET_BIT) X(B_BUMP) X(B_SETTLE) X(B_USE) X(B_CLAIM_FRAME) X(B_COMMIT_FRAME) X(B_DROP)               \
-    X(CLEAR_BIT) X(S_STATE) X(S_VERSION) X(S_WORD) X(S_VERSION_AGAIN) X(S_LATE_STATE) X(S_FREE)                       \
-    X(R_IDLE) X(R_FRAME) X(R_SET_BIT) X(R_BUMP) X(R_CLEAR) X(R_TARGET) X(R_ADOPT) X(R_DONE)
-enum Step : u8 {
-#define X(name) name,
-    STEPS(X)
-#undef X
-};
-const char *const STEP_NAME[] = {
-#define X(name) #name,
-    STEPS(X)
-#undef X
-};
+#define STEPS(X)                                                                                           \
+    X(DEAD) X(DONE) X(A_CLAIM) X(A_SET_BIT) X(A_SHARE) X(A_CLAIM_FRAME) X(A_COMMIT_FRAME) X(A_DROP)        \
+    X(A_WAIT) X(B_LEASE) X(B_SET_BIT) X(B_BUMP) X(B_SETTLE) X(B_USE) X(B_CLAIM_FRAME) X(B_COMMIT_FRAME)    \
+    X(B_DROP) X(CLEAR_BIT) X(S_STATE) X(S_VERSION) X(S_WORD) X(S_VERSION_AGAIN) X(S_LATE_STATE)            \
+    X(S_FREE) X(R_IDLE) X(R_FRAME) X(R_SET_BIT) X(R_BUMP) X(R_CLEAR) X(R_TARGET) X(R_ADOPT) X(R_DONE)
+enum Step : u8 { STEPS(EXPLORE_NAME) };
+const char *const STEP_NAME[] = {STEPS(EXPLORE_STRING)};
 
 struct Frame {
     u8 state, owner, names;
@@ -81,15 +73,13 @@ struct Local {
     u8 own;                 // bitmap of those frames (sent by us or adopted)
     u8 round;
     u8 seen_generation, seen_version, i;
-    u8 victims, homes;      // recovery: bitmaps of participants, and of the arenas they own
+    u8 victim, homes;       // recovery: the dead one, bitmap of its arenas
 };
 struct HolderState {
     u8 target_state, target_generation, target_owner, version, frees, forwards, kills;
     u8 holders[WORDS];
     Frame frame[MAX_FRAMES];
-    u8 recovery;
-    u8 arena_owner[MAX_PROCESSES], recovered[MAX_PROCESSES];
-    u8 recoverer[MAX_PROCESSES];   // ONE_BY_ONE and VICTIM_FIRST only: instead of `recovery`
+    u8 arena_owner[MAX_PROCESSES], recovered[MAX_PROCESSES], recoverer[MAX_PROCESSES];
     Local local[MAX_PROCESSES];
 };
 
@@ -111,7 +101,6 @@ class HolderModel {
         State s{};
         s.kills = static_cast<u8>(c.kills);
         s.forwards = static_cast<u8>(c.forwards);
-        s.recovery = NOBODY;
         if (c.task) s.frame[frames - 1] = {LEASED, 1, 0};
         for (int p = 0; p <= last; p++) {
             s.arena_owner[p] = static_cast<u8>(p);
@@ -166,7 +155,7 @@ class HolderModel {
         case A_WAIT:
             return frames;
         case B_LEASE:
-            return 2 * frames;
+            return 2 * frames + 1;
         case B_SETTLE:
             return 2;
         case R_IDLE:
@@ -193,7 +182,7 @@ class HolderModel {
         case DONE:
             return false;
 
-        // ---- allocator --------------------------------------------------------------------------------------------
+        // ---- allocator --------------------------------------------------------------------------------
         case A_CLAIM:
             if (l.round == c.rounds) return choice == 0 && go(DONE);
             if (choice == 1) return c.allocator_sweeps && s.target_state == SHARED && sweep_then(l, A_CLAIM);
@@ -230,8 +219,9 @@ class HolderModel {
         case A_WAIT:
             return own_frame_free(s, l, choice) && drop_reference(l, A_WAIT, A_CLAIM);
 
-        // ---- receiver ---------------------------------------------------------------------------------------------
+        // ---- receiver ---------------------------------------------------------------------------------
         case B_LEASE:
+            if (choice == 2 * frames) return settle_task(s, p);
             return choice < frames ? lease(s, p, choice) : found_own_frame_free(s, l, choice - frames, B_LEASE);
         case B_SET_BIT:
             check_alive(l.generation);
@@ -257,8 +247,7 @@ class HolderModel {
             const int mine = c.frames + p - 1;
             if (choice == 0) return go(B_DROP);
             if (choice == 2) {   // reply to the task in place; without the bug it carries no reference and is simply settled
-                if (!c.task || p != 1 || s.frame[frames - 1].state != LEASED) return false;
-                s.frame[frames - 1] = Frame{};
+                if (!settle_task(s, p)) return false;
                 if (c.bug == REPLY_ADDS_REFERENCE) s.frame[frames - 1] = {COMMITTED, 1, l.generation};
                 return go(B_DROP);
             }
@@ -280,7 +269,7 @@ class HolderModel {
             l.view = 0;
             return drop_reference(l, idle(p), idle(p));
 
-        // ---- the last reference of a process is gone: clear the bit, then sweep ---------------------------------------
+        // ---- the last reference of a process is gone: clear the bit, then sweep -----------------------
         case CLEAR_BIT:
             s.holders[word(p)] &= static_cast<u8>(~bit(p));
             l.generation = 0;
@@ -311,32 +300,32 @@ class HolderModel {
                 for (int q = 0; q <= last; q++)
                     check(dead(s, q) || !s.local[q].view, "no free under a live view");
                 for (int f = 0; f < frames; f++)
-                    check(s.frame[f].state != COMMITTED && s.frame[f].state != LEASED, "no free under a frame in flight");
+                    check(!in_flight(s.frame[f]) || s.frame[f].names != s.target_generation, "no free under a frame in flight");
                 s.target_state = FREE;
                 check(++s.frees == s.target_generation, "freed once a generation");
             }
             return return_from_sweep(l);
 
-        // ---- recovery ---------------------------------------------------------------------------------------------
+        // ---- recovery ---------------------------------------------------------------------------------
         case R_IDLE:
             if (choice < frames) return p == last && lease(s, p, choice);
             if (choice < 2 * frames) return found_own_frame_free(s, l, choice - frames, R_IDLE);
-            l.victims = take_victims(s, p, choice - 2 * frames);
-            if (!l.victims) return false;
+            if (!recoverable(s, choice - 2 * frames, p)) return false;
+            l.victim = static_cast<u8>(choice - 2 * frames);
+            s.recoverer[l.victim] = static_cast<u8>(p);   // CAS on the life word of the victim
             for (int q = 0; q <= last; q++)
-                if (l.victims >> s.arena_owner[q] & 1) l.homes |= static_cast<u8>(1 << q);
-            l.i = 0;
-            return go(c.bug == CLEARED_FIRST ? R_CLEAR : R_FRAME);
+                if (s.arena_owner[q] == l.victim) l.homes |= static_cast<u8>(1 << q);
+            return after(l, R_IDLE);
         case R_FRAME: {
             if (l.i == frames) {
                 l.i = 0;
-                return go(c.bug == CLEARED_FIRST ? R_TARGET : R_CLEAR);
+                return after(l, R_FRAME);
             }
             Frame &f = s.frame[l.i];
             const bool adopted = l.homes >> home(l.i) & 1;
-            if (f.state == CLAIMED && is_victim(l, f.owner)) f = Frame{};
-            if (f.state == LEASED && is_victim(l, f.owner)) f = {COMMITTED, static_cast<u8>(p), f.names};   // redispatch
-            if ((f.state == LEASED || f.state == COMMITTED) && adopted && c.bug != FRAMES_NOT_ADOPTED) {
+            if (f.state == CLAIMED && f.owner == l.victim) f = Frame{};
+            if (f.state == LEASED && f.owner == l.victim) f = {COMMITTED, static_cast<u8>(p), f.names};   // redispatch
+            if (in_flight(f) && adopted && c.bug != FRAMES_NOT_ADOPTED) {
                 l.generation = f.names;
                 l.own |= fbit(l.i);
                 if (l.references++ == 0) return go(R_SET_BIT);
@@ -352,31 +341,28 @@ class HolderModel {
             s.version++;
             l.i++;
             return go(R_FRAME);
-        case R_CLEAR:
-            if (s.target_state != FREE || c.bug != CLEARED_UNLESS_FREE)
-                s.holders[word(victim(l))] &= static_cast<u8>(~bit(victim(l)));
-            if (next_victim(l)) return true;
-            return go(c.bug == CLEARED_FIRST ? R_FRAME : R_TARGET);
-        case R_TARGET:
-            if (s.target_state == CLAIMED && is_victim(l, s.target_owner)) {
-                s.target_state = FREE;
-                s.frees++;
-            } else if (s.target_state == SHARED && c.bug != NO_SWEEP_AT_RECOVERY) {
-                return sweep_then(l, R_ADOPT);
-            }
-            return go(R_ADOPT);
         case R_ADOPT:   // one store an arena
             for (int q = 0; q <= last; q++) {
-                if (!is_victim(l, s.arena_owner[q])) continue;
+                if (s.arena_owner[q] != l.victim) continue;
                 s.arena_owner[q] = static_cast<u8>(p);
                 return true;
             }
+            return after(l, R_ADOPT);
+        case R_CLEAR:
+            if (s.target_state != FREE || c.bug != CLEARED_UNLESS_FREE)
+                s.holders[word(l.victim)] &= static_cast<u8>(~bit(l.victim));
+            return after(l, R_CLEAR);
+        case R_TARGET:
+            if (s.target_state == CLAIMED && s.target_owner == l.victim) {
+                s.target_state = FREE;
+                s.frees++;
+            } else if (s.target_state == SHARED && c.bug != NO_SWEEP_AT_RECOVERY) {
+                return sweep_then(l, R_DONE);
+            }
             return go(R_DONE);
         case R_DONE:
-            s.recovered[victim(l)] = 1;
-            if (next_victim(l)) return true;
-            if (s.recovery == p) s.recovery = NOBODY;
-            l.victims = l.homes = 0;
+            s.recovered[l.victim] = 1;
+            l.victim = l.homes = 0;
             return go(R_IDLE);
         }
         return false;
@@ -388,40 +374,23 @@ class HolderModel {
     static u8 fbit(int f) { return static_cast<u8>(1 << f); }
     int home(int f) const { return f < c.frames || f >= c.frames + c.receivers ? ALLOCATOR : f - c.frames + 1; }
     u8 idle(int p) const { return p < first_recoverer ? B_LEASE : R_IDLE; }
+    static bool in_flight(const Frame &f) { return f.state == COMMITTED || f.state == LEASED; }
     static bool dead(const State &s, int p) { return s.local[p].at == DEAD; }
 
-    // The victims are taken one after the other; l.i counts them and is 0 afterwards.
-    static bool is_victim(const Local &l, int p) { return l.victims >> p & 1; }
-    static int victim(const Local &l) {
-        int p = -1;
-        for (int n = 0; n <= l.i; n++)
-            do p++;
-            while (!is_victim(l, p));
-        return p;
-    }
-    static bool next_victim(Local &l) {
-        l.i = (l.i + 1) % __builtin_popcount(l.victims);
-        return l.i != 0;
-    }
-
-    u8 take_victims(State &s, int me, int choice) const {
-        if (c.bug == ONE_BY_ONE || c.bug == VICTIM_FIRST) return recoverable(s, choice, me) ? take_one(s, me, choice) : 0;
-        if (choice != 0 || (s.recovery != NOBODY && !dead(s, s.recovery))) return 0;
-        u8 victims = 0;
-        for (int d = 0; d <= last; d++)
-            if (dead(s, d) && !s.recovered[d]) victims |= static_cast<u8>(1 << d);
-        if (victims) s.recovery = static_cast<u8>(me);
-        return victims;
-    }
-    static u8 take_one(State &s, int me, int d) {
-        s.recoverer[d] = static_cast<u8>(me);
-        return static_cast<u8>(1 << d);
-    }
     bool recoverable(const State &s, int d, int me) const {
-        if (d == me || !dead(s, d) || s.recovered[d]) return false;
-        if (s.recoverer[d] != NOBODY && !dead(s, s.recoverer[d])) return false;
-        for (int q = 0; q <= last; q++)
-            if (s.recoverer[q] == d && !s.recovered[q] && c.bug == VICTIM_FIRST) return false;
+        return d != me && dead(s, d) && !s.recovered[d] && (s.recoverer[d] == NOBODY || dead(s, s.recoverer[d]));
+    }
+    bool after(Local &l, u8 phase) const {   // the phases of recovery in their order
+        static const u8 RIGHT[] = {R_IDLE, R_FRAME, R_ADOPT, R_CLEAR, R_TARGET};
+        static const u8 CLEAR_FRAME_ADOPT[] = {R_IDLE, R_CLEAR, R_FRAME, R_ADOPT, R_TARGET};
+        static const u8 FRAME_CLEAR_ADOPT[] = {R_IDLE, R_FRAME, R_CLEAR, R_ADOPT, R_TARGET};
+        static const u8 ADOPT_FRAME_CLEAR[] = {R_IDLE, R_ADOPT, R_FRAME, R_CLEAR, R_TARGET};
+        const u8 *order = c.bug == CLEARED_FIRST          ? CLEAR_FRAME_ADOPT
+                          : c.bug == CLEARED_BEFORE_ARENA ? FRAME_CLEAR_ADOPT
+                          : c.bug == ARENA_FIRST          ? ADOPT_FRAME_CLEAR
+                                                          : RIGHT;
+        while (*order != phase) order++;
+        l.at = order[1];
         return true;
     }
 
@@ -437,6 +406,12 @@ class HolderModel {
                : c.bug == SETTLED_FIRST ? B_SETTLE
                : c.bug == VERSION_FIRST ? B_BUMP
                                         : B_SET_BIT;
+        return true;
+    }
+    bool settle_task(State &s, int p) const {
+        Frame &task = s.frame[frames - 1];
+        if (!c.task || p != 1 || task.state != LEASED || task.names) return false;
+        task = Frame{};
         return true;
     }
     static bool own_frame_free(const State &s, Local &l, int f) {
@@ -496,8 +471,10 @@ std::vector<explore::Case<Config>> cases() {
          quick,
          {.rounds = 2, .forwards = 1, .recoverers = 2, .kills = 2, .bug = CLEARED_UNLESS_FREE}},
         {"recovery does not sweep", quick, {.kills = 1, .bug = NO_SWEEP_AT_RECOVERY}},
-        {"one recovery a victim, any order", quick, {.recoverers = 2, .kills = 2, .bug = ONE_BY_ONE}},
-        {"one recovery a victim, victims of the dead first", quick, {.recoverers = 3, .kills = 2, .bug = VICTIM_FIRST}},
+        {"recovery clears before it takes the arena",
+         quick,
+         {.recoverers = 2, .kills = 2, .bug = CLEARED_BEFORE_ARENA}},
+        {"recovery takes the arena before it sets", quick, {.recoverers = 2, .kills = 2, .bug = ARENA_FIRST}},
 
         {"2 receivers, 2 frames, 2 forwards, 1 kill",
          full,

@@ -56,28 +56,18 @@ inline bool operator==(const Block &a, const Block &b) { return !std::memcmp(&a,
 inline bool operator==(const Slot &a, const Slot &b) { return !std::memcmp(&a, &b, sizeof a); }
 
 // P_ producer, I_ insert, L_ lease, C_ consumer, D_ drain, N_ notify_one(slot_waiters), R_ recoverer
-#define STEPS(X)                                                                                                       \
-    X(DEAD) X(DONE)                                                                                                    \
-    X(P_CLAIM) X(P_FILL) X(P_COMMIT) X(P_UNDO) X(P_DRAIN_DOORBELL) X(P_REGISTER) X(P_SLEEP) X(P_ABORT) X(P_UNREGISTER) \
-    X(ROOM_COMMIT_CURSOR) X(ROOM_LEASE_CURSOR) X(N_LOAD) X(N_CLEAR) X(N_POST)                                          \
-    X(I_COMMIT_CURSOR) X(I_LEASE_CURSOR) X(I_OLDEST_SLOT) X(I_OLDEST_BLOCK) X(I_HELP_LEASE_CURSOR) X(I_SLOT)           \
-    X(I_HELP_COMMIT_CURSOR) X(I_SWAP_SLOT) X(I_ADVANCE)                                                                \
-    X(L_LEASE_CURSOR) X(L_SLOT) X(L_EARLY_ADVANCE) X(L_BLOCK) X(L_SWAP_BLOCK) X(L_HELP) X(L_ADVANCE)                   \
-    X(C_READ) X(C_RELEASE) X(D_CHECK)                                                                                  \
-    X(R_IDLE) X(R_SNAPSHOT) X(R_LOAD) X(R_REPAIR) X(R_DISPOSE) X(R_CLEAR_WAITER) X(R_RING) X(R_DONE) X(R_REGISTER)     \
-    X(R_UNREGISTER)                                                                                                    \
-    /* places to return to; never a process's own position */                                                          \
+#define STEPS(X)                                                                                           \
+    X(DEAD) X(DONE) X(P_CLAIM) X(P_FILL) X(P_COMMIT) X(P_UNDO) X(P_DRAIN_DOORBELL) X(P_REGISTER)           \
+    X(P_SLEEP) X(P_ABORT) X(P_UNREGISTER) X(ROOM_COMMIT_CURSOR) X(ROOM_LEASE_CURSOR) X(N_LOAD)             \
+    X(N_CLEAR) X(N_POST) X(I_COMMIT_CURSOR) X(I_LEASE_CURSOR) X(I_OLDEST_SLOT) X(I_OLDEST_BLOCK)           \
+    X(I_HELP_LEASE_CURSOR) X(I_SLOT) X(I_HELP_COMMIT_CURSOR) X(I_SWAP_SLOT) X(I_ADVANCE)                   \
+    X(L_LEASE_CURSOR) X(L_SLOT) X(L_EARLY_ADVANCE) X(L_BLOCK) X(L_SWAP_BLOCK) X(L_HELP) X(L_ADVANCE)       \
+    X(C_READ) X(C_RELEASE) X(D_CHECK) X(R_IDLE) X(R_SNAPSHOT) X(R_LOAD) X(R_REPAIR) X(R_DISPOSE)           \
+    X(R_CLEAR_WAITER) X(R_RING) X(R_DONE) X(R_REGISTER) X(R_UNREGISTER)                                    \
+    /* places to return to; never a process's own position */                                              \
     X(P_INSERTED) X(P_NEXT) X(R_INSERTED) X(R_RETRIED)
-enum Step : u8 {
-#define X(name) name,
-    STEPS(X)
-#undef X
-};
-const char *const STEP_NAME[] = {
-#define X(name) #name,
-    STEPS(X)
-#undef X
-};
+enum Step : u8 { STEPS(EXPLORE_NAME) };
+const char *const STEP_NAME[] = {STEPS(EXPLORE_STRING)};
 
 struct Local {
     u8 at, insert_return, notify_return;
@@ -184,7 +174,7 @@ class RingModel {
         case DONE:
             return false;
 
-        // ---- producer ---------------------------------------------------------------------------------------------
+        // ---- producer ---------------------------------------------------------------------------------
         case P_CLAIM: {
             if (l.count == c.messages) return go(DONE);
             int b = 0;
@@ -241,7 +231,7 @@ class RingModel {
             if (c.bug == BATON_DROPPED) return return_from_notify(s, p);
             return go(ROOM_COMMIT_CURSOR);
 
-        // ---- pass the baton on if there is room, or notify after an advance -----------------------------------------
+        // ---- pass the baton on if there is room, or notify after an advance ---------------------------
         case ROOM_COMMIT_CURSOR:
             l.commit = s.commit_cursor;
             return go(ROOM_LEASE_CURSOR);
@@ -263,7 +253,7 @@ class RingModel {
             l.waiter = 0;
             return return_from_notify(s, p);
 
-        // ---- insert -----------------------------------------------------------------------------------------------
+        // ---- insert -----------------------------------------------------------------------------------
         case I_COMMIT_CURSOR:
             l.commit = s.commit_cursor;
             return go(I_LEASE_CURSOR);
@@ -299,7 +289,7 @@ class RingModel {
             if (s.commit_cursor == l.commit) s.commit_cursor++;
             return return_from_insert(s, p, true);
 
-        // ---- lease ------------------------------------------------------------------------------------------------
+        // ---- lease ------------------------------------------------------------------------------------
         case L_LEASE_CURSOR:
             l.lease = s.lease_cursor;
             return go(L_SLOT);
@@ -332,7 +322,7 @@ class RingModel {
         case L_ADVANCE:
             return advance_lease_cursor(s, p, C_READ, false);
 
-        // ---- consumer ---------------------------------------------------------------------------------------------
+        // ---- consumer ---------------------------------------------------------------------------------
         case C_READ:
             l.message = s.payload[l.block];
             check(l.message < MAX_MESSAGES && s.published[l.message], "no torn message");
@@ -350,7 +340,7 @@ class RingModel {
             l.final_round = everybody_ended(s);
             return go(L_LEASE_CURSOR);
 
-        // ---- recovery ---------------------------------------------------------------------------------------------
+        // ---- recovery ---------------------------------------------------------------------------------
         case R_IDLE: {
             int d = 0;
             while (d <= last && !recoverable(s, d, p)) d++;

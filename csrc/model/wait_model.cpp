@@ -58,25 +58,16 @@ struct Config {
     Bug bug = NO_BUG;
 };
 
-#define STEPS(X)                                                                                                       \
-    X(DEAD) X(DONE)                                                                                                    \
-    X(PUT_ITEM) X(FREE_BLOCK) X(FREE_LAST_BLOCK) X(LOAD_EXTENT_WAITERS) X(FIND_OWNER) X(POST_OWNER)                    \
-    X(ONE_LOAD) X(ONE_CLEAR) X(ONE_FLAG) X(ONE_POST) X(ALL_LOAD) X(ALL_CLEAR) X(ALL_POST)                              \
-    X(W_TRY) X(W_DRAIN_DOORBELL) X(W_REGISTER) X(W_FIND_SLEEPERS) X(W_POST_SLEEPER) X(W_LOOK) X(W_RETURN)              \
-    X(W_RECHECK) X(W_SLEEP) X(W_WOKEN) X(W_LAST_TRY) X(W_UNREGISTER) X(W_BATON)                                        \
-    X(R_IDLE) X(R_CLEAR) X(R_ADOPT) X(R_RING) X(R_DONE)                                                                \
-    /* a place to return to; never a process's own position */                                                         \
+#define STEPS(X)                                                                                           \
+    X(DEAD) X(DONE) X(PUT_ITEM) X(FREE_BLOCK) X(FREE_LAST_BLOCK) X(LOAD_EXTENT_WAITERS) X(FIND_OWNER)      \
+    X(POST_OWNER) X(ONE_LOAD) X(ONE_CLEAR) X(ONE_FLAG) X(ONE_POST) X(ALL_LOAD) X(ALL_CLEAR) X(ALL_POST)    \
+    X(W_TRY) X(W_DRAIN_DOORBELL) X(W_REGISTER) X(W_FIND_SLEEPERS) X(W_POST_SLEEPER) X(W_LOOK)              \
+    X(W_RETURN) X(W_RECHECK) X(W_SLEEP) X(W_WOKEN) X(W_LAST_TRY) X(W_UNREGISTER) X(W_BATON) X(R_IDLE)      \
+    X(R_CLEAR) X(R_ADOPT) X(R_RING) X(R_DONE)                                                              \
+    /* a place to return to; never a process's own position */                                             \
     X(W_LEFT)
-enum Step : u8 {
-#define X(name) name,
-    STEPS(X)
-#undef X
-};
-const char *const STEP_NAME[] = {
-#define X(name) #name,
-    STEPS(X)
-#undef X
-};
+enum Step : u8 { STEPS(EXPLORE_NAME) };
+const char *const STEP_NAME[] = {STEPS(EXPLORE_STRING)};
 
 struct Local {
     u8 at, notify_return;
@@ -192,7 +183,7 @@ class WaitModel {
         case DONE:
             return false;
 
-        // ---- those who make something available -----------------------------------------------------------------------
+        // ---- those who make something available -------------------------------------------------------
         case PUT_ITEM:
             s.items++;
             return notify(l, ONE_LOAD, ITEM, DONE);
@@ -212,7 +203,7 @@ class WaitModel {
             post(s, c.who[p].target);
             return go(DONE);
 
-        // ---- notify_one: any waiter may be picked; if all are gone meanwhile, look again ---------------------------------
+        // ---- notify_one: any waiter may be picked; if all are gone meanwhile, look again --------------
         case ONE_LOAD:
             return s.waiters[l.notify] ? go(ONE_CLEAR) : return_from_notify(s, p);
         case ONE_CLEAR:
@@ -230,7 +221,7 @@ class WaitModel {
             l.waiter = 0;
             return return_from_notify(s, p);
 
-        // ---- notify_all ---------------------------------------------------------------------------------------------
+        // ---- notify_all -------------------------------------------------------------------------------
         case ALL_LOAD:
             l.mask = s.waiters[l.notify];
             return l.mask ? go(ALL_CLEAR) : return_from_notify(s, p);
@@ -248,7 +239,7 @@ class WaitModel {
             l.mask &= static_cast<u8>(l.mask - 1);
             return l.mask ? go(ALL_CLEAR) : return_from_notify(s, p);
 
-        // ---- waiter -------------------------------------------------------------------------------------------------
+        // ---- waiter -----------------------------------------------------------------------------------
         case W_TRY:
             if (take(s, p)) return left(s, p);
             return next_source(l, wants(p)) ? true : go(W_DRAIN_DOORBELL);
@@ -317,7 +308,7 @@ class WaitModel {
         case W_BATON:
             return s.items ? notify(l, ONE_LOAD, ITEM, W_LEFT) : left(s, p);
 
-        // ---- recovery -----------------------------------------------------------------------------------------------
+        // ---- recovery ---------------------------------------------------------------------------------
         case R_IDLE: {
             int d = 0;
             while (d <= last && !recoverable(s, d, p)) d++;
@@ -512,9 +503,9 @@ std::vector<explore::Case<Config>> cases() {
         {"items or space: 2 put, 2 release, one waits for both, one for items, 1 kill",
          full,
          {.who = {put(), put(), release(), release(), wait(WANTS_ITEM | WANTS_SPACE), item}, .kills = 1}},
-        {"extents: 2 need one, 2 asleep on items hold one each, 1 put",
+        {"extents: 1 needs one, 1 needs two, 2 asleep on items hold one each",
          full,
-         {.who = {extent, extent, holding(1, item), holding(1, item), put()}}},
+         {.who = {extent, wait(WANTS_EXTENT, 2), holding(1, item), holding(1, item)}}},
         {"extents, items: 1 waits for both, a sleeper's last block released, 1 put, 2 kills, 2 recoverers",
          full,
          {.who = {wait(WANTS_EXTENT | WANTS_ITEM), holding(0, item), release_spare_of(1), put()},

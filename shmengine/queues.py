@@ -1,0 +1,434 @@
+"""`Queue` and `JoinableQueue`: the interface of `multiprocessing.Queue`, on a ring in shared memory.
+
+    put: pickle in the caller ─► claim ─ fill ─ commit ──►  [ ring ]  ──► lease ─ copy out ─ release: get
+                                                                  JoinableQueue: release at task_done
+
+No feeder thread: what `put` has returned from is in shared memory, whatever becomes of the process that put it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Generic, NoReturn, TypeVar
+
+from shmengine import config, errors
+from shmengine._native import ffi, lib
+from shmengine._native.status import CLOSED, FORKED, INTERRUPTED, OK, TIMEOUT, WOULD_BLOCK, fail
+from shmengine.codec import Encoded, decode, encode
+from shmengine.config import format_bytes, parse_bytes
+from shmengine.leases import new_block
+from shmengine.region import Region, RegionConfig, RegionToken
+from shmengine.ring import Attached, read_config
+
+__all__ = ["JoinableQueue", "Queue"]
+
+T = TypeVar("T")
+
+MAX_BLOCKS = 1 << 20  # of a region
+SPARE_BLOCKS = 1024  # beyond the messages that wait: for puts under way, and for messages being read
+MAX_MAXSIZE = MAX_BLOCKS - SPARE_BLOCKS
+# A slot takes 8 bytes from the start, so a queue without maxsize has no more than it has memory for, or sense.
+UNBOUNDED_CAPACITY = 1 << 18
+BYTES_PER_SLOT = 256
+FIRST_LOOK_NS = 1_000_000  # a moment's wait: what the departed have left is taken over while waiting
+NEXT_LOOK_NS = 100_000_000  # how often to look whether anybody could still relieve a shortage
+
+
+class Queue(Attached, Generic[T]):
+    """A queue between processes, and threads: a drop-in for `multiprocessing.Queue`.
+
+    Works with every start method, as an argument of a `multiprocessing.Process` or inherited by fork, and can
+    itself be sent through a queue. What `get` returns is private: arrays are writable copies.
+
+    Differences, all on the safe side: `put` pickles in the caller's thread, so what cannot be pickled is an error
+    there; it returns when the message is in shared memory, so a process may exit (or be killed) at once and
+    nothing is lost, and joining a process before its messages are read cannot deadlock.
+
+    Functions and classes go by reference, as with `multiprocessing`, so that they are the same objects on both
+    sides; what has no importable name (lambdas, closures, classes made in functions) goes by value, and so does
+    everything of ``__main__`` in a session that children cannot import (a notebook, ``python -c``), unless they
+    are forked.
+
+    Parameters
+    ----------
+    maxsize : int, optional
+        How many messages may wait, at most 1,048,576; beyond it `put` waits. Zero, less, or more: as many as the
+        memory holds.
+    memory : int or str, optional
+        Budget for all waiting messages together: bytes, or text such as ``"256 MiB"``; by default a quarter of
+        what is free. Memory is taken as it is needed, in steps of 2 MiB. When it is used up, `put` waits; if
+        nobody is left who could ever take a message, it raises a `Full` that names the budget instead.
+    ctx : multiprocessing context, optional
+        The one whose processes will use the queue; by default `multiprocessing`'s own.
+
+    Raises
+    ------
+    TypeError
+        `maxsize` is no integer.
+    ValueError
+        `memory` is no size, or zero.
+    MemoryBudgetExceeded
+        There is not even room for the control part.
+    """
+
+    def __init__(self, maxsize: int = 0, *, memory: int | str | None = None, ctx: Any = None) -> None:
+        if isinstance(maxsize, bool) or not hasattr(maxsize, "__index__"):
+            raise TypeError(f"maxsize must be an int, not {type(maxsize).__name__}")
+        budget = config.default_budget() if memory is None else parse_bytes(memory)
+        if budget < 1:
+            raise ValueError(f"memory must be positive, not {memory!r}")
+        maxsize = min(max(maxsize.__index__(), 0), MAX_MAXSIZE)
+        capacity = maxsize or min(UNBOUNDED_CAPACITY, max(1, budget // BYTES_PER_SLOT))
+        geometry = RegionConfig(
+            arena_bytes=budget,
+            capacities=(capacity,),
+            participants=256,
+            doorbells=512,
+            blocks=max(4096, capacity + SPARE_BLOCKS),
+            wait_alone=True,
+        )
+        self._setup(Region.create(geometry), maxsize, not _children_know_main(ctx))
+
+    def _setup(self, region: Region, maxsize: int, by_value: bool) -> None:
+        self._attach(region)
+        self._maxsize = maxsize
+        self._by_value = by_value
+
+    # --- putting ---------------------------------------------------------------------------------
+
+    def put(self, obj: T, block: bool = True, timeout: float | None = None) -> None:
+        """Put a message into the queue; it is in shared memory when this returns.
+
+        Parameters
+        ----------
+        obj : object
+            Anything that can be pickled.
+        block : bool, optional
+            Whether to wait while the queue is full.
+        timeout : float, optional
+            Seconds to wait; None: for ever.
+
+        Raises
+        ------
+        Full
+            The queue stayed full, or the message is larger than the whole memory budget, or the budget is used
+            up and nobody is left who could take a message. A `queue.Full`.
+        SerializationError
+            The object cannot be pickled.
+        ValueError
+            The queue is closed.
+        """
+        self._check_open()
+        frame = self._encode(obj)
+        deadline = _deadline(block, timeout)
+        message = new_block()
+        try:
+            self._patiently(
+                lambda until: lib.shmr_claim(self._handle(), frame.nbytes, ffi.NULL, 0, -1, until, message),
+                deadline,
+                frame,
+                relieved_by_others=True,
+            )
+            frame.write_into(self._region.root(message.offset, frame.nbytes, writable=True))
+            message.length = frame.nbytes
+            self._patiently(
+                lambda until: lib.shmr_commit(self._region.handle, 0, 0, -1, until, message),
+                deadline,
+                frame,
+                relieved_by_others=not self._maxsize,
+            )
+        except BaseException:
+            if message.state:  # claimed and not committed
+                lib.shmr_abort(self._region.handle, message)
+            raise
+
+    def put_nowait(self, obj: T) -> None:
+        """Like ``put(obj, block=False)``."""
+        self.put(obj, False)
+
+    def _encode(self, obj: object) -> Encoded:
+        if not self._by_value:
+            try:
+                return encode(obj, by_value=False, memmap_mode=None)
+            except errors.SerializationError:  # no importable name, perhaps
+                pass
+        return encode(obj, memmap_mode=None)
+
+    def _patiently(
+        self, call: Callable[[int], int], deadline: int, frame: Encoded, *, relieved_by_others: bool
+    ) -> None:
+        """Repeat a call of the core until it succeeds, the deadline passes, or nobody can help.
+
+        Parameters
+        ----------
+        call
+            Takes a deadline and returns a status.
+        relieved_by_others
+            Whether to give up when nobody is left who could take a message.
+        """
+        until = 0 if relieved_by_others else deadline
+        while (status := call(until)) != OK:
+            if status == FORKED:
+                self._rejoin()
+            elif status in (TIMEOUT, WOULD_BLOCK):
+                now = time.monotonic_ns()
+                if relieved_by_others and until == 0:
+                    until = now + FIRST_LOOK_NS
+                elif 0 <= deadline <= now:
+                    self._refuse_put(frame)
+                elif relieved_by_others and not self._can_be_relieved():
+                    self._refuse_put(frame, "nobody is left who could take a message")
+                else:
+                    until = now + NEXT_LOOK_NS if deadline < 0 else min(deadline, now + NEXT_LOOK_NS)
+            elif status == lib.SHMR_TOO_LARGE:
+                raise errors.Full(
+                    f"a message of {format_bytes(frame.nbytes)} is larger than the whole memory budget of this queue,"
+                    f" {format_bytes(self._budget())}: raise memory="
+                )
+            elif status == CLOSED:
+                raise self._refusal()
+            elif status != INTERRUPTED:
+                fail(status, "put into this queue")
+
+    def _can_be_relieved(self) -> bool:
+        """Tell whether anybody else could take a message: another process that is here or may come, or a thread."""
+        handle = self._handle()
+        lib.shmr_check_deaths(handle)
+        if lib.shmr_live_participants(handle) > 1 or threading.active_count() > 1:
+            return True
+        processes = sys.modules.get("multiprocessing")
+        return processes is not None and bool(processes.active_children())
+
+    def _refuse_put(self, frame: Encoded, why: str = "") -> NoReturn:
+        fill = self._fill()
+        if fill >= self._capacity:
+            what = f"{fill} messages wait, {'the maxsize of this queue' if self._maxsize else 'as many as it has slots for'}"
+        else:
+            counters = self._region.counters()
+            what = (
+                f"no room for a message of {format_bytes(frame.nbytes)}: {fill} messages wait, and of the memory budget"
+                f" of {format_bytes(counters.budget)} all is in use (raise memory=)"
+            )
+        raise errors.Full(f"{what}{why and ', and '}{why}")
+
+    def _budget(self) -> int:
+        return int(read_config(self._region).arena_bytes)
+
+    # --- getting ---------------------------------------------------------------------------------
+
+    def get(self, block: bool = True, timeout: float | None = None) -> T:
+        """Take the oldest message.
+
+        Parameters
+        ----------
+        block : bool, optional
+            Whether to wait for a message.
+        timeout : float, optional
+            Seconds to wait; None: for ever.
+
+        Returns
+        -------
+        object
+            A private copy.
+
+        Raises
+        ------
+        queue.Empty
+            No message came.
+        SerializationError
+            The message cannot be unpickled in this process; it is discarded.
+        Corrupt
+            The message failed a check; it is discarded.
+        ValueError
+            The queue is closed.
+        """
+        self._check_open()
+        deadline = _deadline(block, timeout)
+        message = new_block()
+        try:
+            while (status := lib.shmr_lease(self._handle(), 0, 0, deadline, message)) != OK:
+                if status in (TIMEOUT, WOULD_BLOCK):
+                    from queue import Empty
+
+                    raise Empty
+                if status == CLOSED:
+                    raise self._refusal()
+                if status not in (INTERRUPTED, FORKED):
+                    fail(status, "get from this queue")
+            obj: T = decode(self._region.root(message.offset, message.length), copy=True)
+            self._got(message)
+        except BaseException:
+            self._discard(message)
+            raise
+        return obj
+
+    def get_nowait(self) -> T:
+        """Like ``get(block=False)``."""
+        return self.get(False)
+
+    def _got(self, message: Any) -> None:
+        """Do what is to be done with a message that has been copied out."""
+        lib.shmr_release(self._region.handle, message)
+
+    def _discard(self, message: Any) -> None:
+        if message.state:
+            lib.shmr_release(self._region.handle, message)
+
+    # --- everything else -------------------------------------------------------------------------
+
+    def qsize(self) -> int:
+        """Messages that wait; while others put and get, a recent value."""
+        self._check_open()
+        return self._fill()
+
+    def empty(self) -> bool:
+        """Whether no message waits; while others put and get, a recent answer."""
+        return self.qsize() == 0
+
+    def full(self) -> bool:
+        """Whether `maxsize` messages wait; while others put and get, a recent answer."""
+        return self.qsize() >= self._capacity
+
+    def _fill(self) -> int:
+        return int(lib.shmr_approx_fill(self._handle(), 0))
+
+    def close(self) -> None:
+        """End this process's use of the queue: from now on `put` and `get` raise `ValueError` here.
+
+        Messages that wait stay, as long as any other process has the queue.
+        """
+        if not self._closed:
+            self._closed = True
+            self._region.close()
+
+    def join_thread(self) -> None:
+        """Do nothing: there is no thread. (`multiprocessing.Queue` waits for its own here.)
+
+        Raises
+        ------
+        AssertionError
+            The queue is not closed.
+        """
+        if not self._closed:
+            raise AssertionError(f"Queue {self!r} not closed")
+
+    def cancel_join_thread(self) -> None:
+        """Do nothing: there is no thread, and exiting never waits for a queue."""
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise self._refusal()
+
+    def _refusal(self) -> errors.Closed:
+        return errors.Closed(f"Queue {self!r} is closed")
+
+    def __repr__(self) -> str:
+        budget = format_bytes(self._budget())
+        return f"<shmengine.{type(self).__name__} maxsize={self._maxsize} memory={budget} at {id(self):#x}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._handle()
+        return _from_token, (type(self), self._region.token(), self._maxsize, self._by_value)
+
+
+class JoinableQueue(Queue[T]):
+    """A `Queue` that knows when the work on its messages is done: a drop-in for `multiprocessing.JoinableQueue`.
+
+    A message stays on the books of the process that got it until that calls `task_done`. So when a worker is
+    killed in between, or just ends, its messages go back into the queue and are delivered again: `join` never
+    waits for the dead, and returns only when everything was really done. Such a message may have been worked on
+    twice.
+
+    Unlike `multiprocessing`'s, `task_done` counts per process: it must be called in the process that got the
+    message. (Any of its threads may; the oldest message is settled first.)
+    """
+
+    def _setup(self, region: Region, maxsize: int, by_value: bool) -> None:
+        super()._setup(region, maxsize, by_value)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._outstanding: deque[Any] = deque()  # messages got here and not done yet
+        # After the region's own finalizer, so that it runs before that one at exit.
+        weakref.finalize(self, _give_back, self._region, self._outstanding)
+
+    def _got(self, message: Any) -> None:
+        self._outstanding.append(message)
+
+    def _discard(self, message: Any) -> None:
+        if message.state:
+            lib.shmr_release(self._region.handle, message)
+            lib.shmr_notify_idle(self._region.handle)
+
+    def task_done(self) -> None:
+        """Say that the work on the oldest message got here, and not yet done, is done.
+
+        Raises
+        ------
+        ValueError
+            Called more often than `get` in this process.
+        """
+        if self._region.pid != os.getpid():
+            self._rejoin()
+        try:
+            message = self._outstanding.popleft()
+        except IndexError:
+            raise ValueError("task_done() called too many times") from None
+        self._discard(message)
+
+    def join(self) -> None:
+        """Wait until every message ever put has been got and done."""
+        if self._region.pid != os.getpid():
+            self._rejoin()
+        while (status := lib.shmr_wait_idle(self._region.handle, 0, -1)) != OK:
+            if status != INTERRUPTED:
+                fail(status, "join this queue")
+
+    def close(self) -> None:
+        """End `put` and `get` in this process; `task_done` and `join` still work."""
+        self._closed = True
+
+
+def _give_back(region: Region, outstanding: deque[Any]) -> None:
+    """Put back what was got and never done: when the queue is collected, or at exit."""
+    if region.pid != os.getpid():
+        return
+    while outstanding:
+        if lib.shmr_commit(region.handle, 0, 0, -1, 0, outstanding[0]) != OK:
+            # The queue is full. Leaving would drop these messages, dying does not: so do not leave.
+            region.stay()
+            return
+        outstanding.popleft()
+
+
+def _deadline(block: bool, timeout: float | None) -> int:
+    """Monotonic nanoseconds for the core: -1 for ever, 0 not at all (negative timeouts too)."""
+    if not block:
+        return 0
+    if timeout is None:
+        return -1
+    return time.monotonic_ns() + int(min(timeout, 1e9) * 1e9) if timeout > 0 else 0
+
+
+def _children_know_main(ctx: Any) -> bool:
+    """Tell whether child processes of the user have the ``__main__`` of this one, or can import it."""
+    main = sys.modules.get("__main__")
+    if getattr(main, "__file__", None) or getattr(main, "__spec__", None):
+        return True
+    import multiprocessing
+
+    source: Any = multiprocessing if ctx is None else ctx
+    method = source.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    return bool(method == "fork")
+
+
+def _from_token(cls: type[Queue[Any]], token: RegionToken, maxsize: int, by_value: bool) -> Queue[Any]:
+    queue = cls.__new__(cls)
+    queue._setup(Region.from_token(token), maxsize, by_value)
+    return queue

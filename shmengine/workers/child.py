@@ -1,0 +1,239 @@
+"""What runs inside a worker: lease a task, call, commit the result, release the task.
+
+Started as a program of its own (never as a copy of the user's), so nothing of the user's ``__main__`` is
+run again. It never imports the pool.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from shmengine import codec
+from shmengine._native import ffi, lib
+from shmengine._native.status import CLOSED, INTERRUPTED, OK, TIMEOUT, fail
+from shmengine.arena import Arena
+from shmengine.errors import MemoryBudgetExceeded
+from shmengine.leases import release_with
+from shmengine.region import Region
+from shmengine.workers import messages
+from shmengine.workers.messages import BATCH, BROKEN, PRIVATE, RESULT_RING, SHARED, TASK_RING, VALUE
+
+__all__ = ["main"]
+
+# NumPy's arrays from this size on are born in shared memory; smaller ones are as cheap to copy.
+BORN_SHARED_BYTES = 32 << 10
+FUNCTIONS_KEPT = 64
+IDLE_SECONDS = 0.25
+
+_ndarray = np.ndarray
+
+
+def main(region_fd: int, parent_pidfd: int, setup_fd: int) -> None:
+    """Serve until the task ring is closed; end with the main process, whatever user code is doing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+    lib.shmr_watch_parent(parent_pidfd)
+    with os.fdopen(os.dup(setup_fd), "rb") as file:
+        file.seek(0)
+        setup = pickle.load(file)  # noqa: S301 - written by our own main process
+    os.close(setup_fd)
+    sys.path[:] = setup["path"]
+    sys.argv[:] = setup["argv"]
+    with contextlib.suppress(OSError):
+        os.chdir(setup["cwd"])
+    Worker(Region.attach(region_fd), setup).serve()
+
+
+class Worker:
+    """The serving side of one worker process."""
+
+    def __init__(self, region: Region, setup: dict[str, Any]) -> None:
+        self.region = region
+        self.arena = Arena(region, limit=setup["arena_limit"])
+        self.payload_check = int(setup["payload_check"])
+        self.initializer: bytes | None = setup["initializer"]
+        self.functions: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+        self.block = messages.empty_block()
+        self.reply = messages.empty_block()
+
+    def serve(self) -> None:
+        """Run tasks until there can be no more."""
+        self.arena.install(BORN_SHARED_BYTES)
+        if self.initializer is not None:
+            try:
+                initializer, initargs = codec.decode(self.initializer, copy=True)
+                initializer(*initargs)
+            except BaseException as error:
+                self.send(BROKEN, 0, codec.encode(codec.encode_exception(error)), 0)
+                raise
+            self.initializer = None
+        lease = lib.shmr_lease
+        handle = self.region.handle
+        while True:
+            block = self.block
+            deadline = -1
+            if messages.has_shared():
+                deadline = time.monotonic_ns() + int(IDLE_SECONDS * 1e9)
+            status = lease(handle, TASK_RING, self.payload_check, deadline, block)
+            if status == OK:
+                self.run(block)
+            elif status == TIMEOUT:
+                messages.forget_shared()  # nothing to do: whatever was put may be freed
+            elif status == CLOSED:
+                return
+            elif status != INTERRUPTED:
+                fail(status, "lease a task")
+
+    def run(self, block: Any) -> None:
+        """Run the calls of one batch and send what they returned."""
+        tag = block.tag
+        handle = self.region.handle
+        start = time.perf_counter_ns()
+        results: list[Any] = []
+        root: Any = None
+        mode = ffi.buffer(block.spec, block.spec_bytes)[:]
+        try:
+            root = messages.frame_root(self.arena, block, writable=mode == PRIVATE)
+            function, entropy, indices, calls = messages.read_frame(
+                root, self.resolve_writable if mode == SHARED else self.arena.resolve
+            )
+        except BaseException as error:
+            results.append((False, codec.encode_exception(error)))
+            calls = indices = ()
+        fn: Any = None
+        for index, (args, kwargs) in zip(indices, calls, strict=True):
+            lib.shmr_set_progress(handle, tag, index)
+            try:
+                if fn is None:
+                    fn = self.function(function)
+                if mode == PRIVATE:
+                    args, kwargs = _private(args, kwargs)
+                if entropy is not None:
+                    kwargs = {**(kwargs or {}), "rng": _generator(entropy, index)}
+                results.append((True, fn(*args, **kwargs) if kwargs else fn(*args)))
+            except BaseException as error:
+                results.append((False, codec.encode_exception(error)))
+                _forget_frames(error)
+        del calls
+        args = kwargs = None
+        self.answer(tag, results, time.perf_counter_ns() - start)
+        del results
+        # The task is settled after the result is committed: if we die in between, main knows both.
+        if root is None or sys.getrefcount(root) <= 2:
+            lib.shmr_release(handle, block)
+        else:
+            self.block = messages.empty_block()
+            release_with(root, self.region, block)
+        lib.shmr_set_progress(handle, 0, 0)
+
+    def answer(self, tag: int, results: list[Any], nanoseconds: int) -> None:
+        """Send the results of a batch; one that cannot be pickled becomes the error that says so."""
+        share = self.arena.share
+        try:
+            if len(results) == 1 and results[0][0]:
+                encoded = codec.encode(results[0][1], share=share, memmap_mode="r", label="result")
+                kind = VALUE
+            else:
+                encoded = codec.encode(results, share=share, memmap_mode="r")
+                kind = BATCH
+        except BaseException:
+            kind = BATCH
+            encoded = codec.encode([self.sendable(result) for result in results], share=share)
+        if self.send(kind, tag, encoded, nanoseconds):
+            return
+        shortage = codec.encode_exception(_no_room(encoded.nbytes, self.region))
+        self.send(BATCH, tag, codec.encode([(False, shortage)] * len(results)), nanoseconds)
+
+    def sendable(self, result: tuple[bool, Any]) -> tuple[bool, Any]:
+        """Return the result, or the error that it cannot be sent."""
+        try:
+            codec.encode(result[1], share=self.arena.share, label="result")
+        except BaseException as error:
+            return False, codec.encode_exception(error)
+        return result
+
+    def send(self, kind: int, tag: int, encoded: codec.Encoded, nanoseconds: int) -> bool:
+        """Commit a message to the result ring; False if there will never be memory for it."""
+        while True:
+            status = messages.write_frame(
+                self.arena,
+                RESULT_RING,
+                kind,
+                tag,
+                encoded,
+                payload_check=self.payload_check,
+                spec=messages.pack_nanoseconds(nanoseconds),
+                block=self.reply,
+            )
+            if status == OK:
+                return True
+            if status in (lib.SHMR_DENIED, lib.SHMR_TOO_LARGE):
+                if encoded.nbytes > BORN_SHARED_BYTES:
+                    return False
+                continue  # a few bytes: there will be room for them
+            if status == CLOSED:
+                raise SystemExit(0)
+            fail(status, "send a result")
+
+    def function(self, encoded: Any) -> Callable[..., Any]:
+        """Return the function that these bytes stand for; kept by its bytes, since a global of it may have changed."""
+        if type(encoded) is not bytes:
+            loaded: Callable[..., Any] = messages.load_shared(encoded)
+            return loaded
+        fn = self.functions.get(encoded)
+        if fn is None:
+            fn = codec.decode(encoded, resolve=self.arena.resolve)
+            self.functions[encoded] = fn
+            if len(self.functions) > FUNCTIONS_KEPT:
+                self.functions.popitem(last=False)
+        return fn  # type: ignore[no-any-return]
+
+    def resolve_writable(self, reference: Any) -> Any:
+        """Return the memory that a reference names, to be written in place."""
+        return self.arena.resolve(reference, writable=True)
+
+
+def _private(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return the arguments with private copies of arrays that are not private already."""
+    args = tuple([_copied(a) for a in args])
+    if kwargs:
+        kwargs = {name: _copied(a) for name, a in kwargs.items()}
+    return args, kwargs
+
+
+def _copied(argument: Any) -> Any:
+    if isinstance(argument, _ndarray) and not argument.flags.writeable:
+        return argument.copy("K")
+    return argument
+
+
+def _generator(entropy: Any, index: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(index,)))
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Let the tracebacks of an error go, and with them the arrays in their frames."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+
+
+def _no_room(nbytes: int, region: Region) -> MemoryBudgetExceeded:
+    budget = int(region.counters().budget)
+    return MemoryBudgetExceeded(
+        f"no room in shared memory for a result of {nbytes} bytes (memory budget {budget}), and nothing that"
+        " could make room; give the engine a larger memory=, return less at once, or let earlier results go",
+        nbytes,
+        budget,
+    )

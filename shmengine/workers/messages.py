@@ -1,0 +1,193 @@
+"""All that crosses the border between the main process and its workers, nothing more.
+
+::
+
+    main ── TASK ──► task ring ──► any worker          a batch of calls of one function, tag = batch number
+    main ◄── VALUE | BATCH | BROKEN ◄── result ring    the same tag
+         ◄── EVENT                                     from main to itself: a worker died; behind its last results
+
+A frame (`shmengine.codec`) lies in a block of its own and names the blocks that it refers to, so these stay
+alive for as long as the frame does.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from shmengine._native import ffi, lib
+from shmengine._native.status import INTERRUPTED, OK
+from shmengine.arena import Arena
+from shmengine.arrays import Bytes
+from shmengine.codec import Encoded, decode, encode
+
+__all__ = [
+    "BATCH",
+    "BROKEN",
+    "EVENT",
+    "MODES",
+    "PRIVATE",
+    "READ_ONLY",
+    "RESULT_RING",
+    "SHARED",
+    "TASK",
+    "TASK_RING",
+    "VALUE",
+    "encode_function",
+    "load_shared",
+    "nanoseconds_of",
+    "pack_nanoseconds",
+    "read_frame",
+    "shared_object",
+    "write_frame",
+]
+
+TASK_RING = 0
+RESULT_RING = 1
+
+TASK = 10
+VALUE = 11  # one task, its value bare
+BATCH = 12  # a list of (True, value) or (False, encoded exception)
+BROKEN = 13  # the initializer failed; the payload is an encoded exception
+EVENT = 14
+
+# How a task's arrays appear to the function; said in the descriptor, since it decides how to decode.
+READ_ONLY = b"\0"
+PRIVATE = b"\1"
+SHARED = b"\2"
+MODES = {False: READ_ONLY, True: PRIVATE, "private": PRIVATE, "shared": SHARED}
+
+# A function up to this size travels with each batch; a larger one is put into shared memory once.
+INLINE_FUNCTION_BYTES = 4096
+
+_NANOSECONDS = struct.Struct("<Q")
+
+# What an unpickled reference reads from: set where objects are decoded.
+_resolve: Callable[[Any], Bytes] | None = None
+_loaded: dict[tuple[int, int], tuple[Any, Any]] = {}
+
+
+def encode_function(fn: Callable[..., Any], label: str) -> Encoded:
+    """Serialise a function, by value if workers cannot import it."""
+    return encode(fn, memmap_mode="r", label=label)
+
+
+def write_frame(
+    arena: Arena,
+    ring: int,
+    kind: int,
+    tag: int,
+    encoded: Encoded,
+    *,
+    payload_check: int = 0,
+    spec: bytes = b"",
+    items: int = -1,
+    deadline: int = -1,
+    block: Any = None,
+) -> int:
+    """Claim, fill and commit one message; return a status code.
+
+    Parameters
+    ----------
+    spec : bytes, optional
+        A few bytes carried in the descriptor: `MODES` of a task, `pack_nanoseconds` of a result.
+    items : int
+        A ring whose items interrupt the wait (ITEM_WAITS); -1: none.
+    """
+    handle = arena.region.handle
+    if block is None:
+        block = ffi.new("shmr_block *")
+    references, count = ffi.NULL, len(encoded.references)
+    if count:
+        references = ffi.new("shmr_ref[]", count)
+        for i, (_, number, generation, _offset) in enumerate(encoded.references):
+            references[i].block = number
+            references[i].generation = generation
+    while True:
+        status: int = lib.shmr_claim(handle, encoded.nbytes, references, count, items, deadline, block)
+        if status == OK:
+            break
+        if status != INTERRUPTED:
+            return status
+    try:
+        encoded.write_into(arena.region.root(block.offset, encoded.nbytes, writable=True))
+    except BaseException:
+        lib.shmr_abort(handle, block)
+        raise
+    block.kind = kind
+    block.tag = tag
+    block.length = encoded.nbytes
+    if spec:
+        ffi.memmove(block.spec, spec, len(spec))
+        block.spec_bytes = len(spec)
+    while True:
+        status = lib.shmr_commit(handle, ring, payload_check, items, deadline, block)
+        if status == INTERRUPTED:
+            continue
+        if status != OK:
+            lib.shmr_abort(handle, block)
+        return status
+
+
+def pack_nanoseconds(nanoseconds: int) -> bytes:
+    """Return the time that the work on a batch took as a spec."""
+    return _NANOSECONDS.pack(nanoseconds)
+
+
+def nanoseconds_of(block: Any) -> int:
+    """Return the time that a message says its work took."""
+    if block.spec_bytes != 8:
+        return 0
+    value: int = _NANOSECONDS.unpack(ffi.buffer(block.spec, 8))[0]
+    return value
+
+
+def read_frame(root: Bytes, resolve: Callable[[Any], Bytes], *, copy: bool = False) -> Any:
+    """Decode the frame in a leased block."""
+    global _resolve  # noqa: PLW0603 - unpickling has no other way to hand something down
+    _resolve = resolve
+    return decode(root, resolve=resolve, verify=True, copy=copy)
+
+
+# --- objects that were put ---------------------------------------------------------------------------------------
+
+
+def shared_object(frame: Bytes) -> Any:
+    """Decode an object that was put into shared memory; its arrays are views of it."""
+    return decode(frame, resolve=_resolve)
+
+
+def load_shared(frame: Bytes) -> Any:
+    """Do what `shared_object` does, once for each object (in workers, until they have nothing to do)."""
+    key = (frame.__array_interface__["data"][0], frame.nbytes)
+    known = _loaded.get(key)
+    if known is not None:
+        return known[1]
+    # The frame is kept, so its block, and with it the key, stays what it is.
+    obj = shared_object(frame)
+    _loaded[key] = (frame, obj)
+    return obj
+
+
+def forget_shared() -> None:
+    """Let go of the objects that `load_shared` has kept."""
+    _loaded.clear()
+
+
+def has_shared() -> bool:
+    """Tell whether `load_shared` keeps anything."""
+    return bool(_loaded)
+
+
+def empty_block() -> Any:
+    """Return a fresh ``shmr_block``."""
+    return ffi.new("shmr_block *")
+
+
+def frame_root(arena: Arena, block: Any, *, writable: bool = False) -> Bytes:
+    """Return the flat bytes of a leased message."""
+    root: np.ndarray[Any, Any] = arena.region.root(block.offset, block.length, writable=writable)
+    return root

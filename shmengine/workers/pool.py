@@ -1,0 +1,428 @@
+"""Worker processes: start, watch, replace. Death is learnt from the kernel (pidfd), never from a clock.
+
+Workers are started by exec, with the region's descriptor inherited. One thread a pool, started after the
+first workers, waits for their pidfds and passes on what they print; a worker that dies is recovered, reported
+and replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shmengine import config
+from shmengine._native import ffi, lib
+from shmengine.region import Region
+
+__all__ = ["Death", "Pool"]
+
+PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+# Not `-m`: the package may be importable for the main process only. -P: the working directory must not shadow it.
+BOOTSTRAP = (
+    "import sys; sys.path.append({root!r}); from shmengine.workers.child import main;"
+    " main({region}, {parent}, {setup})"
+)
+STDERR_LINES = 20
+TAKEN_ROOM = 64
+LATEST_LOOK = 3600.0
+GRACE_SECONDS = 2.0
+
+
+@dataclass
+class Death:
+    """What is known of a worker that ended."""
+
+    pid: int
+    returncode: int | None
+    tag: int
+    """Batch that it was running, 0: none."""
+    index: int
+    """Task of that batch."""
+    leased: list[int]
+    """Tags of all batches that it had leased."""
+    stderr_tail: str
+    cause: str
+    timed_out: bool
+    """We killed it, for a task that took too long."""
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    streams: dict[int, str] = field(default_factory=dict)
+    tail: deque[str] = field(default_factory=lambda: deque(maxlen=STDERR_LINES))
+    partial: dict[int, bytes] = field(default_factory=dict)
+    killed_for: tuple[int, int] | None = None
+
+
+class Pool:
+    """A fixed number of workers on one region.
+
+    Parameters
+    ----------
+    region : Region
+        With the task and the result ring.
+    count : int
+        Workers to keep.
+    setup : dict
+        What `child.Worker` is told.
+    environment : dict
+        Variables set before exec, over the main process's.
+    on_death : callable
+        Called in the pool's thread with a `Death`, after its memory was recovered and before its replacement starts;
+        returns whether to replace it.
+    time_limit : callable
+        ``time_limit(tag)``: seconds that a task of this batch may run, or None.
+    """
+
+    def __init__(
+        self,
+        region: Region,
+        count: int,
+        setup: dict[str, Any],
+        environment: dict[str, str],
+        on_death: Callable[[Death], bool],
+        time_limit: Callable[[int], float | None],
+    ) -> None:
+        self.region = region
+        self.count = count
+        self.deaths = 0
+        self._environment = environment
+        self._on_death = on_death
+        self._time_limit = time_limit
+        self._workers: dict[int, _Worker] = {}
+        self._lock = threading.RLock()
+        self._closing = False
+        self._timed = False
+        self._setup_fd = _file_of(pickle.dumps(setup))
+        self._parent_pidfd = os.pidfd_open(os.getpid())
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_fd, selectors.EVENT_READ, None)
+        try:
+            for _ in range(count):
+                self._start()
+        except BaseException:
+            self.kill()
+            self._release_descriptors()
+            raise
+        self._thread = threading.Thread(target=self._watch, name="shmengine-pool", daemon=True)
+        self._thread.start()
+
+    # --- starting --------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        source = BOOTSTRAP.format(
+            root=PACKAGE_ROOT, region=self.region.fd, parent=self._parent_pidfd, setup=self._setup_fd
+        )
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        flags = [flag for flag in flags if flag != "-i"]
+        process = subprocess.Popen(
+            [sys.executable, *flags, "-P", "-c", source],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=(self.region.fd, self._parent_pidfd, self._setup_fd),
+            env={**os.environ, **self._environment},
+            process_group=0,  # Ctrl-C at the terminal reaches main alone
+        )
+        worker = _Worker(process, os.pidfd_open(process.pid))
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for stream, name in ((process.stdout, "stdout"), (process.stderr, "stderr")):
+            os.set_blocking(stream.fileno(), False)
+            worker.streams[stream.fileno()] = name
+        with self._lock:
+            self._workers[process.pid] = worker
+            self._selector.register(worker.pidfd, selectors.EVENT_READ, worker)
+            for fd in worker.streams:
+                self._selector.register(fd, selectors.EVENT_READ, worker)
+
+    # --- watching --------------------------------------------------------------------------------
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers."""
+        with self._lock:
+            return list(self._workers)
+
+    def watch_time(self) -> None:
+        """From now on some tasks have a time limit: look at the clock as well."""
+        if not self._timed:
+            self._timed = True
+            self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _watch(self) -> None:
+        while True:
+            wait = self._enforce_limits() if self._timed else LATEST_LOOK
+            for key, _ in self._selector.select(wait):
+                worker: _Worker | None = key.data
+                if worker is None:
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(self._wake_fd)
+                elif key.fd == worker.pidfd:
+                    self._bury(worker)
+                else:
+                    self._forward(worker, key.fd)
+            if self._closing and not self._workers:
+                return
+
+    def _enforce_limits(self) -> float:
+        """Kill workers whose task runs longer than it may; return the seconds until the next look."""
+        wait = 0.05
+        now = time.monotonic_ns()
+        any_limit = False
+        for pid, worker in list(self._workers.items()):
+            found = self._progress(pid)
+            if found is None:
+                continue
+            tag, index, since, _ = found
+            limit = self._time_limit(tag) if tag else None
+            if limit is None or not since or worker.killed_for is not None:
+                continue
+            any_limit = True
+            left = limit - (now - since) / 1e9
+            if left <= 0:
+                worker.killed_for = (tag, index)
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+            else:
+                wait = min(wait, left)
+        return wait if any_limit or self._timed else LATEST_LOOK
+
+    def _progress(self, pid: int) -> tuple[int, int, int, int] | None:
+        """Return (tag, index, since, bytes it starves for) of a worker."""
+        if self.region.closed:
+            return None
+        slot = lib.shmr_find(self.region.handle, pid)
+        if slot < 0:
+            return None
+        words = ffi.new("uint64_t[4]")
+        lib.shmr_progress(self.region.handle, slot, words, words + 1, words + 2, words + 3)
+        return words[0], words[1], words[2], words[3]
+
+    def starving(self) -> list[int]:
+        """Process ids of workers that wait for memory; empty unless all that have work do."""
+        found = []
+        for pid in self.pids:
+            progress = self._progress(pid)
+            if progress is None or (progress[0] == 0 and progress[3] == 0):
+                continue
+            if progress[3] == 0:
+                return []
+            found.append(pid)
+        return found
+
+    def deny(self, pid: int) -> None:
+        """Make a worker stop waiting for memory."""
+        slot = lib.shmr_find(self.region.handle, pid)
+        if slot >= 0:
+            lib.shmr_deny(self.region.handle, slot)
+
+    def busy(self) -> list[tuple[int, int, int, float]]:
+        """Return (pid, tag, index, seconds) of the workers that run a task."""
+        now = time.monotonic_ns()
+        found = []
+        for pid in self.pids:
+            progress = self._progress(pid)
+            if progress is not None and progress[0]:
+                found.append((pid, progress[0], progress[1], (now - progress[2]) / 1e9))
+        return found
+
+    def _forward(self, worker: _Worker, fd: int) -> None:
+        """Pass on what a worker printed, whole lines at a time."""
+        try:
+            piece = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            piece = b""
+        if not piece:
+            self._selector.unregister(fd)
+            self._print(worker, fd, worker.partial.pop(fd, b""))
+            return
+        whole, newline, rest = (worker.partial.pop(fd, b"") + piece).rpartition(b"\n")
+        if len(rest) > 1 << 20:
+            whole, newline, rest = whole + newline + rest, b"", b""
+        if rest:
+            worker.partial[fd] = rest
+        self._print(worker, fd, whole + newline)
+
+    def _print(self, worker: _Worker, fd: int, raw: bytes) -> None:
+        if not raw:
+            return
+        text = raw.decode(errors="replace")
+        name = worker.streams[fd]
+        if name == "stderr":
+            worker.tail.extend(text.splitlines())
+        stream = sys.stdout if name == "stdout" else sys.stderr
+        with contextlib.suppress(Exception):  # the user's stream may be anything, or closed
+            stream.write(text)
+            stream.flush()
+
+    def _drain(self, worker: _Worker) -> None:
+        """Read what a dead worker has left in its pipes; a grandchild may hold them open, so never wait."""
+        for fd in worker.streams:
+            if fd not in self._selector.get_map():
+                continue
+            while True:
+                try:
+                    piece = os.read(fd, 1 << 16)
+                except OSError:
+                    piece = b""
+                if not piece:
+                    break
+                worker.partial[fd] = worker.partial.get(fd, b"") + piece
+            self._selector.unregister(fd)
+            self._print(worker, fd, worker.partial.pop(fd, b""))
+
+    # --- death -----------------------------------------------------------------------------------
+
+    def _bury(self, worker: _Worker) -> None:
+        process = worker.process
+        with self._lock:
+            self._selector.unregister(worker.pidfd)
+            self._drain(worker)
+            returncode = process.wait()
+            progress = self._progress(process.pid)
+            leased = self._recover(process.pid)
+            os.close(worker.pidfd)
+            for stream in (process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
+            del self._workers[process.pid]
+        tag, index = (progress[0], progress[1]) if progress else (0, 0)
+        expected = self._closing and returncode == 0
+        if not expected:
+            self.deaths += 1
+        death = Death(
+            process.pid,
+            returncode,
+            tag,
+            index,
+            leased,
+            "\n".join(worker.tail),
+            _likely_cause(returncode),
+            worker.killed_for is not None and worker.killed_for == (tag, index),
+        )
+        if self._on_death(death) and not self._closing:
+            with self._lock:
+                if not self._closing:
+                    try:
+                        self._start()
+                    except OSError as error:
+                        self._print_failure(error)
+
+    def _print_failure(self, error: OSError) -> None:
+        with contextlib.suppress(Exception):
+            sys.stderr.write(f"shmengine: a worker could not be replaced: {error}\n")
+
+    def _recover(self, pid: int) -> list[int]:
+        """Clear up after a dead worker; return the tags of the tasks that it had leased."""
+        if self.region.closed:
+            return []
+        handle = self.region.handle
+        slot = lib.shmr_find(handle, pid)
+        if slot < 0:
+            return []
+        taken = ffi.new("shmr_block[]", TAKEN_ROOM)
+        count = ffi.new("uint32_t *")
+        lib.shmr_recover(handle, slot, taken, TAKEN_ROOM, count)
+        tags = []
+        for i in range(count[0]):
+            tags.append(taken[i].tag)
+            lib.shmr_release(handle, ffi.addressof(taken, i))
+        return tags
+
+    # --- end -------------------------------------------------------------------------------------
+
+    def close(self, *, wait: bool) -> None:
+        """End the workers: those that run a task are waited for, or (not `wait`) killed."""
+        self._closing = True
+        if wait:
+            self._wake()
+            deadline = None
+            while self._thread.is_alive():
+                self._thread.join(0.05)
+                idle = not self.busy()
+                if not idle:
+                    deadline = None
+                elif deadline is None:
+                    deadline = time.monotonic() + GRACE_SECONDS  # an idle worker that does not go has lost its way
+                elif time.monotonic() > deadline:
+                    break
+        self.kill()
+        self._wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._release_descriptors()
+
+    def kill(self) -> None:
+        """End all workers now."""
+        self._closing = True
+        with self._lock:
+            for worker in self._workers.values():
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+            if not hasattr(self, "_thread"):
+                for worker in list(self._workers.values()):
+                    self._bury(worker)
+
+    def _release_descriptors(self) -> None:
+        self._selector.close()
+        for fd in (self._setup_fd, self._parent_pidfd, self._wake_fd):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def _file_of(raw: bytes) -> int:
+    fd = os.memfd_create("shmengine-setup", os.MFD_CLOEXEC)
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(raw)
+    return fd
+
+
+def _oom_kills() -> int:
+    """Processes that the OOM killer has killed in our memory cgroup or on this machine, as far as we can see."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+_oom_seen = _oom_kills()
+
+
+def _likely_cause(returncode: int | None) -> str:
+    """Say what probably happened, from what was measured."""
+    global _oom_seen  # noqa: PLW0603 - a counter of the machine, compared with its last value
+    if returncode == -signal.SIGKILL:
+        kills, before = _oom_kills(), _oom_seen
+        _oom_seen = kills
+        if kills > before:
+            available = config.format_bytes(config.memory_available())
+            return f"the kernel's OOM killer has struck meanwhile; {available} of memory are available now"
+        return "somebody killed it; the OOM killer has not struck"
+    if returncode in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE):
+        return "a crash in native code"
+    if returncode is not None and returncode >= 0:
+        return "the task ended the process"
+    return ""
