@@ -21,6 +21,7 @@
 enum { RUN_NONE = 0, RUN_FREE = 1, RUN_USED = 2, RUN_QUICK = 3 };
 
 #define SMALL_MAX 32768u
+#define UNUSED UINT32_MAX /* in a slab's records */
 #define PAGES_PER_EXTENT (SHMR_EXTENT / SHMR_PAGE)
 
 static uint32_t run_kind(uint32_t word) { return word & 3u; }
@@ -255,7 +256,7 @@ static struct shmr_slab *new_slab(shmr *h, uint32_t class_index) {
     if (offset == SHMR_NOWHERE) return NULL;
     uint32_t blocks = pages * SHMR_PAGE / bytes;
     struct shmr_slab *s = malloc(sizeof *s + blocks * sizeof(uint32_t));
-    uint32_t *records = calloc(blocks, sizeof *records);
+    uint32_t *records = malloc(blocks * sizeof *records);
     if (!s || !records) {
         free(s);
         free(records);
@@ -265,7 +266,10 @@ static struct shmr_slab *new_slab(shmr *h, uint32_t class_index) {
     a->used_bytes -= (uint64_t)pages * SHMR_PAGE; /* its blocks count, not itself */
     *s = (struct shmr_slab){.page = (uint32_t)(offset / SHMR_PAGE), .pages = pages, .class_index = class_index,
                             .blocks = blocks, .unused = blocks, .records = records};
-    for (uint32_t i = 0; i < blocks; i++) s->stack[i] = blocks - 1 - i;
+    for (uint32_t i = 0; i < blocks; i++) {
+        s->stack[i] = blocks - 1 - i;
+        records[i] = UNUSED;
+    }
     for (uint32_t p = 0; p < pages; p++) a->slab_at[s->page + p] = s;
     list_slab(a, s);
     track_slab(a, s);
@@ -316,7 +320,7 @@ static void release_small(shmr *h, struct shmr_slab *s, uint64_t offset, uint64_
         return;
     }
     uint32_t block = (uint32_t)((offset - (uint64_t)s->page * SHMR_PAGE) / class_bytes(s->class_index));
-    s->records[block] = 0;
+    s->records[block] = UNUSED;
     s->stack[s->unused++] = block;
     /* To the front: the next allocation of this class takes the block that is warmest. */
     if (s->unused > 1) {
@@ -366,7 +370,7 @@ uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t 
         uint32_t block = (uint32_t)((offset - base) / bytes);
         *start = base + (uint64_t)block * bytes;
         *room = bytes;
-        return block < s->blocks ? &s->records[block] : NULL;
+        return block < s->blocks && s->records[block] != UNUSED ? &s->records[block] : NULL;
     }
     /* Back to the first page of the run: runs inside are zero. */
     while (a->run[page] == 0 && page > 0) page--;
@@ -476,8 +480,7 @@ void shmr_arena_adopt_extents(shmr *h, uint32_t from, const uint32_t *live, uint
         }
     }
     for (uint32_t i = 0; i < live_count; i++) {
-        struct shmr_record *r = shmr_record_at(h, live[i]);
-        uint64_t offset = shmr_load_relaxed(&r->offset), room = shmr_load_relaxed(&r->room);
+        uint64_t offset = h->places[live[i]].offset, room = h->places[live[i]].room;
         uint32_t page = (uint32_t)(offset / SHMR_PAGE), end = (uint32_t)((offset + room + SHMR_PAGE - 1) / SHMR_PAGE);
         a->used_bytes += room;
         if (room > SMALL_MAX) {

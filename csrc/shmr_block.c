@@ -39,12 +39,9 @@ void shmr_add_group(shmr *h, uint32_t group) {
     for (uint32_t i = SHMR_GROUP; i-- > 0;) {
         uint32_t block = group * SHMR_GROUP + i;
         uint64_t s = shmr_load_acquire(&shmr_record_at(h, block)->state); /* A2 */
-        if (shmr_state_kind(s) == SHMR_FREE) {
-            h->record_flags[block] = 0;
+        if (h->record_flags[block] & SHMR_MINE) continue; /* adopted alive; if it is free by now, a sweep finds it */
+        if (shmr_state_kind(s) == SHMR_FREE) /* else rubbish, without memory: out of use */
             push_u32(&h->free_records, &h->free_record_count, &h->free_record_room, block);
-        } else {
-            h->record_flags[block] = SHMR_MINE;
-        }
     }
 }
 
@@ -277,7 +274,6 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
          items >= 0 ? (uint32_t)items : 0, true},
     };
     shmr_store_relaxed(&me->starving, total); /* for observers */
-    shmr_ring_all(h);                         /* whoever sleeps on whole free extents gives them back */
     status = shmr_wait(h, sources, items >= 0 ? 3 : 2, SHMR_SPIN_SPACE, try_claim, &attempt, deadline);
     shmr_store_relaxed(&me->starving, 0); /* for observers */
     return status;
@@ -361,6 +357,7 @@ void shmr_drop_locked(shmr *h, uint32_t block) {
 
 static int ref_usable(shmr *h, uint32_t block) {
     if (shmr_usable(h) == SHMR_FORKED) return SHMR_FORKED;
+    if (shmr_count_get(&h->left)) return SHMR_STALE; /* our holder bit may be somebody else's by now */
     return block < h->g.config.blocks ? SHMR_OK : SHMR_STALE;
 }
 

@@ -54,7 +54,7 @@ struct shmr_slab {
     uint32_t blocks, unused;
     struct shmr_slab *next, *previous; /* of the slabs of the class that have room */
     struct shmr_slab *all_next, *all_previous;
-    uint32_t *records;                 /* record + 1 of each block */
+    uint32_t *records;                 /* record + 1 of each block, 0: none, all ones: not in use */
     uint32_t stack[];                  /* unused blocks, the warmest on top */
 };
 

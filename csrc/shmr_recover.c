@@ -190,7 +190,7 @@ static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
             shmr_pin(h, 1);
             break;
         }
-        if (rec->taken || ring >= h->g.config.rings) break;
+        if (ring >= h->g.config.rings) break;
         {
             /* First ours, so that the attempt is counted by one alone; then a message again. */
             uint64_t mine = shmr_state_pack(generation, h->self, ring, flags, SHMR_LEASED);
@@ -237,6 +237,7 @@ static void adopt(shmr *h, uint32_t dead) {
                 live = grown;
             }
             live[count++] = block;
+            h->places[block] = (struct shmr_place){offset, bytes}; /* validated: the shared words are not read again */
             uint32_t names;
             if (shmr_state_flags(s) & SHMR_HAS_REFERENCES && !h->frame_refs[block] &&
                 shmr_references_at(h, block, &table, &names) == SHMR_OK) {
@@ -253,6 +254,12 @@ static void adopt(shmr *h, uint32_t dead) {
         }
     }
     shmr_arena_adopt_extents(h, dead, live, count);
+    for (uint32_t i = 0; i < count; i++) { /* before the groups: what is freed meanwhile is then found by a sweep */
+        const struct shmr_place *at = &h->places[live[i]];
+        if (h->holds[live[i]] && !(h->record_flags[live[i]] & SHMR_MINE))
+            shmr_held_remove(h, live[i], at->offset, at->room);
+        h->record_flags[live[i]] = SHMR_MINE;
+    }
     for (uint32_t g = 0; g < h->g.groups; g++) {
         shmr_word *word = &shmr_group_at(h, g)->owner;
         uint64_t seen = shmr_load_acquire(word); /* A7 */

@@ -344,7 +344,7 @@ static bool give_groups(shmr *h) {
     for (uint32_t i = 0; i < h->my_group_count; i++)
         for (uint32_t k = 0; k < SHMR_GROUP; k++)
             if (h->record_flags[h->my_groups[i] * SHMR_GROUP + k]) return false;
-    if (h->arena.used_bytes || h->arena.owned_bytes) return false;
+    if (h->arena.used_bytes || h->arena.owned_bytes || h->held_bytes) return false;
     for (uint32_t i = 0; i < h->my_group_count; i++) {
         shmr_word *word = &shmr_group_at(h, h->my_groups[i])->owner;
         uint64_t seen = shmr_load_relaxed(word); /* own word */
@@ -381,6 +381,10 @@ int shmr_close(shmr *h, int force) {
     if (shmr_count_add(&h->closed, 1) == 1) {
         shmr_count_add(&h->handle, 1); /* for leave() */
         shmr_ring_all(h);              /* our own waiting threads too */
+        pthread_mutex_lock(&h->lock);
+        close(h->fd); /* the arena grows no more */
+        h->fd = -1;
+        pthread_mutex_unlock(&h->lock);
     }
     if (shmr_count_get(&h->pins) == 0 || force) leave(h);
     return SHMR_OK;

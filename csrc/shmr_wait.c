@@ -96,7 +96,10 @@ static int borrow_doorbell(shmr *h) {
 static void return_doorbell(shmr *h, int doorbell) {
     if (doorbell < 0) return;
     pthread_mutex_lock(&h->doorbell_lock);
-    h->doorbells[h->doorbell_count++] = (uint32_t)doorbell;
+    if (shmr_count_get(&h->left)) /* nobody will empty the pool any more */
+        shmr_store_release(&shmr_doorbell_at(h, (uint32_t)doorbell)->owner, 0); /* R12 */
+    else
+        h->doorbells[h->doorbell_count++] = (uint32_t)doorbell;
     pthread_mutex_unlock(&h->doorbell_lock);
 }
 
@@ -183,12 +186,16 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
     }
     int doorbell = borrow_doorbell(h);
     bool watching_space = sources[0].waiters == shmr_participant_at(h, h->self)->space_waiters;
-    bool by_slice = false;
+    bool by_slice = false, asked = false;
     int64_t next_look = 0;
     for (;;) {
         if (doorbell >= 0)
             for (int i = 0; i < count; i++)
                 shmr_or_seq_cst(&sources[i].waiters[doorbell / 64], UINT64_C(1) << (doorbell % 64)); /* S1 S2 S3 S5 */
+        if (watching_space && !asked) { /* whoever sleeps on whole free extents gives them back, now that we are seen */
+            shmr_ring_all(h);
+            asked = true;
+        }
         status = attempt(h, argument);
         if (status != SHMR_WOULD_BLOCK) {
             if (by_slice && status == SHMR_OK) count_rescue(h, sources, count, doorbell);

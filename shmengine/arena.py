@@ -18,7 +18,7 @@ import numpy as np
 
 from shmengine._native import ffi, lib
 from shmengine._native.status import NOT_SHARED, OK, STALE, fail
-from shmengine.arrays import Array, Bytes, address_of, extent_of
+from shmengine.arrays import Array, Bytes, SharedReference, address_of, extent_of
 from shmengine.config import format_bytes
 from shmengine.errors import MemoryBudgetExceeded, StaleReference
 from shmengine.region import Region
@@ -61,8 +61,6 @@ class Arena:
     ----------
     held_bytes : int
         Bytes of blocks that views made by `resolve` keep alive.
-    bytes_shared : int
-        Bytes of arrays that `share` has turned into references.
     """
 
     def __init__(self, region: Region, limit: int | None = None) -> None:
@@ -77,7 +75,6 @@ class Arena:
         self._lock = threading.Lock()
         self._ref = threading.local()
         self.held_bytes = 0
-        self.bytes_shared = 0
 
     # --- born shared -----------------------------------------------------------------------------
 
@@ -147,7 +144,7 @@ class Arena:
 
     # --- by reference -----------------------------------------------------------------------------
 
-    def share(self, array: Array) -> tuple[int, int, int, int] | None:
+    def share(self, array: Array) -> SharedReference | None:
         """Return (region, block, generation, offset of the lowest byte) if the array can be named, else None."""
         low = address_of(array)
         if not self._low <= low < self._high:
@@ -162,8 +159,7 @@ class Arena:
             if status != NOT_SHARED and status != lib.SHMR_NO_MEMORY:
                 fail(status, "send an array by reference")
             return None
-        self.bytes_shared += array.nbytes
-        return self.region.number, ref.block, ref.generation, ref.offset
+        return SharedReference(self.region.number, ref.block, ref.generation, ref.offset)
 
     def resolve(self, reference: Any, *, writable: bool = False) -> Bytes:
         """Return the bytes of the block that a reference names; held until the last view of them dies.

@@ -15,10 +15,9 @@ import struct
 from ctypes import c_size_t
 from dataclasses import dataclass
 from pickle import PickleBuffer
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shmengine.errors import ArrayError, Corrupt
 
@@ -26,7 +25,9 @@ __all__ = [
     "MAX_NDIM",
     "ArraySpec",
     "Bytes",
+    "SharedReference",
     "address_of",
+    "compact",
     "decode_spec",
     "encode_spec",
     "extent_of",
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Bytes = NDArray[np.uint8]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 """A flat ``uint8`` array over some memory."""
 
 MAX_NDIM = 64
@@ -54,6 +55,25 @@ _WORDS = [struct.Struct(f"<{count}q") for count in range(2 * MAX_NDIM + 2)]
 _SIMPLE_DTYPE = re.compile(r"[<>|][biufcmMSUV]\d{1,10}(\[[0-9A-Za-z]{1,16}\])?")
 _NUM_HALF = 23
 _NUM_OBJECT = 17
+
+
+class SharedReference(NamedTuple):
+    """Where an array lies in shared memory.
+
+    Attributes
+    ----------
+    region : int
+        63-bit number that names the region.
+    block, generation : int
+        The block, and which use of it.
+    offset : int
+        Bytes from the start of the block to the array's lowest address.
+    """
+
+    region: int
+    block: int
+    generation: int
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,6 +366,39 @@ def spec_of(array: Array) -> ArraySpec:
     if array.flags.c_contiguous:
         return ArraySpec(array.dtype, array.shape)
     return ArraySpec(array.dtype, array.shape, array.strides, address_of(array) - extent_of(array)[0])
+
+
+def compact(array: Array) -> tuple[bytes, Array, tuple[int, ...] | None]:
+    """Say how to copy an array so that it takes as little room as possible.
+
+    Its memory order is kept where it is C's or Fortran's (with gaps or without), and elements that
+    it repeats by a stride of zero are copied once.
+
+    Returns
+    -------
+    spec : bytes
+        What the copy is, encoded.
+    source : ndarray
+        What to copy.
+    strides : tuple of int or None
+        Where to: the strides of the copy, None for C order.
+    """
+    shape, steps = array.shape, array.strides
+    repeated = [step == 0 and count > 1 for step, count in zip(steps, shape, strict=True)]
+    source = array
+    if True in repeated:
+        source = array[tuple(slice(0, 1) if once else slice(None) for once in repeated)]
+    order = [abs(step) for step, count in zip(steps, source.shape, strict=True) if count > 1]
+    fortran = len(order) > 1 and order == sorted(order)
+    strides = [0] * len(shape)
+    step = array.itemsize
+    axes = range(len(shape))
+    for axis in axes if fortran else reversed(axes):
+        strides[axis] = step
+        step *= source.shape[axis]
+    copied = tuple(strides) if fortran else None
+    spread = tuple(0 if once else step for once, step in zip(repeated, strides, strict=True))
+    return pack_spec(array.dtype, shape, spread if fortran or True in repeated else None), source, copied
 
 
 class _Window:

@@ -23,7 +23,9 @@ from shmengine._native import crc32c
 from shmengine.arrays import (
     Array,
     Bytes,
+    SharedReference,
     address_of,
+    compact,
     decode_spec,
     extent_of,
     is_plain_dtype,
@@ -45,6 +47,7 @@ from shmengine.plain import dump_plain, load_plain
 __all__ = [
     "Encoded",
     "FrameInfo",
+    "SerializationError",
     "SharedReference",
     "decode",
     "decode_exception",
@@ -52,6 +55,7 @@ __all__ = [
     "encode_exception",
     "find_culprit",
     "inspect_frame",
+    "mapping_behind",
 ]
 
 FRAME_MAGIC = b"SHMF"
@@ -63,11 +67,14 @@ KIND_PICKLE = 1
 KIND_PLAIN = 2
 KIND_ARRAY = 3  # none: the object is part 0
 
-# magic, version, kind, flags; in-band, total, checked bytes; sequence; producer, parts, table and
-# specs bytes, body CRC; reserved. The CRC of all this is the last word.
-_HEADER = struct.Struct("<4sBBHQQQQIIII4x")
+# magic, CRC; version, kind, flags, producer; in-band bytes, total bytes, checked bytes, sequence;
+# parts, bytes of table and specs. The CRC begins behind itself, at the version, and goes on to the
+# end of the checked bytes, which are counted from the end of the header.
+_HEADER = struct.Struct("<4sIBBHIQQQQII8x")
 HEADER_BYTES = 64
 _CRC = struct.Struct("<I")
+_CRC_AT = 4
+_CHECKED_FROM = 8
 
 # offset from the start of the frame, bytes, bytes of the spec, what it is
 _ENTRY = struct.Struct("<QQII")
@@ -85,25 +92,6 @@ _ndarray = np.ndarray
 _ZEROS = bytes(FRAME_ALIGNMENT)
 
 
-class SharedReference(NamedTuple):
-    """Where an array lies in shared memory.
-
-    Attributes
-    ----------
-    region : int
-        63-bit number that names the region.
-    block, generation : int
-        The block, and which use of it.
-    offset : int
-        Bytes from the start of the block to the array's lowest address.
-    """
-
-    region: int
-    block: int
-    generation: int
-    offset: int
-
-
 Share = Callable[[Array], "SharedReference | None"]
 Resolve = Callable[[SharedReference], Bytes]
 
@@ -111,7 +99,7 @@ Resolve = Callable[[SharedReference], Bytes]
 class _Parts:
     """The parts of a frame in the making."""
 
-    __slots__ = ("entries", "memmap_mode", "references", "share", "sources", "specs")
+    __slots__ = ("bytes_shared", "entries", "memmap_mode", "references", "share", "sources", "specs")
 
     def __init__(self, share: Share | None, memmap_mode: str | None) -> None:
         self.share = share
@@ -121,8 +109,10 @@ class _Parts:
         # For each part with bytes: an array and the strides of its copy, or a memoryview and None.
         self.sources: list[tuple[Any, tuple[int, ...] | None]] = []
         self.references: list[SharedReference] = []
+        self.bytes_shared = 0
 
     def reset(self) -> None:
+        self.bytes_shared = 0
         self.entries.clear()
         self.specs.clear()
         self.sources.clear()
@@ -144,7 +134,7 @@ class _Parts:
         if array.flags.c_contiguous:
             spec = pack_spec(array.dtype, array.shape)
         else:
-            spec, array, strides = _compact(array)
+            spec, array, strides = compact(array)
         self.specs.append(spec)
         self.entries.append((array.nbytes, len(spec), _PART_ARRAY))
         self.sources.append((array, strides))
@@ -157,40 +147,9 @@ class _Parts:
             low = extent_of(array)[0]
             spec += pack_spec(array.dtype, array.shape, array.strides, address_of(array) - low)
         self.references.append(reference)
+        self.bytes_shared += array.nbytes
         self.specs.append(spec)
         self.entries.append((0, len(spec), _PART_SHARED))
-
-
-def _compact(array: Array) -> tuple[bytes, Array, tuple[int, ...] | None]:
-    """Say how an array that is not C-contiguous is copied.
-
-    Its memory order is kept where it is C's or Fortran's, and elements that it repeats by a stride
-    of zero are copied once.
-
-    Returns
-    -------
-    spec : bytes
-    source : ndarray
-        What to copy.
-    strides : tuple of int or None
-        Where to: the strides of the copy, None for C order.
-    """
-    shape, steps = array.shape, array.strides
-    repeated = [step == 0 and count > 1 for step, count in zip(steps, shape, strict=True)]
-    source = array
-    if True in repeated:
-        source = array[tuple(slice(0, 1) if once else slice(None) for once in repeated)]
-    order = [abs(step) for step, count in zip(steps, source.shape, strict=True) if count > 1]
-    fortran = len(order) > 1 and order == sorted(order)
-    strides = [0] * len(shape)
-    step = array.itemsize
-    axes = range(len(shape))
-    for axis in axes if fortran else reversed(axes):
-        strides[axis] = step
-        step *= source.shape[axis]
-    copied = tuple(strides) if fortran else None
-    spread = tuple(0 if once else step for once, step in zip(repeated, strides, strict=True))
-    return pack_spec(array.dtype, shape, spread if fortran or True in repeated else None), source, copied
 
 
 class Encoded:
@@ -202,8 +161,10 @@ class Encoded:
         Size of the whole frame.
     bytes_inline : int
         Bytes of arrays, buffers and big ``bytes`` objects that are copied into the frame.
+    bytes_shared : int
+        Bytes of arrays that travel by reference instead, to shared memory or to a mapped file.
     references : list of SharedReference
-        Arrays that travel by reference instead.
+        Those in shared memory.
     """
 
     __slots__ = (
@@ -212,6 +173,7 @@ class Encoded:
         "_counts",
         "_kind",
         "bytes_inline",
+        "bytes_shared",
         "nbytes",
         "references",
     )
@@ -248,6 +210,7 @@ class Encoded:
         self._copies = copies
         self.nbytes = end
         self.bytes_inline = inline
+        self.bytes_shared = parts.bytes_shared
         self.references = parts.references
 
     def write_into(
@@ -279,25 +242,23 @@ class Encoded:
                 memory[offset:at] = source
             elif nbytes:
                 _ndarray(source.shape, source.dtype, root, offset, strides)[...] = source
-        body = self._body[0]
-        if checksum:
-            body = memory[HEADER_BYTES : self.nbytes]
+        checked = self.nbytes - HEADER_BYTES if checksum else len(self._body[0])
         in_band_bytes, part_count, prefix_bytes = self._counts
-        header = _HEADER.pack(
+        memory[:HEADER_BYTES] = _HEADER.pack(
             FRAME_MAGIC,
+            0,
             FRAME_VERSION,
             self._kind,
             0,
+            producer,
             in_band_bytes,
             self.nbytes,
-            len(body),
+            checked,
             sequence,
-            producer,
             part_count,
             prefix_bytes,
-            crc32c(body),
         )
-        memory[:HEADER_BYTES] = header + _CRC.pack(crc32c(header))
+        _CRC.pack_into(memory, _CRC_AT, crc32c(memory[_CHECKED_FROM : HEADER_BYTES + checked]))
 
     def to_bytes(self) -> bytes:
         """Return the frame as bytes."""
@@ -367,45 +328,56 @@ class FrameInfo(NamedTuple):
     part_count: int
     prefix_bytes: int
     checked_bytes: int
-    body_crc: int
 
 
 def inspect_frame(frame: Any, *, verify: bool = True) -> FrameInfo:
-    """Check a frame's header and return what it says.
+    """Check a frame and return what its header says, without decoding it.
 
     Parameters
     ----------
     frame : ndarray of uint8, or any flat buffer
         May be longer than the frame.
+    verify : bool, optional
+        Whether to verify the checksum.
 
     Raises
     ------
     Corrupt
-        If this is no frame, or not the whole of it.
+        If this is no frame, a damaged one, or not the whole of it.
     """
     root: Bytes = frame if type(frame) is _ndarray else np.frombuffer(frame, np.uint8)
-    return FrameInfo(*_parse_header(root[:HEADER_BYTES].tobytes(), root.nbytes, verify))
+    return FrameInfo(*_open_frame(root, verify)[1:])
 
 
-def _parse_header(raw: bytes, available: int, verify: bool) -> tuple[int, ...]:
+def _open_frame(root: Bytes, verify: bool) -> tuple[Any, ...]:
+    """Return a private copy of a frame's beginning, as far as it will be parsed, and the header."""
+    # Somebody may still write into shared memory: copy, check the copy, use the copy.
+    raw = root[:_FIRST_LOOK].tobytes()
     if len(raw) < HEADER_BYTES:
         raise Corrupt(f"{len(raw)} bytes are too few for a frame", "length")
-    magic, version, kind, flags, in_band, total, checked, sequence, producer, count, prefix, crc = (
+    magic, crc, version, kind, flags, producer, in_band, total, checked, sequence, count, prefix = (
         _HEADER.unpack_from(raw)
     )
     if magic != FRAME_MAGIC:
         raise Corrupt(f"no frame: it begins with {magic!r}", "magic")
     if version != FRAME_VERSION:
         raise Corrupt(f"a frame of version {version}; this is version {FRAME_VERSION}", "version")
-    if verify and _CRC.unpack_from(raw, _HEADER.size)[0] != crc32c(raw[: _HEADER.size]):
-        raise Corrupt("the checksum of a frame's header is wrong", "header CRC")
     if not KIND_PICKLE <= kind <= KIND_ARRAY or flags:
         raise Corrupt(f"a frame of kind {kind} with flags {flags}", "kind")
-    if total > available or HEADER_BYTES + max(prefix + in_band, checked) > total:
-        raise Corrupt(f"a frame of {total} bytes ({prefix} + {in_band}) in {available}", "length")
+    checked_end = HEADER_BYTES + checked
+    body_end = HEADER_BYTES + prefix + in_band
+    if total > root.nbytes or body_end > total or checked_end > total:
+        raise Corrupt(f"a frame of {total} bytes ({prefix} + {in_band}) in {root.nbytes}", "length")
     if count * _ENTRY.size > prefix:
         raise Corrupt(f"{count} parts in a table of {prefix} bytes", "parts")
-    return kind, total, sequence, producer, in_band, count, prefix, checked, crc
+    if body_end > len(raw):
+        rest = root[_FIRST_LOOK : body_end if in_band <= SMALL_BYTES else HEADER_BYTES + prefix]
+        raw += rest.tobytes()
+    if verify:
+        memory: Any = raw if checked_end <= len(raw) else memoryview(cast("Any", root))
+        if crc32c(memory[_CHECKED_FROM:checked_end]) != crc:
+            raise Corrupt("the checksum of a frame is wrong", "CRC")
+    return raw, kind, total, sequence, producer, in_band, count, prefix, checked
 
 
 def decode(
@@ -427,7 +399,7 @@ def decode(
     allow_pickle : bool, optional
         False: refuse frames that contain a pickle, without looking at it.
     verify : bool, optional
-        Whether to verify the checksums. Lengths and bounds are always verified.
+        Whether to verify the checksum. Lengths and bounds are always verified.
     copy : bool, optional
         Whether arrays are private, writable copies.
 
@@ -441,20 +413,9 @@ def decode(
         If it is sound and cannot be unpickled here, or must not be.
     """
     root: Bytes = frame if type(frame) is _ndarray else np.frombuffer(frame, np.uint8)
-    # Somebody may still write into shared memory: copy, check the copy, use the copy.
-    raw = root[:_FIRST_LOOK].tobytes()
-    kind, total, _, _, in_band_bytes, count, prefix_bytes, checked_bytes, body_crc = _parse_header(
-        raw, root.nbytes, verify
-    )
+    raw, kind, total, _, _, in_band_bytes, count, prefix_bytes, checked_bytes = _open_frame(root, verify)
     prefix_end = HEADER_BYTES + prefix_bytes
     body_end = prefix_end + in_band_bytes
-    if body_end > len(raw):
-        raw = root[: body_end if in_band_bytes <= SMALL_BYTES else prefix_end].tobytes()
-    checked_end = HEADER_BYTES + checked_bytes
-    if verify:
-        body = raw if checked_end <= len(raw) else memoryview(cast("Any", root))
-        if crc32c(body[HEADER_BYTES:checked_end]) != body_crc:
-            raise Corrupt("the checksum of a frame is wrong", "CRC")
     parts = _read_parts(root, raw, count, prefix_end, body_end, total, resolve, copy) if count else []
     if kind == KIND_ARRAY:
         if len(parts) != 1 or type(parts[0]) is memoryview or in_band_bytes:
@@ -470,7 +431,7 @@ def decode(
     except ShmError:
         raise
     except Exception as error:
-        if verify and checked_end >= body_end:
+        if verify and HEADER_BYTES + checked_bytes >= body_end:
             message = f"cannot unpickle in this process: {type(error).__name__}: {error}"
             raise SerializationError(message) from error
         raise Corrupt(f"the pickle in a frame is damaged: {error}", "in-band bytes") from error

@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib.machinery
 import pickle
 import sys
+from functools import lru_cache
 from pickle import PickleBuffer
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, Protocol
@@ -48,6 +49,7 @@ class Parts(Protocol):
         """Forget everything: pickling starts again."""
 
     memmap_mode: str | None
+    bytes_shared: int
 
 
 # --- what the reading side calls -----------------------------------------------------------
@@ -76,6 +78,10 @@ def _memoryview(raw: Any, layout: str, shape: tuple[int, ...]) -> memoryview:
     return flat.cast(layout, shape) if layout == "B" else flat.cast(layout).cast("B").cast(layout, shape)  # type: ignore[call-overload, no-any-return]
 
 
+def _cached_function(function: Any, maxsize: int | None, typed: bool) -> Any:
+    return lru_cache(maxsize, typed)(function)
+
+
 # --- reducers ------------------------------------------------------------------------------
 
 
@@ -85,6 +91,7 @@ def _reduce_array(parts: Parts, array: Array) -> Any:
     if array.base is not None and parts.memmap_mode is not None:
         reference = filemap.reference_to(array, parts.memmap_mode)
         if reference is not None:
+            parts.bytes_shared += array.nbytes
             return filemap.open_view, reference
     parts.add_array(array)
     return _part, (_NEXT_PART,)
@@ -194,10 +201,16 @@ class _PlainPickler(pickle.Pickler):
             if not _is_stable(obj.__module__):
                 raise _NotPlain
             return NotImplemented
-        if not _is_stable(cls.__module__):
+        # Callables and type variables have a module of their own beside that of their class.
+        if not (_is_stable(cls.__module__) and _is_stable(getattr(obj, "__module__", None))):
             raise _NotPlain
         reduced = _reduce(self.parts, obj)
-        if reduced is NotImplemented and not isinstance(obj, _ndarray):
+        if (
+            reduced is NotImplemented
+            and not callable(obj)
+            and not isinstance(obj, _ndarray)
+            and cls.__module__ != "typing"
+        ):
             _plain_types.add(cls)
         return reduced
 
@@ -230,6 +243,8 @@ def _make_value_pickler() -> Any:
             reduced = _reduce(self.parts, obj)
             if reduced is not NotImplemented:
                 return reduced
+            if isinstance(obj, _CachedFunction):
+                return _reduce_cached_function(obj)
             if isinstance(obj, (type, FunctionType)):
                 module = sys.modules.get(obj.__module__) if type(obj.__module__) is str else None
                 if module is not None and not _is_importable(obj.__module__):
@@ -237,6 +252,22 @@ def _make_value_pickler() -> Any:
             return super().reducer_override(obj)
 
     return ValuePickler
+
+
+_CachedFunction = type(lru_cache(len))
+
+
+def _reduce_cached_function(obj: Any) -> Any:
+    """Take a function under `functools.lru_cache` like the function: cloudpickle does not know it."""
+    name = obj.__module__
+    if type(name) is str and name != "__main__" and _is_importable(name):
+        found: Any = sys.modules.get(name)
+        for step in obj.__qualname__.split("."):
+            found = getattr(found, step, None)
+        if found is obj:
+            return NotImplemented
+    parameters = obj.cache_parameters()
+    return _cached_function, (obj.__wrapped__, parameters["maxsize"], parameters["typed"])
 
 
 _importable: dict[str, bool] = {"__main__": True}  # cloudpickle knows __main__ itself
@@ -337,6 +368,7 @@ class _NoParts:
     """Parts that are only counted out: for trying whether something can be pickled."""
 
     memmap_mode: str | None = None
+    bytes_shared = 0
 
     def add_array(self, array: Array) -> None: ...
 

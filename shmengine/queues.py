@@ -3,7 +3,7 @@
     put: pickle in the caller ─► claim ─ fill ─ commit ──►  [ ring ]  ──► lease ─ copy out ─ release: get
                                                                   JoinableQueue: release at task_done
 
-No feeder thread: what `put` has returned from is in shared memory, whatever becomes of the process that put it.
+No feeder thread: what `put` has returned from is in shared memory, whatever becomes of its process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ T = TypeVar("T")
 MAX_BLOCKS = 1 << 20  # of a region
 SPARE_BLOCKS = 1024  # beyond the messages that wait: for puts under way, and for messages being read
 MAX_MAXSIZE = MAX_BLOCKS - SPARE_BLOCKS
-# A slot takes 8 bytes from the start, so a queue without maxsize has no more than it has memory for, or sense.
+# Slots take memory from the start: a queue without maxsize has no more of them than make sense.
 UNBOUNDED_CAPACITY = 1 << 18
 BYTES_PER_SLOT = 256
 FIRST_LOOK_NS = 1_000_000  # a moment's wait: what the departed have left is taken over while waiting
@@ -46,24 +46,24 @@ class Queue(Attached, Generic[T]):
     Works with every start method, as an argument of a `multiprocessing.Process` or inherited by fork, and can
     itself be sent through a queue. What `get` returns is private: arrays are writable copies.
 
-    Differences, all on the safe side: `put` pickles in the caller's thread, so what cannot be pickled is an error
-    there; it returns when the message is in shared memory, so a process may exit (or be killed) at once and
-    nothing is lost, and joining a process before its messages are read cannot deadlock.
+    Differences, all on the safe side: `put` pickles in the caller's thread, so what cannot be pickled is an
+    error there; it returns when the message is in shared memory, so a process may exit (or be killed) at once
+    and nothing is lost, and joining a process before its messages are read cannot deadlock.
 
-    Functions and classes go by reference, as with `multiprocessing`, so that they are the same objects on both
-    sides; what has no importable name (lambdas, closures, classes made in functions) goes by value, and so does
-    everything of ``__main__`` in a session that children cannot import (a notebook, ``python -c``), unless they
-    are forked.
+    Functions and classes go by reference, as with `multiprocessing`, so that they are the same on both
+    sides. What has no importable name (lambdas, closures, classes made in functions) goes by value; so does
+    everything of ``__main__`` in a session that children cannot import (a notebook, ``python -c``), unless
+    they are forked.
 
     Parameters
     ----------
     maxsize : int, optional
-        How many messages may wait, at most 1,048,576; beyond it `put` waits. Zero, less, or more: as many as the
-        memory holds.
+        How many messages may wait (at most about a million); beyond it `put` waits. Zero or less: as many as
+        the memory holds, and never more than 262,144.
     memory : int or str, optional
-        Budget for all waiting messages together: bytes, or text such as ``"256 MiB"``; by default a quarter of
-        what is free. Memory is taken as it is needed, in steps of 2 MiB. When it is used up, `put` waits; if
-        nobody is left who could ever take a message, it raises a `Full` that names the budget instead.
+        Budget for all waiting messages together: bytes, or text such as ``"256 MiB"``; by default a quarter
+        of what is free. Memory is taken as it is needed, in steps of 2 MiB. When it is used up, `put` waits;
+        if nobody is left who could ever take a message, it raises a `Full` that names the budget instead.
     ctx : multiprocessing context, optional
         The one whose processes will use the queue; by default `multiprocessing`'s own.
 
@@ -117,8 +117,8 @@ class Queue(Attached, Generic[T]):
         Raises
         ------
         Full
-            The queue stayed full, or the message is larger than the whole memory budget, or the budget is used
-            up and nobody is left who could take a message. A `queue.Full`.
+            The queue stayed full, or the message is larger than the whole memory budget, or the budget is
+            used up and nobody is left who could take a message. A `queue.Full`.
         SerializationError
             The object cannot be pickled.
         ValueError
@@ -188,8 +188,8 @@ class Queue(Attached, Generic[T]):
                     until = now + NEXT_LOOK_NS if deadline < 0 else min(deadline, now + NEXT_LOOK_NS)
             elif status == lib.SHMR_TOO_LARGE:
                 raise errors.Full(
-                    f"a message of {format_bytes(frame.nbytes)} is larger than the whole memory budget of this queue,"
-                    f" {format_bytes(self._budget())}: raise memory="
+                    f"a message of {format_bytes(frame.nbytes)} is larger than the whole memory budget"
+                    f" of this queue, {format_bytes(self._budget())}: raise memory="
                 )
             elif status == CLOSED:
                 raise self._refusal()
@@ -197,7 +197,7 @@ class Queue(Attached, Generic[T]):
                 fail(status, "put into this queue")
 
     def _can_be_relieved(self) -> bool:
-        """Tell whether anybody else could take a message: another process that is here or may come, or a thread."""
+        """Tell whether anybody else could take a message: a process that is here or may come, or a thread."""
         handle = self._handle()
         lib.shmr_check_deaths(handle)
         if lib.shmr_live_participants(handle) > 1 or threading.active_count() > 1:
@@ -208,12 +208,12 @@ class Queue(Attached, Generic[T]):
     def _refuse_put(self, frame: Encoded, why: str = "") -> NoReturn:
         fill = self._fill()
         if fill >= self._capacity:
-            what = f"{fill} messages wait, {'the maxsize of this queue' if self._maxsize else 'as many as it has slots for'}"
+            limit = "the maxsize of this queue" if self._maxsize else "as many as it has slots for"
+            what = f"{fill} messages wait, {limit}"
         else:
-            counters = self._region.counters()
             what = (
-                f"no room for a message of {format_bytes(frame.nbytes)}: {fill} messages wait, and of the memory budget"
-                f" of {format_bytes(counters.budget)} all is in use (raise memory=)"
+                f"no room for a message of {format_bytes(frame.nbytes)}: {fill} messages wait, and the memory"
+                f" budget of {format_bytes(self._budget())} is used up (raise memory=)"
             )
         raise errors.Full(f"{what}{why and ', and '}{why}")
 
@@ -338,12 +338,12 @@ class Queue(Attached, Generic[T]):
 
 
 class JoinableQueue(Queue[T]):
-    """A `Queue` that knows when the work on its messages is done: a drop-in for `multiprocessing.JoinableQueue`.
+    """A `Queue` that knows when the work is done: a drop-in for `multiprocessing.JoinableQueue`.
 
     A message stays on the books of the process that got it until that calls `task_done`. So when a worker is
     killed in between, or just ends, its messages go back into the queue and are delivered again: `join` never
-    waits for the dead, and returns only when everything was really done. Such a message may have been worked on
-    twice.
+    waits for the dead, and returns only when everything was really done. Such a message may have been worked
+    on twice.
 
     Unlike `multiprocessing`'s, `task_done` counts per process: it must be called in the process that got the
     message. (Any of its threads may; the oldest message is settled first.)

@@ -117,6 +117,7 @@ class Region:
     def __init__(self, handle: Any, fd: int, name: str | None, *, creator: bool) -> None:
         self.handle = handle
         self.fd = fd
+        self._fd = _Descriptor(fd)
         self.name = name
         self.creator = creator
         self.pid = os.getpid()
@@ -131,7 +132,7 @@ class Region:
         )
         self.memory = memoryview(ffi.buffer(base, lib.shmr_mapped_bytes(handle)))
         self.readable = self.memory.toreadonly()
-        self._finalizer = weakref.finalize(self, _end, handle, fd, name if creator else None, self.pid)
+        self._finalizer = weakref.finalize(self, _end, handle, self._fd, name if creator else None, self.pid)
 
     # --- making and finding ------------------------------------------------------------------
 
@@ -271,22 +272,33 @@ class Region:
         if self.pid != os.getpid():
             return
         lib.shmr_close(self.handle, int(force))
+        self._fd.close()
         if self.creator and self.name is not None:
             _unlink(self.name)
             self.name = None
 
 
-def _end(handle: Any, fd: int, name: str | None, pid: int) -> None:
+class _Descriptor:
+    """A descriptor that is closed once."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _end(handle: Any, fd: _Descriptor, name: str | None, pid: int) -> None:
     """Finalize a region: when it is collected, or at exit."""
     if pid != os.getpid():
-        with contextlib.suppress(OSError):
-            os.close(fd)
+        fd.close()
         return
     # At exit views may still be alive; what they lease is done with, and must not be delivered again.
     lib.shmr_close(handle, 1)
     lib.shmr_free(handle)
-    with contextlib.suppress(OSError):
-        os.close(fd)
+    fd.close()
     if name is not None:
         _unlink(name)
 

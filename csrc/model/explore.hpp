@@ -15,11 +15,12 @@
 //   std::string describe(const State &, int p) const;
 //
 // One step is at most one shared atomic access. All interleavings are explored breadth first under sequential
-// consistency, with a SIGKILL possible before each step: a killed process never runs again, and that is exactly
-// what shared memory sees of a SIGKILL. Two kinds of fault are reported, each with a shortest trace:
+// consistency, with a SIGKILL possible before each step: a killed process never runs again, and that is
+// exactly what shared memory sees of a SIGKILL. Two kinds of fault are reported, each with a shortest trace:
 //
 //   VIOLATION   a step broke an invariant
-//   STUCK       from some reachable state no good state is reachable any more (lost message, lost wake-up, leak)
+//   STUCK       from some reachable state no good state is reachable any more (lost message, lost wake-up,
+//   leak)
 #pragma once
 
 #include <sys/resource.h>
@@ -118,7 +119,8 @@ template <class Model> Outcome run(const Model &model, std::size_t max_states) {
     Outcome out;
     Store<State> states;
     std::vector<Origin> origin;
-    std::vector<std::uint32_t> successor;   // the successors of i are successor[first[i]] .. successor[first[i + 1]]
+    std::vector<std::uint32_t>
+        successor;   // the successors of i are successor[first[i]] .. successor[first[i + 1]]
     std::vector<std::uint32_t> first;
 
     auto add = [&](State &s, std::uint32_t from, int p, u8 how) {
@@ -172,7 +174,7 @@ template <class Model> Outcome run(const Model &model, std::size_t max_states) {
     out.states = states.size();
     out.steps = successor.size();
 
-    // From which states can the run still end well? Successors mostly have higher numbers: few sweeps suffice.
+    // From which states can the run still end well? Most successors have higher numbers: a few sweeps do.
     std::vector<u8> ends_well(states.size());
     for (std::size_t i = 0; i < states.size(); i++) ends_well[i] = model.good(states[i]);
     for (bool changed = true; changed;) {
@@ -224,7 +226,8 @@ int main_of(const char *model_name, const std::vector<Case<Config>> &cases, int 
     const auto t0 = now();
     for (const auto &c : cases) {
         const std::string name = c.name;
-        if (trace ? name.find(word) == std::string::npos : (c.suite == Suite::LONG) != (verb == "long")) continue;
+        if (trace ? name.find(word) == std::string::npos : (c.suite == Suite::LONG) != (verb == "long"))
+            continue;
         const auto t1 = now();
         const Outcome out = run(Model{c.config}, MAX_STATES);
         const bool planted = c.config.bug != 0;
@@ -232,11 +235,13 @@ int main_of(const char *model_name, const std::vector<Case<Config>> &cases, int 
 
         std::string result = "none";
         if (out.capped) result = "not finished";
-        if (!out.error.empty()) result = "VIOLATION after " + std::to_string(out.trace.size()) + " steps: " + out.error;
+        if (!out.error.empty())
+            result = "VIOLATION after " + std::to_string(out.trace.size()) + " steps: " + out.error;
         if (out.stuck) result = "STUCK after " + std::to_string(out.trace.size()) + " steps";
         if (planted && !out.faulty()) result = "NOT FOUND";
 
-        // A planted bug counts only if it is the bug that was found: the same configuration must be clean without it.
+        // A planted bug counts only if it is the bug that was found: the same configuration must be clean
+        // without it.
         Config sound = c.config;
         sound.bug = {};
         bool known = false;
@@ -253,12 +258,13 @@ int main_of(const char *model_name, const std::vector<Case<Config>> &cases, int 
         std::fflush(stdout);
         std::fprintf(stderr, "  %6.2f s  %s\n", seconds_since(t1), c.name);
         if (trace || !as_expected)
-            for (const auto &line : out.trace) std::fprintf(trace ? stdout : stderr, "      %s\n", line.c_str());
+            for (const auto &line : out.trace)
+                std::fprintf(trace ? stdout : stderr, "      %s\n", line.c_str());
     }
     rusage usage{};
     getrusage(RUSAGE_SELF, &usage);
-    std::fprintf(stderr, "%s: %.1f s, peak %ld MiB, %d unexpected\n", model_name,
-                 seconds_since(t0), usage.ru_maxrss / 1024, failures);
+    std::fprintf(stderr, "%s: %.1f s, peak %ld MiB, %d unexpected\n", model_name, seconds_since(t0),
+                 usage.ru_maxrss / 1024, failures);
     return failures != 0;
 }
 

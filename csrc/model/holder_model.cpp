@@ -4,22 +4,24 @@
 // Shared:  target          {state, generation}     the block that is sent by reference
 //          holders[2]      words of the bitmap, one bit a participant (participant p: word p % 2)
 //          version         bumped after each setting of a holder bit, before what protected it so far may go
-//          frame[f]        {state, owner, names}   a frame that carries a reference to that life of the target
+//          frame[f]        {state, owner, names}   a frame with a reference to that generation of the target
 //          arena_owner[p]  who owns the arena that p had at first
 // Private: references      views, and own frames not yet found FREE; the holder bit stands while it is not 0
 //
-// Processes: the allocator (0) shares the target, sends frames that name it, drops its view; receivers take a
-// frame, set their bit, settle the frame, use the view, perhaps forward the reference (in the same frame, or in one
-// of their own), drop the view; recoverers, of which the last is immortal and also receives, so that every frame is
-// consumed in the end. The ring is abstracted: any receiver may lease any committed frame of another's.
+// Processes: the allocator (0) shares the target, sends frames that name it, drops its view; receivers take
+// a frame, set their bit, settle the frame, use the view, perhaps forward the reference (in the same frame
+// or in one of their own), drop the view; recoverers, of which the last is immortal and also receives, so
+// that every frame is consumed in the end. The ring is abstracted: one step leases any committed frame of
+// another's.
 //
-// Invariant behind recovery: the owner of the arena in which a frame in flight lies holds what the frame names.
-// So a recoverer (1) sets its own bits for those frames, (2) takes the arenas over, (3) clears the dead one's bits
-// in every record, whatever its state, (4) sweeps; and any number of recoveries may run at once, in any order.
+// Invariant behind recovery: the owner of the arena in which a frame in flight lies holds what the frame
+// names. So a recoverer (1) sets its own bits for those frames, (2) takes the arenas over, (3) clears the
+// dead one's bits in every record, whatever its state, (4) sweeps. Recoveries may run at once, in any order,
+// but a place in the table is given away again only when no recovery begun from it is unfinished.
 //
-// Checked: the target is never freed while a live view or a frame in flight names it; nobody finds it gone; it is
-// freed once a generation, and that stays reachable from everywhere (no leak), although nobody sweeps but
-// releasers and recoverers.
+// Checked: the target is never freed while a live view or a frame in flight names it; nobody finds it gone;
+// it is freed once a generation, and that stays reachable from everywhere (no leak), although nobody sweeps
+// but releasers and recoverers.
 #include "explore.hpp"
 
 namespace {
@@ -28,19 +30,20 @@ enum { MAX_FRAMES = 4, MAX_PROCESSES = 6, WORDS = 2, NOBODY = 15, ALLOCATOR = 0 
 enum State_ : u8 { FREE, CLAIMED, COMMITTED, LEASED, SHARED };
 enum Bug {
     NO_BUG,
-    SINGLE_COLLECT,       // the sweep reads the words once and ignores the version
-    DOUBLE_COLLECT,       // the sweep reads the words twice and ignores the version
-    VERSION_FIRST,        // a receiver bumps the version before it sets its bit
-    VERSION_LATE,         // a receiver bumps the version after it settled the frame
-    SETTLED_FIRST,        // a receiver settles the frame before it sets its bit
-    STATE_READ_LAST,      // the sweep reads the generation it will free after it collected the words
-    FRAME_NOT_HELD,       // the allocator drops its bit once the frame is committed
-    REPLY_ADDS_REFERENCE, // a reply in place, in another's frame, names what the frame did not name before
-    FRAMES_NOT_ADOPTED,   // recovery leaves out (1)
-    CLEARED_FIRST,        // recovery goes (3) (1) (2)
-    CLEARED_BEFORE_ARENA, // recovery goes (1) (3) (2)
-    ARENA_FIRST,          // recovery goes (2) (1) (3)
-    CLEARED_UNLESS_FREE,  // recovery leaves the records that are FREE alone
+    SINGLE_COLLECT,         // the sweep reads the words once and ignores the version
+    DOUBLE_COLLECT,         // the sweep reads the words twice and ignores the version
+    VERSION_FIRST,          // a receiver bumps the version before it sets its bit
+    VERSION_LATE,           // a receiver bumps the version after it settled the frame
+    SETTLED_FIRST,          // a receiver settles the frame before it sets its bit
+    STATE_READ_LAST,        // the sweep reads the generation it will free after it collected the words
+    FRAME_NOT_HELD,         // the allocator drops its bit once the frame is committed
+    REPLY_ADDS_REFERENCE,   // a reply in place, in another's frame, names what the frame did not name before
+    FRAMES_NOT_ADOPTED,     // recovery leaves out (1)
+    CLEARED_FIRST,          // recovery goes (3) (1) (2)
+    CLEARED_BEFORE_ARENA,   // recovery goes (1) (3) (2)
+    ARENA_FIRST,            // recovery goes (2) (1) (3)
+    PLACE_REUSED,         // a dead recoverer's place is given away: its unfinished recoveries look alive
+    CLEARED_UNLESS_FREE,    // recovery leaves the records that are FREE alone
     NO_SWEEP_AT_RECOVERY,
     NO_SWEEP_AT_RELEASE,
 };
@@ -50,8 +53,8 @@ struct Config {
     int rounds = 1, frames = 1;   // lives of the target, and frames the allocator sends in each
     int forwards = 0;             // how often receivers may forward the reference, in total
     int recoverers = 1, kills = 0;
-    int task = 0;                 // 1: receiver 1 has leased one more frame of the allocator's, without references
-    int allocator_sweeps = 0;     // 1: the allocator sweeps, too, while it waits for the target to become FREE
+    int task = 0;   // 1: receiver 1 has leased one more frame of the allocator's, without references
+    int allocator_sweeps = 0;   // 1: the allocator sweeps, too, while it waits for the target to become FREE
     Bug bug = NO_BUG;
 };
 
@@ -73,7 +76,7 @@ struct Local {
     u8 own;                 // bitmap of those frames (sent by us or adopted)
     u8 round;
     u8 seen_generation, seen_version, i;
-    u8 victim, homes;       // recovery: the dead one, bitmap of its arenas
+    u8 victim, homes;   // recovery: the dead one, bitmap of its arenas
 };
 struct HolderState {
     u8 target_state, target_generation, target_owner, version, frees, forwards, kills;
@@ -90,7 +93,7 @@ class HolderModel {
   public:
     using State = HolderState;
 
-    // Frames 0 .. c.frames-1 lie in the allocator's arena, then one in the arena of each receiver, then the task.
+    // Frames 0 .. c.frames-1 lie in the allocator's arena, then one in that of each receiver, then the task.
     explicit HolderModel(const Config &config)
         : c(config), first_recoverer(1 + c.receivers), last(c.receivers + c.recoverers),
           frames(c.frames + c.receivers + c.task) {}
@@ -115,8 +118,8 @@ class HolderModel {
             if (dead(s, p) && !s.recovered[p]) return false;
         for (int f = 0; f < frames; f++)
             if (s.frame[f].state != FREE) return false;
-        return (dead(s, ALLOCATOR) || s.local[ALLOCATOR].at == DONE) && s.target_state == FREE && !s.holders[0] &&
-               !s.holders[1];
+        return (dead(s, ALLOCATOR) || s.local[ALLOCATOR].at == DONE) && s.target_state == FREE &&
+               !s.holders[0] && !s.holders[1];
     }
 
     void normalise(State &s) const {
@@ -187,7 +190,8 @@ class HolderModel {
             if (l.round == c.rounds) return choice == 0 && go(DONE);
             if (choice == 1) return c.allocator_sweeps && s.target_state == SHARED && sweep_then(l, A_CLAIM);
             if (s.target_state != FREE) return false;
-            for (int q = 0; q <= last; q++)   // one who died between bit and version may have left a bit, for recovery
+            for (int q = 0; q <= last;
+                 q++)   // one who died between bit and version may have left a bit, for recovery
                 check(dead(s, q) || !(s.holders[word(q)] & bit(q)), "a FREE block has no live holders");
             s.target_state = CLAIMED;
             s.target_owner = ALLOCATOR;
@@ -222,16 +226,20 @@ class HolderModel {
         // ---- receiver ---------------------------------------------------------------------------------
         case B_LEASE:
             if (choice == 2 * frames) return settle_task(s, p);
-            return choice < frames ? lease(s, p, choice) : found_own_frame_free(s, l, choice - frames, B_LEASE);
+            return choice < frames ? lease(s, p, choice)
+                                   : found_own_frame_free(s, l, choice - frames, B_LEASE);
         case B_SET_BIT:
             check_alive(l.generation);
             s.holders[word(p)] |= bit(p);
             return go(c.bug == VERSION_FIRST || c.bug == VERSION_LATE ? B_SETTLE : B_BUMP);
         case B_BUMP:
             s.version++;
-            return go(c.bug == VERSION_FIRST ? B_SET_BIT : c.bug == VERSION_LATE || c.bug == SETTLED_FIRST ? B_USE : B_SETTLE);
+            return go(c.bug == VERSION_FIRST                            ? B_SET_BIT
+                      : c.bug == VERSION_LATE || c.bug == SETTLED_FIRST ? B_USE
+                                                                        : B_SETTLE);
         case B_SETTLE:
-            check(s.frame[l.frame].state == LEASED && s.frame[l.frame].owner == p, "a leased frame is its holder's");
+            check(s.frame[l.frame].state == LEASED && s.frame[l.frame].owner == p,
+                  "a leased frame is its holder's");
             if (choice == 1) {   // forward in place: the frame stays alive, and its allocator's bit with it
                 if (!s.forwards || c.bug == SETTLED_FIRST) return false;
                 s.forwards--;
@@ -246,12 +254,13 @@ class HolderModel {
             check_alive(l.generation);
             const int mine = c.frames + p - 1;
             if (choice == 0) return go(B_DROP);
-            if (choice == 2) {   // reply to the task in place; without the bug it carries no reference and is simply settled
+            if (choice == 2) {   // reply to the task in place: carries no reference, unless that is the bug
                 if (!settle_task(s, p)) return false;
                 if (c.bug == REPLY_ADDS_REFERENCE) s.frame[frames - 1] = {COMMITTED, 1, l.generation};
                 return go(B_DROP);
             }
-            if (p >= first_recoverer || !s.forwards || s.frame[mine].state != FREE || l.own & fbit(mine)) return false;
+            if (p >= first_recoverer || !s.forwards || s.frame[mine].state != FREE || l.own & fbit(mine))
+                return false;
             s.forwards--;
             l.frame = static_cast<u8>(mine);
             return go(B_CLAIM_FRAME);
@@ -300,7 +309,8 @@ class HolderModel {
                 for (int q = 0; q <= last; q++)
                     check(dead(s, q) || !s.local[q].view, "no free under a live view");
                 for (int f = 0; f < frames; f++)
-                    check(!in_flight(s.frame[f]) || s.frame[f].names != s.target_generation, "no free under a frame in flight");
+                    check(!in_flight(s.frame[f]) || s.frame[f].names != s.target_generation,
+                          "no free under a frame in flight");
                 s.target_state = FREE;
                 check(++s.frees == s.target_generation, "freed once a generation");
             }
@@ -324,7 +334,8 @@ class HolderModel {
             Frame &f = s.frame[l.i];
             const bool adopted = l.homes >> home(l.i) & 1;
             if (f.state == CLAIMED && f.owner == l.victim) f = Frame{};
-            if (f.state == LEASED && f.owner == l.victim) f = {COMMITTED, static_cast<u8>(p), f.names};   // redispatch
+            if (f.state == LEASED && f.owner == l.victim)
+                f = {COMMITTED, static_cast<u8>(p), f.names};   // redispatch
             if (in_flight(f) && adopted && c.bug != FRAMES_NOT_ADOPTED) {
                 l.generation = f.names;
                 l.own |= fbit(l.i);
@@ -372,13 +383,17 @@ class HolderModel {
     static int word(int p) { return p % WORDS; }
     static u8 bit(int p) { return static_cast<u8>(1 << p / WORDS); }
     static u8 fbit(int f) { return static_cast<u8>(1 << f); }
-    int home(int f) const { return f < c.frames || f >= c.frames + c.receivers ? ALLOCATOR : f - c.frames + 1; }
+    int home(int f) const {
+        return f < c.frames || f >= c.frames + c.receivers ? ALLOCATOR : f - c.frames + 1;
+    }
     u8 idle(int p) const { return p < first_recoverer ? B_LEASE : R_IDLE; }
     static bool in_flight(const Frame &f) { return f.state == COMMITTED || f.state == LEASED; }
     static bool dead(const State &s, int p) { return s.local[p].at == DEAD; }
 
     bool recoverable(const State &s, int d, int me) const {
-        return d != me && dead(s, d) && !s.recovered[d] && (s.recoverer[d] == NOBODY || dead(s, s.recoverer[d]));
+        if (d == me || !dead(s, d) || s.recovered[d]) return false;
+        if (s.recoverer[d] == NOBODY) return true;
+        return dead(s, s.recoverer[d]) && !(c.bug == PLACE_REUSED && s.recovered[s.recoverer[d]]);
     }
     bool after(Local &l, u8 phase) const {   // the phases of recovery in their order
         static const u8 RIGHT[] = {R_IDLE, R_FRAME, R_ADOPT, R_CLEAR, R_TARGET};
@@ -402,7 +417,7 @@ class HolderModel {
         l.frame = static_cast<u8>(f);
         l.generation = s.frame[f].names;
         const bool holds = l.references++ != 0;   // then the bit stands already
-        l.at = holds ? B_SETTLE
+        l.at = holds                    ? B_SETTLE
                : c.bug == SETTLED_FIRST ? B_SETTLE
                : c.bug == VERSION_FIRST ? B_BUMP
                                         : B_SET_BIT;
@@ -450,7 +465,9 @@ std::vector<explore::Case<Config>> cases() {
         {"1 receiver, 2 lives, no kill", quick, {.rounds = 2}},
         {"2 receivers, 2 frames, 1 forward, no kill", quick, {.receivers = 2, .frames = 2, .forwards = 1}},
         {"2 receivers, 3 forwards, no kill", quick, {.receivers = 2, .forwards = 3}},
-        {"2 receivers, 2 lives, allocator sweeps too", quick, {.receivers = 2, .rounds = 2, .allocator_sweeps = 1}},
+        {"2 receivers, 2 lives, allocator sweeps too",
+         quick,
+         {.receivers = 2, .rounds = 2, .allocator_sweeps = 1}},
         {"1 receiver, 1 forward, 1 kill", quick, {.forwards = 1, .kills = 1}},
         {"2 receivers, 2 forwards, 1 kill", quick, {.receivers = 2, .forwards = 2, .kills = 1}},
         {"1 receiver, 1 forward, 2 kills, 2 recoverers", quick, {.forwards = 1, .recoverers = 2, .kills = 2}},
@@ -470,6 +487,9 @@ std::vector<explore::Case<Config>> cases() {
         {"recovery leaves bits in FREE records",
          quick,
          {.rounds = 2, .forwards = 1, .recoverers = 2, .kills = 2, .bug = CLEARED_UNLESS_FREE}},
+        {"place of a dead recoverer given away too early",
+         quick,
+         {.recoverers = 2, .kills = 2, .bug = PLACE_REUSED}},
         {"recovery does not sweep", quick, {.kills = 1, .bug = NO_SWEEP_AT_RECOVERY}},
         {"recovery clears before it takes the arena",
          quick,

@@ -1,51 +1,28 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 // Model of the stamped ring: commit, lease, FULL, and recovery of the dead.
 //
-// Shared:  block[b]  {state, generation, owner}      the only truth about a block; every change is one CAS or store
-//          slot[i]   {cycle, generation, block}      one word
-//          commit_cursor, lease_cursor               hints that anyone advances
-//          slot_waiters                              bitmap of producers (and recoverers) that wait for a free slot
-//          tokens[p]                                 the doorbell of p, a semaphore with one waiter
-// Processes: producers, killable consumers, one immortal consumer that drains the ring (`drain`), recoverers (all but
-// the last killable). Arenas are left out: any producer may claim any free block.
+// Shared:  block[b]      {state, generation, owner}   the only truth about a block; one CAS or store a change
+//          slot[i]       {cycle, generation, block}   one word
+//          commit_cursor, lease_cursor                hints that anyone advances
+//          slot_waiters                               bitmap of those who wait for a free slot
+//          tokens[p]                                  the doorbell of p, a semaphore with one waiter
 //
-// Checked: a message is torn never, delivered at most once, and in ring order (a lease finds its own position in
-// lease_cursor); the fill never exceeds the capacity; at the end each committed message was delivered exactly once
-// and each block is FREE; such an end stays reachable from everywhere (no stall, no leak, no lost wake-up).
-#include "explore.hpp"
+// Processes: producers, killable consumers, one immortal consumer that drains the ring (`drain`), recoverers
+// (all but the last killable). Arenas are left out: any producer may claim any free block.
+//
+// FULL is found after the block became COMMITTED: its owner, who alone can insert it, takes it back to
+// CLAIMED, registers, tries again, sleeps. Whoever advances lease_cursor notifies. Recovery never waits:
+// what it finds no room for stays COMMITTED by the recoverer, who registers and tries again when woken.
+//
+// Checked: no message is torn, or delivered twice; leases are in ring order (a lease finds its own position
+// in lease_cursor); the fill never exceeds the capacity; at the end every committed message was delivered
+// and every block is FREE; such an end stays reachable from everywhere (no stall, no leak, no lost wake-up).
+#include "ring_cases.hpp"
 
 namespace {
 
 enum { MAX_BLOCKS = 4, MAX_SLOTS = 4, MAX_PROCESSES = 6, MAX_MESSAGES = 4, MAX_RECOVERERS = 2, NOBODY = 15 };
 enum State_ : u8 { FREE, CLAIMED, COMMITTED, LEASED };
-enum Policy { REQUEUE, TAKE };   // what recovery does with a block that the dead one leased
-enum Bug {
-    NO_BUG,
-    SLOT_BEFORE_COMMITTED,     // the slot is written before the block's state
-    CURSOR_BEFORE_LEASE,       // plain NCQ: a consumer first takes the position, then stamps the block
-    ORPHANS_IGNORED,           // recovery does not look for blocks COMMITTED but not in the ring
-    ORPHANS_FREED,             // recovery undoes such commits instead of finishing them
-    GENERATION_IGNORED,        // a slot is believed whatever generation the block has
-    ADVANCE_SILENT,            // advancing lease_cursor notifies nobody
-    HELPER_SILENT,             // only the consumer that leased notifies, not one that helps
-    BATON_DROPPED,             // a producer that times out does not pass its wake-up on
-    NO_RING_ALL,               // recovery does not ring all doorbells
-    RETRY_FORGOTTEN,           // recovery drops a block that found the ring full
-    RETRY_ASLEEP,              // a recoverer with a retry list does not register as slot waiter
-    STALE_SNAPSHOT,            // one snapshot of the slots serves all later recoveries
-    FULL_UNCHECKED,            // insertion looks at the slot's cycle only, not at the capacity
-};
-
-struct Config {
-    int producers = 1, messages = 1;   // messages of each producer
-    int consumers = 1, leases = 2;     // killable consumers; each leaves after that many leases
-    int recoverers = 1, kills = 0, timeouts = 0;
-    int blocks = 2, slots = 2, capacity = 2;
-    int prefilled = 0;                 // 1: block 0 is in the ring already
-    Policy policy = REQUEUE;
-    Bug bug = NO_BUG;
-};
-
 struct Block {
     u8 state, generation, owner;
 };
@@ -71,15 +48,15 @@ const char *const STEP_NAME[] = {STEPS(EXPLORE_STRING)};
 
 struct Local {
     u8 at, insert_return, notify_return;
-    u8 block, generation;       // of the block in hand
-    u8 commit, lease;           // cursors as read
-    Slot slot;                  // as read
-    Block seen;                 // as read
-    u8 message, count;          // consumer: message read; producer: index of its message; consumer: leases so far
-    u8 registered, waiter;      // in slot_waiters; whom notify is about to wake
-    u8 final_round;             // drain: everybody had ended before this look at the ring
-    u8 victim, i;               // recoverer
-    u8 retry, tried;            // recoverer: bitmaps of blocks COMMITTED(me) that found the ring full
+    u8 block, generation;   // of the block in hand
+    u8 commit, lease;       // cursors as read
+    Slot slot;              // as read
+    Block seen;             // as read
+    u8 message, count;      // consumer: message read; producer: index of its message; consumer: leases so far
+    u8 registered, waiter;   // in slot_waiters; whom notify is about to wake
+    u8 final_round;          // drain: everybody had ended before this look at the ring
+    u8 victim, i;            // recoverer
+    u8 retry, tried;         // recoverer: bitmaps of blocks COMMITTED(me) that found the ring full
 };
 
 struct RingState {
@@ -101,7 +78,8 @@ class RingModel {
     using State = RingState;
 
     explicit RingModel(const Config &config)
-        : c(config), drain(c.producers + c.consumers), first_recoverer(drain + 1), last(drain + c.recoverers) {}
+        : c(config), drain(c.producers + c.consumers), first_recoverer(drain + 1),
+          last(drain + c.recoverers) {}
 
     int processes() const { return last + 1; }
 
@@ -111,7 +89,10 @@ class RingModel {
         s.timeouts = static_cast<u8>(c.timeouts);
         for (int p = 0; p <= last; p++) {
             s.recoverer[p] = NOBODY;
-            s.local[p].at = p < c.producers ? P_CLAIM : p < drain ? L_LEASE_CURSOR : p == drain ? D_CHECK : R_IDLE;
+            s.local[p].at = p < c.producers ? P_CLAIM
+                            : p < drain     ? L_LEASE_CURSOR
+                            : p == drain    ? D_CHECK
+                                            : R_IDLE;
         }
         if (c.prefilled) {
             s.block[0] = {COMMITTED, 1, static_cast<u8>(drain)};
@@ -138,7 +119,10 @@ class RingModel {
     }
 
     std::string describe(const State &s, int p) const {
-        const char *role = p < c.producers ? "producer " : p < drain ? "consumer " : p == drain ? "drain " : "recoverer ";
+        const char *role = p < c.producers ? "producer "
+                           : p < drain     ? "consumer "
+                           : p == drain    ? "drain "
+                                           : "recoverer ";
         return role + std::to_string(p) + " " + STEP_NAME[s.local[p].at];
     }
 
@@ -199,10 +183,11 @@ class RingModel {
             if (c.bug == SLOT_BEFORE_COMMITTED) return next_message(l);
             return insert_then(l, P_INSERTED);
         }
-        // The ring is full. Only the owner can insert, so nobody can have seen the block: take the commit back.
+        // The ring is full. Only the owner can insert: nobody has seen the block, so take the commit back.
         case P_UNDO: {
             Block &b = s.block[l.block];
-            check((b == Block{COMMITTED, l.generation, static_cast<u8>(p)}), "an uninserted block stays as it is");
+            check((b == Block{COMMITTED, l.generation, static_cast<u8>(p)}),
+                  "an uninserted block stays as it is");
             b.state = CLAIMED;
             s.published[message_of(p, l)] = 0;
             l.generation = 0;
@@ -295,7 +280,8 @@ class RingModel {
             return go(L_SLOT);
         case L_SLOT:
             l.slot = s.slot[l.lease % c.slots];
-            if (l.slot.cycle == cycle(l.lease)) return go(c.bug == CURSOR_BEFORE_LEASE ? L_EARLY_ADVANCE : L_BLOCK);
+            if (l.slot.cycle == cycle(l.lease))
+                return go(c.bug == CURSOR_BEFORE_LEASE ? L_EARLY_ADVANCE : L_BLOCK);
             if (l.slot.cycle + 1 == cycle(l.lease)) return found_empty(s, p, error);
             return again(l, L_LEASE_CURSOR);
         case L_EARLY_ADVANCE:
@@ -355,7 +341,8 @@ class RingModel {
             s.tokens[p]--;
             return l.retry ? go(R_REGISTER) : true;
         }
-        case R_SNAPSHOT: {   // once a recovery: what the dead one inserted is in its slot as long as it is COMMITTED
+        // Once a recovery: what the dead one inserted stays in its slot as long as it is COMMITTED.
+        case R_SNAPSHOT: {
             const Slot &slot = s.slot[l.i];
             s.snapshot[p - first_recoverer][l.i] = static_cast<u8>(slot.generation * MAX_BLOCKS + slot.block);
             if (++l.i < c.slots) return true;
@@ -399,7 +386,8 @@ class RingModel {
             return insert_then(l, R_INSERTED);
         }
         case R_DISPOSE:   // policy TAKE: the recoverer has the lease now and is the one who settles it
-            check((s.block[l.block] == Block{LEASED, l.generation, static_cast<u8>(p)}), "the recoverer holds it");
+            check((s.block[l.block] == Block{LEASED, l.generation, static_cast<u8>(p)}),
+                  "the recoverer holds it");
             l.message = s.payload[l.block];
             deliver(s, l, check);
             return next_block(l);
@@ -417,7 +405,8 @@ class RingModel {
             l.victim = l.i = 0;
             if (!l.retry || c.bug == RETRY_ASLEEP) return go(R_IDLE);
             return go(R_REGISTER);
-        // The retry list: recovery itself never waits, so what found the ring full is tried again when a slot is free.
+        // The retry list: recovery itself never waits, so what found the ring full is tried again when a slot
+        // is free.
         case R_REGISTER:
             s.slot_waiters |= bit(p);
             l.tried = 0;
@@ -495,7 +484,8 @@ class RingModel {
         const bool advanced = s.lease_cursor == l.lease;
         if (advanced) s.lease_cursor++;
         again(l, then);
-        if (!advanced || !can_be_full() || c.bug == ADVANCE_SILENT || (helping && c.bug == HELPER_SILENT)) return true;
+        if (!advanced || !can_be_full() || c.bug == ADVANCE_SILENT || (helping && c.bug == HELPER_SILENT))
+            return true;
         l.notify_return = then;
         l.at = N_LOAD;
         return true;
@@ -553,84 +543,18 @@ class RingModel {
 
     static bool dead(const State &s, int p) { return s.local[p].at == DEAD; }
     bool recoverable(const State &s, int d, int me) const {
-        return d != me && dead(s, d) && !s.recovered[d] && (s.recoverer[d] == NOBODY || dead(s, s.recoverer[d]));
+        return d != me && dead(s, d) && !s.recovered[d] &&
+               (s.recoverer[d] == NOBODY || dead(s, s.recoverer[d]));
     }
     bool everybody_ended(const State &s) const {
         for (int p = 0; p <= last; p++) {
             if (p == drain) continue;
-            if (dead(s, p) ? !s.recovered[p] : p < drain ? s.local[p].at != DONE : s.local[p].retry != 0) return false;
+            if (dead(s, p) ? !s.recovered[p] : p < drain ? s.local[p].at != DONE : s.local[p].retry != 0)
+                return false;
         }
         return true;
     }
 };
-
-std::vector<explore::Case<Config>> cases() {
-    using explore::Suite;
-    const Suite quick = Suite::QUICK, full = Suite::LONG;
-    return {
-        // the ring that can never be full
-        {"2 producers x 1, no kill", quick, {.producers = 2}},
-        {"1 producer x 2, 1 kill", quick, {.messages = 2, .kills = 1}},
-        {"1 producer x 3, 2 slots (wraps), 1 kill", quick, {.messages = 3, .kills = 1}},
-        {"1 producer x 2, 2 kills, 2 recoverers", quick, {.messages = 2, .recoverers = 2, .kills = 2}},
-        {"1 producer x 2, 2 kills, 2 recoverers, policy TAKE",
-         quick,
-         {.messages = 2, .recoverers = 2, .kills = 2, .policy = TAKE}},
-        // FULL: fewer positions than blocks
-        {"1 producer x 2, capacity 1 of 2 slots, 1 kill", quick, {.messages = 2, .kills = 1, .capacity = 1}},
-        {"1 producer x 3, 3 blocks in 2 slots, 1 kill", quick, {.messages = 3, .kills = 1, .blocks = 3}},
-        {"2 producers x 1, capacity 1, no kill", quick, {.producers = 2, .capacity = 1}},
-        {"2 producers x 1, capacity 1, ring full at first, 2 timeouts",
-         quick,
-         {.producers = 2, .consumers = 0, .timeouts = 2, .blocks = 3, .capacity = 1, .prefilled = 1}},
-        {"1 producer x 2, 2 blocks in 1 slot, 2 kills, 2 recoverers",
-         quick,
-         {.messages = 2, .recoverers = 2, .kills = 2, .slots = 1, .capacity = 1}},
-
-        {"slot written before COMMITTED", quick, {.messages = 2, .bug = SLOT_BEFORE_COMMITTED}},
-        {"lease_cursor advanced before the lease", quick, {.kills = 1, .bug = CURSOR_BEFORE_LEASE}},
-        {"orphans ignored", quick, {.kills = 1, .bug = ORPHANS_IGNORED}},
-        {"orphans freed",
-         quick,
-         {.messages = 2, .recoverers = 2, .kills = 2, .bug = ORPHANS_FREED}},
-        {"generation ignored", quick, {.messages = 3, .kills = 1, .bug = GENERATION_IGNORED}},
-        {"capacity not checked", quick, {.messages = 2, .capacity = 1, .bug = FULL_UNCHECKED}},
-        {"advance notifies nobody", quick, {.messages = 2, .capacity = 1, .bug = ADVANCE_SILENT}},
-        {"helper's advance notifies nobody", quick, {.messages = 2, .capacity = 1, .bug = HELPER_SILENT}},
-        {"timed-out slot waiter keeps the baton",
-         quick,
-         {.producers = 2, .consumers = 0, .timeouts = 1, .blocks = 3, .capacity = 1, .prefilled = 1, .bug = BATON_DROPPED}},
-        {"no ring-all in recovery", quick, {.messages = 2, .kills = 1, .capacity = 1, .bug = NO_RING_ALL}},
-        {"recoverer forgets what found the ring full",
-         quick,
-         {.messages = 2, .kills = 1, .capacity = 1, .bug = RETRY_FORGOTTEN}},
-        {"recoverer with a retry list does not register",
-         quick,
-         {.messages = 2, .kills = 1, .capacity = 1, .bug = RETRY_ASLEEP}},
-        {"one snapshot for all recoveries", quick, {.messages = 2, .kills = 2, .bug = STALE_SNAPSHOT}},
-
-        {"2 producers x 1, 1 kill", full, {.producers = 2, .kills = 1}},
-        {"2 producers x 2, no kill", full, {.producers = 2, .messages = 2}},
-        {"1 producer x 2, 2 killable consumers, 1 kill", full, {.messages = 2, .consumers = 2, .kills = 1}},
-        {"1 producer x 3, 2 kills, 2 recoverers", full, {.messages = 3, .recoverers = 2, .kills = 2}},
-        {"2 producers x 1, capacity 1, 1 kill", full, {.producers = 2, .kills = 1, .capacity = 1}},
-        {"2 producers x 1, capacity 1, 1 kill, policy TAKE",
-         full,
-         {.producers = 2, .kills = 1, .capacity = 1, .policy = TAKE}},
-        {"2 producers x 2, 3 blocks in 2 slots, no kill",
-         full,
-         {.producers = 2, .messages = 2, .consumers = 0, .blocks = 3}},
-        {"2 producers x 2, capacity 1, 2 timeouts",
-         full,
-         {.producers = 2, .messages = 2, .consumers = 0, .timeouts = 2, .blocks = 3, .capacity = 1}},
-        {"1 producer x 3, 3 blocks in 2 slots, 2 kills, 2 recoverers",
-         full,
-         {.messages = 3, .recoverers = 2, .kills = 2, .blocks = 3}},
-        {"1 producer x 4, capacity 3 of 4 slots, 4 blocks, 1 kill",
-         full,
-         {.messages = 4, .kills = 1, .blocks = 4, .slots = 4, .capacity = 3}},
-    };
-}
 
 }   // namespace
 

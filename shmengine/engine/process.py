@@ -94,10 +94,14 @@ class _Batch:
         self.nbytes = 0
 
 
+def _always() -> bool:
+    return True
+
+
 class _Job:
     """One stream or one future: a function, and where outcomes go."""
 
-    __slots__ = ("abandoned", "deliver", "function", "in_flight", "keep", "options", "retries", "task_ns")
+    __slots__ = ("abandoned", "begin", "deliver", "function", "in_flight", "keep", "options", "retries", "task_ns")
 
     def __init__(self, function: Any, options: TaskOptions, retries: int, deliver: Callable[..., None]) -> None:
         self.function = function  # bytes, or the frame of a put function
@@ -105,6 +109,7 @@ class _Job:
         self.retries = retries
         self.deliver = deliver  # deliver(task, value, error), by the drainer
         self.abandoned = False
+        self.begin: Callable[[], bool] = _always  # False: cancelled meanwhile
         self.in_flight = 0  # batches
         self.task_ns = 0.0  # what a task takes, smoothed; 0: not known
         self.keep: Any = None
@@ -256,11 +261,15 @@ class _Core:
         self.lock = threading.RLock()  # batches, counters of jobs, dispatch
         self.turn = threading.Condition()  # who drains
         self.draining = False
-        self.waiting_futures = 0
+        self.running_futures = 0
+        self.future_limit = BATCHES_PER_WORKER * workers + 1
+        self.pending: deque[_Batch] = deque()  # futures that nobody has begun
+        self.outbox: deque[_Batch] = deque()  # due, to be sent by the next thread that is not draining
+        self.flushing = threading.local()
         self.collector: threading.Thread | None = None
         self.deaths: dict[int, Death] = {}
         self.done = self.failed = self.retried = 0
-        self.bytes_copied = 0
+        self.bytes_copied = self.bytes_shared = 0
         self.spare: list[Any] = []
         setup = {
             "path": [entry or os.getcwd() for entry in sys.path],
@@ -387,6 +396,7 @@ class _Core:
         with self.lock:
             number = next(self.ids)
             self.batches[number] = batch
+            batch.job.begin = _always
             batch.job.in_flight += 1
             batch.nbytes = encoded.nbytes
         if batch.job.options.timeout is not None:
@@ -425,6 +435,7 @@ class _Core:
             raise
         self.spare.append(block)
         self.bytes_copied += encoded.bytes_inline
+        self.bytes_shared += encoded.bytes_shared
 
     # --- back ------------------------------------------------------------------------------------
 
@@ -441,11 +452,34 @@ class _Core:
                 return False
             self.draining = True
         try:
-            return self._drain(deadline)
+            took = self._drain(deadline)
         finally:
             with self.turn:
                 self.draining = False
                 self.turn.notify_all()
+        self.flush()
+        return took
+
+    def flush(self) -> None:
+        """Send the batches that results have made due; never by the drainer itself, which must not wait for room."""
+        if getattr(self.flushing, "now", False):
+            return
+        self.flushing.now = True
+        try:
+            while self.outbox:
+                batch = self.outbox.popleft()
+                if batch.job.abandoned or not batch.job.begin():
+                    self.next_future(batch)
+                    continue
+                try:
+                    self.dispatch(batch)
+                except Exception as error:
+                    for task in batch.tasks:
+                        self.conclude(batch.job, task, None, error)
+        except IndexError:
+            pass  # another thread took the last one
+        finally:
+            self.flushing.now = False
 
     def _drain(self, deadline: int) -> bool:
         took = False
@@ -486,9 +520,9 @@ class _Core:
                 payload = messages.read_frame(root, self.arena.resolve, copy=copied)
             except Exception as failure:
                 error = failure
-        nanoseconds = messages.nanoseconds_of(block)
-        if copied:
-            self.bytes_copied += block.length
+        nanoseconds, inline, shared = messages.account_of(block)
+        self.bytes_shared += shared
+        self.bytes_copied += inline + (inline + shared if copied else 0)
         # Views of the frame itself keep it leased; references are held on their own.
         if sys.getrefcount(root) <= 2:
             lib.shmr_release(self.handle, block)
@@ -559,10 +593,7 @@ class _Core:
         future: Future[Any] = Future()
 
         def deliver(_: _Task, value: Any, error: BaseException | None) -> None:
-            with self.lock:
-                self.waiting_futures -= 1
-            if not future.set_running_or_notify_cancel():
-                return
+            self.next_future(None)
             if error is None:
                 future.set_result(value)
             else:
@@ -570,19 +601,32 @@ class _Core:
 
         retries = self.retries if options.retries is None else options.retries
         job = _Job(self.encode_function(fn), options, retries, deliver)
+        job.begin = future.set_running_or_notify_cancel
         batch = _Batch(job, [_Task(0, tuple(args), dict(kwargs) or None)])
-        encoded = self.encode_batch(batch)
-        future._shmengine_job = job  # type: ignore[attr-defined]
+        encoded = self.encode_batch(batch)  # here, so that what cannot be pickled is raised here
         with self.lock:
-            self.waiting_futures += 1
-        try:
-            self.dispatch(batch, encoded)
-        except BaseException:
-            with self.lock:
-                self.waiting_futures -= 1
-            raise
+            start = self.running_futures < self.future_limit
+            if start:
+                self.running_futures += 1
+            else:
+                self.pending.append(batch)
+        if start:
+            future.set_running_or_notify_cancel()
+            try:
+                self.dispatch(batch, encoded)
+            except BaseException:
+                self.next_future(None)
+                raise
         self.collect()
         return future
+
+    def next_future(self, _: _Batch | None) -> None:
+        """A future has ended: the next one that waits may be sent."""
+        with self.lock:
+            if self.pending:
+                self.outbox.append(self.pending.popleft())
+            else:
+                self.running_futures -= 1
 
     def collect(self) -> None:
         """Make sure that somebody drains for the futures."""
@@ -596,7 +640,7 @@ class _Core:
     def _collect(self) -> None:
         while not self.closed:
             with self.turn:
-                while not self.closed and (self.draining or self.waiting_futures == 0):
+                while not self.closed and (self.draining or self.running_futures == 0):
                     self.turn.wait()
             try:
                 if not self.drain(self.look()):
@@ -649,12 +693,7 @@ class _Core:
             if batch is None or batch.job.abandoned:
                 continue
             again.extend(self.sort_out(batch, death, running=tag == death.tag))
-        for batch in again:
-            try:
-                self.dispatch(batch)
-            except BaseException as error:
-                for task in batch.tasks:
-                    self.conclude(batch.job, task, None, error)
+        self.outbox.extend(again)
 
     def sort_out(self, batch: _Batch, death: Death, *, running: bool) -> list[_Batch]:
         """Blame the task that was running; return batches of those that run again."""
@@ -716,7 +755,7 @@ class _Core:
             retries=self.retried,
             worker_deaths=self.pool.deaths,
             bytes_copied=self.bytes_copied,
-            bytes_shared=self.arena.bytes_shared,
+            bytes_shared=self.bytes_shared,
             memory_budget=self.budget,
             memory_used=int(c.reserved),
             ring_fill=int(fill),
@@ -735,6 +774,9 @@ class _Core:
             self.closed = True
             batches = list(self.batches.values())
             self.batches.clear()
+            waiting = [*self.outbox, *self.pending]
+            self.outbox.clear()
+            self.pending.clear()
         # Tasks that nobody has begun are dropped.
         block = ffi.new("shmr_block *")
         lib.shmr_close_ring(self.handle, TASK_RING)
@@ -743,7 +785,11 @@ class _Core:
         self.pool.close(wait=wait)
         closed = Closed(CLOSED_TEXT)
         for batch in batches:
-            batch.job.deliver(batch.tasks[0], None, closed) if len(batch.tasks) == 1 else None
+            for task in batch.tasks:
+                batch.job.deliver(task, None, closed)
+        for batch in waiting:
+            if batch.job.begin():
+                batch.job.deliver(batch.tasks[0], None, closed)
         lib.shmr_close_ring(self.handle, RESULT_RING)
         with self.turn:
             self.turn.notify_all()

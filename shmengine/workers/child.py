@@ -33,6 +33,9 @@ __all__ = ["main"]
 # NumPy's arrays from this size on are born in shared memory; smaller ones are as cheap to copy.
 BORN_SHARED_BYTES = 32 << 10
 FUNCTIONS_KEPT = 64
+# Arrays that a function captures are private to each worker, and writable, up to this size together; larger ones
+# are shared by all workers, read-only.
+CAPTURED_COPY_BYTES = 1 << 20
 IDLE_SECONDS = 0.25
 
 _ndarray = np.ndarray
@@ -171,7 +174,7 @@ class Worker:
                 tag,
                 encoded,
                 payload_check=self.payload_check,
-                spec=messages.pack_nanoseconds(nanoseconds),
+                spec=messages.pack_account(nanoseconds, encoded.bytes_inline, encoded.bytes_shared),
                 block=self.reply,
             )
             if status == OK:
@@ -187,11 +190,11 @@ class Worker:
     def function(self, encoded: Any) -> Callable[..., Any]:
         """Return the function that these bytes stand for; kept by its bytes, since a global of it may have changed."""
         if type(encoded) is not bytes:
-            loaded: Callable[..., Any] = messages.load_shared(encoded)
+            loaded: Callable[..., Any] = messages.load_shared(encoded, encoded.nbytes <= CAPTURED_COPY_BYTES)
             return loaded
         fn = self.functions.get(encoded)
         if fn is None:
-            fn = codec.decode(encoded, resolve=self.arena.resolve)
+            fn = codec.decode(encoded, copy=True)
             self.functions[encoded] = fn
             if len(self.functions) > FUNCTIONS_KEPT:
                 self.functions.popitem(last=False)

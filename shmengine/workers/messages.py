@@ -36,12 +36,11 @@ __all__ = [
     "TASK",
     "TASK_RING",
     "VALUE",
+    "account_of",
     "encode_function",
     "load_shared",
-    "nanoseconds_of",
-    "pack_nanoseconds",
+    "pack_account",
     "read_frame",
-    "shared_object",
     "write_frame",
 ]
 
@@ -62,8 +61,9 @@ MODES = {False: READ_ONLY, True: PRIVATE, "private": PRIVATE, "shared": SHARED}
 
 # A function up to this size travels with each batch; a larger one is put into shared memory once.
 INLINE_FUNCTION_BYTES = 4096
+OBJECTS_KEPT = 32
 
-_NANOSECONDS = struct.Struct("<Q")
+_ACCOUNT = struct.Struct("<QQQ")
 
 # What an unpickled reference reads from: set where objects are decoded.
 _resolve: Callable[[Any], Bytes] | None = None
@@ -93,7 +93,7 @@ def write_frame(
     Parameters
     ----------
     spec : bytes, optional
-        A few bytes carried in the descriptor: `MODES` of a task, `pack_nanoseconds` of a result.
+        A few bytes carried in the descriptor: `MODES` of a task, `pack_account` of a result.
     items : int
         A ring whose items interrupt the wait (ITEM_WAITS); -1: none.
     """
@@ -132,17 +132,16 @@ def write_frame(
         return status
 
 
-def pack_nanoseconds(nanoseconds: int) -> bytes:
-    """Return the time that the work on a batch took as a spec."""
-    return _NANOSECONDS.pack(nanoseconds)
+def pack_account(nanoseconds: int, copied: int, shared: int) -> bytes:
+    """Return what the work on a batch took, and the bytes of its results that were copied and shared, as a spec."""
+    return _ACCOUNT.pack(nanoseconds, copied, shared)
 
 
-def nanoseconds_of(block: Any) -> int:
-    """Return the time that a message says its work took."""
-    if block.spec_bytes != 8:
-        return 0
-    value: int = _NANOSECONDS.unpack(ffi.buffer(block.spec, 8))[0]
-    return value
+def account_of(block: Any) -> tuple[int, int, int]:
+    """Return (nanoseconds, bytes copied, bytes shared) that a result brings along."""
+    if block.spec_bytes != _ACCOUNT.size:
+        return 0, 0, 0
+    return _ACCOUNT.unpack(ffi.buffer(block.spec, _ACCOUNT.size))
 
 
 def read_frame(root: Bytes, resolve: Callable[[Any], Bytes], *, copy: bool = False) -> Any:
@@ -155,19 +154,19 @@ def read_frame(root: Bytes, resolve: Callable[[Any], Bytes], *, copy: bool = Fal
 # --- objects that were put ---------------------------------------------------------------------------------------
 
 
-def shared_object(frame: Bytes) -> Any:
-    """Decode an object that was put into shared memory; its arrays are views of it."""
-    return decode(frame, resolve=_resolve)
+def load_shared(frame: Bytes, copy: bool = False) -> Any:
+    """Decode an object that was put into shared memory, once (in workers, until they have nothing to do).
 
-
-def load_shared(frame: Bytes) -> Any:
-    """Do what `shared_object` does, once for each object (in workers, until they have nothing to do)."""
+    Its arrays are read-only views of that memory, or (`copy`) private.
+    """
     key = (frame.__array_interface__["data"][0], frame.nbytes)
     known = _loaded.get(key)
     if known is not None:
         return known[1]
     # The frame is kept, so its block, and with it the key, stays what it is.
-    obj = shared_object(frame)
+    obj = decode(frame, resolve=_resolve, copy=copy)
+    if len(_loaded) >= OBJECTS_KEPT:
+        _loaded.clear()
     _loaded[key] = (frame, obj)
     return obj
 

@@ -375,7 +375,7 @@ def test_lambdas_closures_and_local_classes_go_by_value():
 
 
 MAIN_SCRIPT = """
-import pickle, subprocess, sys, types
+import functools, subprocess, sys, types, typing
 from shmengine.codec import encode
 
 class Thing:
@@ -388,12 +388,19 @@ dynamic = types.ModuleType("made_at_run_time")
 exec("class Made:\\n    value = 7\\ndef made(): return Made.value", dynamic.__dict__)
 sys.modules["made_at_run_time"] = dynamic
 
-frame = encode([Thing(21), {"k": (helper, Thing)}, dynamic.Made(), dynamic.made]).to_bytes()
+@functools.lru_cache(maxsize=50)
+def fibonacci(n): return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
+
+T = typing.TypeVar("T")
+alone = [encode(obj).to_bytes() for obj in (fibonacci, T, functools.partial(helper, 3), Thing(3).double)]
+frame = encode([Thing(21), {"k": (helper, Thing)}, dynamic.Made(), dynamic.made, alone]).to_bytes()
 reader = '''
 import sys
 from shmengine.codec import decode
-thing, rest, made, function = decode(sys.stdin.buffer.read())
+thing, rest, made, function, alone = decode(sys.stdin.buffer.read())
 print(thing.double(), rest["k"][0](4), rest["k"][1](5).double(), made.value, function())
+fibonacci, T, partial, method = map(decode, alone)
+print(fibonacci(50), fibonacci.cache_parameters()["maxsize"], T.__name__, partial(), method())
 '''
 print(subprocess.run([sys.executable, "-c", reader], input=frame, capture_output=True).stdout.decode())
 """
@@ -401,7 +408,9 @@ print(subprocess.run([sys.executable, "-c", reader], input=frame, capture_output
 
 def test_what_others_cannot_import_goes_by_value():
     result = run_script(MAIN_SCRIPT)
-    assert result.stdout.split() == ["42", "8", "10", "7", "7"], result.stderr
+    assert result.stdout.split() == ["42", "8", "10", "7", "7", "12586269025", "50", "T", "6", "6"], (
+        result.stderr
+    )
 
 
 def test_by_reference_is_what_pickle_does():
@@ -592,7 +601,7 @@ def test_shared_arrays_go_by_reference(dtype, layout):
         array = np.ndarray(sample.shape, dtype, arena.root, 128, sample.strides)
     for obj in (array, {"k": [array]}):
         encoded = encode(obj, share=arena.share)
-        assert encoded.bytes_inline == 0
+        assert (encoded.bytes_inline, encoded.bytes_shared) == (0, array.nbytes)
         assert len(encoded.references) == 1
         assert encoded.nbytes < 900
         back = decode(encoded.to_bytes(), resolve=arena.resolve)

@@ -46,7 +46,7 @@ def test_views_travel_by_name(cut, mode, path):
     array = CUTS[cut](mapped)
     for obj, first in ((array, lambda x: x), ([array, array], lambda x: x[0])):
         encoded = encode(obj, memmap_mode=mode)
-        assert encoded.bytes_inline == 0
+        assert (encoded.bytes_inline, encoded.bytes_shared) == (0, array.nbytes)
         assert encoded.nbytes < 700
         back = first(decode(encoded.to_bytes()))
         assert type(back) is type(array)
