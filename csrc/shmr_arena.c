@@ -459,14 +459,14 @@ void shmr_arena_trim(shmr *h) {
     if (any) shmr_notify_all(h, shmr_header_of(h)->extent_waiters);
 }
 
-/* Take over the extents of `from`, who is dead or left: what `live` (record numbers) covers is in use, the rest
+/* Take over the extents of `from`, who are dead or left: what `live` (record numbers) covers is in use, the rest
  * is free. Blocks below a page share "adopted" slabs, which are only counted down. */
-void shmr_arena_adopt_extents(shmr *h, uint32_t from, const uint32_t *live, uint32_t live_count) {
+void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, const uint32_t *live, uint32_t live_count) {
     struct shmr_arena *a = &h->arena;
     for (uint32_t e = 0; e < h->g.extents; e++) {
         shmr_word *word = shmr_extent_at(h, e);
         uint64_t seen = shmr_load_acquire(word); /* A6 */
-        if ((uint32_t)seen != from + 1) continue;
+        if (!(uint32_t)seen || !shmr_slots_have(from, (uint32_t)seen - 1)) continue;
         if (!(seen & SHMR_EXTENT_WARM)) { /* died while reserving it: nobody has used it */
             shmr_cas_seq_cst(word, &seen, 0); /* S3 R6 */
             continue;

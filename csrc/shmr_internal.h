@@ -76,6 +76,17 @@ struct shmr_arena {
 
 #define SHMR_MINE 1u /* record_flags: allocated by this process and not yet reclaimed */
 
+/* A set of places in the table of participants. */
+struct shmr_slots {
+    uint64_t bits[SHMR_MAX_PARTICIPANTS / 64];
+};
+static inline void shmr_slots_add(struct shmr_slots *set, uint32_t slot) {
+    set->bits[slot / 64] |= UINT64_C(1) << (slot % 64);
+}
+static inline bool shmr_slots_have(const struct shmr_slots *set, uint32_t slot) {
+    return slot < SHMR_MAX_PARTICIPANTS && (set->bits[slot / 64] >> (slot % 64) & 1);
+}
+
 struct shmr_place {
     uint64_t offset, room;
 };
@@ -181,7 +192,7 @@ void shmr_arena_release(shmr *h, uint64_t offset, uint64_t room);
 uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t *room); /* of a used allocation */
 int shmr_arena_grow(shmr *h, uint64_t bytes);                       /* take more extents */
 void shmr_arena_trim(shmr *h);                                      /* give whole free extents back */
-void shmr_arena_adopt_extents(shmr *h, uint32_t from, const uint32_t *live, uint32_t live_count);
+void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, const uint32_t *live, uint32_t live_count);
 
 /* ---- shmr_block.c: call with h->lock held where marked (L) --------------------------------------------------- */
 int shmr_record_new(shmr *h, uint32_t *block);                      /* (L) */

@@ -115,10 +115,30 @@ int shmr_find(shmr *h, uint32_t pid) {
 /* ---- clearing up --------------------------------------------------------------------------------------------------------- */
 
 struct recovery {
-    uint32_t dead;
+    uint32_t dead;           /* the one that was found */
+    struct shmr_slots slots; /* it, and whomever it was clearing up after when it died: done as one */
+    uint32_t deaths;         /* of them */
     shmr_block *taken;
     uint32_t taken_room, taken_count;
 };
+
+/* Who died while clearing up after others may have moved half of their memory under its own name: so they go
+ * together. Their life words name us from now on, and if we die too, our recoverer finds all of them. */
+static void gather(shmr *h, struct recovery *rec) {
+    shmr_slots_add(&rec->slots, rec->dead);
+    for (uint32_t i = 0; i < h->g.config.participants; i++) {
+        struct shmr_participant *p = shmr_participant_at(h, i);
+        uint64_t life = shmr_load_acquire(&p->life); /* A13 */
+        if (shmr_life_kind(life) != SHMR_RECOVERING || shmr_slots_have(&rec->slots, i) ||
+            !shmr_slots_have(&rec->slots, shmr_life_by(life)))
+            continue;
+        uint64_t ours = shmr_life_pack(shmr_life_epoch(life), h->self, shmr_life_pid(life), SHMR_RECOVERING);
+        if (!shmr_cas_acq_rel(&p->life, &life, ours)) continue; /* A13 R13 */
+        shmr_slots_add(&rec->slots, i);
+        rec->deaths++;
+        i = UINT32_MAX; /* whom that one was clearing up after may stand before it: again from the start */
+    }
+}
 
 static bool in_ring(const shmr *h, uint32_t ring, uint32_t block, uint32_t generation) {
     uint64_t wanted = shmr_slot_pack(0, generation, block), mask = (UINT64_C(1) << 40) - 1;
@@ -171,7 +191,7 @@ static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
     struct shmr_record *r = shmr_record_at(h, block);
     uint64_t s = shmr_load_acquire(&r->state); /* A1 */
     uint32_t generation = shmr_state_generation(s), ring = shmr_state_ring(s), flags = shmr_state_flags(s);
-    if (shmr_state_kind(s) == SHMR_FREE || shmr_state_owner(s) != rec->dead) return;
+    if (shmr_state_kind(s) == SHMR_FREE || !shmr_slots_have(&rec->slots, shmr_state_owner(s))) return;
     switch (shmr_state_kind(s)) {
     case SHMR_CLAIMED:
         if (shmr_cas_seq_cst(&r->state, &s, shmr_state_pack(generation, 0, 0, 0, SHMR_FREE))) /* S2 R2 */
@@ -210,13 +230,13 @@ static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
     }
 }
 
-/* (L) Everything that d allocated and that lives goes on under our name. */
-static void adopt(shmr *h, uint32_t dead) {
+/* (L) Everything that the dead allocated and that lives goes on under our name. */
+static void adopt(shmr *h, const struct shmr_slots *dead) {
     uint32_t *live = NULL, count = 0, room = 0;
     for (uint32_t g = 0; g < h->g.groups; g++) {
         shmr_word *word = &shmr_group_at(h, g)->owner;
         uint64_t seen = shmr_load_acquire(word); /* A7 */
-        if ((uint32_t)seen != dead + 1) continue;
+        if (!(uint32_t)seen || !shmr_slots_have(dead, (uint32_t)seen - 1)) continue;
         if (!(seen >> 32)) { /* died while reserving it */
             shmr_cas_acq_rel(word, &seen, 0); /* R7 */
             continue;
@@ -263,7 +283,7 @@ static void adopt(shmr *h, uint32_t dead) {
     for (uint32_t g = 0; g < h->g.groups; g++) {
         shmr_word *word = &shmr_group_at(h, g)->owner;
         uint64_t seen = shmr_load_acquire(word); /* A7 */
-        if ((uint32_t)seen != dead + 1) continue;
+        if (!(uint32_t)seen || !shmr_slots_have(dead, (uint32_t)seen - 1)) continue;
         if (shmr_cas_acq_rel(word, &seen, (seen & ~UINT64_C(0xffffffff)) | (h->self + 1))) /* A7 R7 */
             shmr_add_group(h, g);
     }
@@ -304,31 +324,39 @@ static void clear_waiting(shmr *h, uint32_t dead) {
     }
 }
 
-/* Everything that is stamped by `dead`, whose life word is ours now (RECOVERING by us, or JOINING as us). */
+/* Everything that is stamped by the dead one, whose life word is ours now (RECOVERING by us, or JOINING as us). */
 static void clear_up(shmr *h, struct recovery *rec) {
+    gather(h, rec);
     for (uint32_t g = 0; g < h->g.groups; g++) {
         if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7: never reserved */
         for (uint32_t i = 0; i < SHMR_GROUP; i++) recover_block(h, rec, g * SHMR_GROUP + i);
     }
     pthread_mutex_lock(&h->lock);
-    adopt(h, rec->dead);
-    clear_holder_bits(h, rec->dead);
+    adopt(h, &rec->slots);
+    for (uint32_t i = 0; i < h->g.config.participants; i++)
+        if (shmr_slots_have(&rec->slots, i)) clear_holder_bits(h, i);
     shmr_sweep(h);
     shmr_arena_trim(h);
     pthread_mutex_unlock(&h->lock);
-    clear_waiting(h, rec->dead);
+    for (uint32_t i = 0; i < h->g.config.participants; i++)
+        if (shmr_slots_have(&rec->slots, i)) clear_waiting(h, i);
+    shmr_add_relaxed(&shmr_header_of(h)->deaths, rec->deaths); /* statistics, and a hint to waiters */
+    for (uint32_t i = 0; i < h->g.config.participants; i++) {
+        if (!shmr_slots_have(&rec->slots, i) || i == h->self) continue;
+        struct shmr_participant *p = shmr_participant_at(h, i);
+        uint32_t epoch = shmr_life_epoch(shmr_load_relaxed(&p->life)); /* ours alone */
+        shmr_store_release(&p->life, shmr_life_pack(epoch, 0, 0, SHMR_VACANT)); /* R13 */
+    }
+    shmr_ring_all(h); /* I10: whatever wake-ups died with them */
 }
 
 /* One at a time: whoever gets the life word. */
 static int recover(shmr *h, uint64_t life, struct recovery *rec) {
     struct shmr_participant *p = shmr_participant_at(h, rec->dead);
-    bool died = shmr_life_kind(life) != SHMR_LEFT;
+    rec->deaths = shmr_life_kind(life) != SHMR_LEFT;
     uint64_t recovering = shmr_life_pack(shmr_life_epoch(life), h->self, shmr_life_pid(life), SHMR_RECOVERING);
     if (!shmr_cas_acq_rel(&p->life, &life, recovering)) return SHMR_WOULD_BLOCK; /* A13 R13 */
     clear_up(h, rec);
-    if (died) shmr_add_relaxed(&shmr_header_of(h)->deaths, 1); /* statistics */
-    shmr_store_release(&p->life, shmr_life_pack(shmr_life_epoch(life), 0, 0, SHMR_VACANT)); /* R13 */
-    shmr_ring_all(h); /* I10: whatever wake-ups died with it */
     return SHMR_OK;
 }
 
@@ -343,9 +371,8 @@ bool shmr_inherit(shmr *h, uint32_t slot) {
     if (!shmr_cas_acq_rel(&p->life, &life, shmr_life_pack(epoch, 0, h->pid, SHMR_JOINING))) return false; /* A13 R13 */
     h->self = slot;
     h->epoch = epoch;
-    struct recovery rec = {.dead = slot};
+    struct recovery rec = {.dead = slot, .deaths = died};
     clear_up(h, &rec);
-    if (died) shmr_add_relaxed(&shmr_header_of(h)->deaths, 1); /* statistics */
     return true;
 }
 
@@ -356,6 +383,7 @@ int shmr_recover(shmr *h, uint32_t slot, shmr_block *taken, uint32_t room, uint3
     uint64_t life = shmr_load_acquire(&shmr_participant_at(h, slot)->life); /* A13 */
     struct recovery rec = {.dead = slot, .taken = taken, .taken_room = room};
     if (shmr_life_kind(life) == SHMR_VACANT) return SHMR_STALE;
+    if (shmr_life_kind(life) == SHMR_RECOVERING) return SHMR_WOULD_BLOCK; /* somebody is at it, or died at it */
     status = recover(h, life, &rec);
     if (count) *count = rec.taken_count;
     return status;
@@ -368,19 +396,10 @@ int shmr_check_deaths(shmr *h) {
         if (i == h->self) continue;
         uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 */
         uint32_t kind = shmr_life_kind(life);
-        if (kind == SHMR_LIVE || kind == SHMR_JOINING) {
-            if (!slot_is_dead(h, i, life)) continue;
-        } else if (kind == SHMR_RECOVERING) { /* is its recoverer alive? */
-            uint32_t by = shmr_life_by(life);
-            if (by >= h->g.config.participants || by == h->self) continue;
-            uint64_t other = shmr_load_acquire(&shmr_participant_at(h, by)->life); /* A13 */
-            uint32_t other_kind = shmr_life_kind(other);
-            if ((other_kind == SHMR_LIVE || other_kind == SHMR_JOINING) && !slot_is_dead(h, by, other)) continue;
-        } else {
-            continue;
-        }
+        /* One that is RECOVERING by somebody dead is found through that one. */
+        if ((kind != SHMR_LIVE && kind != SHMR_JOINING) || !slot_is_dead(h, i, life)) continue;
         struct recovery rec = {.dead = i};
-        if (recover(h, life, &rec) == SHMR_OK) found++;
+        if (recover(h, life, &rec) == SHMR_OK) found += (int)rec.deaths;
     }
     return found;
 }

@@ -1,1 +1,113 @@
-"""shmengine."""
+"""Process large NumPy arrays in parallel through crash-safe shared memory, without copying them.
+
+>>> import numpy as np
+>>> import shmengine as shm
+>>> x = np.arange(1_000_000.0)
+>>> with shm.Engine(workers=2) as engine:
+...     y = engine.map_blocks(lambda block: np.sqrt(block) * 2 + 1, x)
+...     total = engine.reduce(np.sum, x, combine=np.add)
+>>> bool(np.array_equal(y, np.sqrt(x) * 2 + 1)), float(total)
+(True, 499999500000.0)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from shmengine.errors import (
+    ArrayError,
+    BlockError,
+    Closed,
+    Corrupt,
+    EndOfStream,
+    LayoutMismatch,
+    LeaseError,
+    MemoryBudgetExceeded,
+    PeerLost,
+    RemoteError,
+    RemoteTraceback,
+    SerializationError,
+    ShmError,
+    StaleReference,
+    TaskTimeout,
+    Timeout,
+    UseAfterFork,
+    WorkerDied,
+    WouldBlock,
+)
+
+if TYPE_CHECKING:
+    from shmengine.engine import Engine as Engine
+    from shmengine.engine.default import map as map
+    from shmengine.engine.default import map_blocks as map_blocks
+    from shmengine.engine.default import reduce as reduce
+    from shmengine.errors import Full as Full
+    from shmengine.queues import JoinableQueue as JoinableQueue
+    from shmengine.queues import Queue as Queue
+    from shmengine.ring import Ring as Ring
+    from shmengine.stats import EngineStats as EngineStats
+    from shmengine.stats import RingStats as RingStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArrayError",
+    "BlockError",
+    "Closed",
+    "Corrupt",
+    "EndOfStream",
+    "Engine",
+    "EngineStats",
+    "Full",
+    "JoinableQueue",
+    "LayoutMismatch",
+    "LeaseError",
+    "MemoryBudgetExceeded",
+    "PeerLost",
+    "Queue",
+    "RemoteError",
+    "RemoteTraceback",
+    "Ring",
+    "RingStats",
+    "SerializationError",
+    "ShmError",
+    "StaleReference",
+    "TaskTimeout",
+    "Timeout",
+    "UseAfterFork",
+    "WorkerDied",
+    "WouldBlock",
+    "__version__",
+    "map",
+    "map_blocks",
+    "reduce",
+]
+
+# Each public name is imported when it is first used: a script that wants a ring does not pay for the engine.
+_HOMES = {
+    "Engine": "shmengine.engine",
+    "EngineStats": "shmengine.stats",
+    "Full": "shmengine.errors",
+    "JoinableQueue": "shmengine.queues",
+    "Queue": "shmengine.queues",
+    "Ring": "shmengine.ring",
+    "RingStats": "shmengine.stats",
+    "map": "shmengine.engine.default",
+    "map_blocks": "shmengine.engine.default",
+    "reduce": "shmengine.engine.default",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

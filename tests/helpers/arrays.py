@@ -1,10 +1,11 @@
-"""Arrays of every dtype and layout, for tests of whatever carries arrays."""
+"""Arrays of every dtype and layout, and round trips, for tests of whatever carries arrays."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from shmengine.arrays import extent_of
+from shmengine.arrays import address_of, extent_of
+from shmengine.codec import decode, encode
 
 SIMPLE_DTYPES = [
     *("?", "i1", "u1", "<i2", ">i4", "<u8", "q", "e", "<f4", ">f8", "g", "<c8", ">c16", "G"),
@@ -61,3 +62,36 @@ def same_bytes(one, other):
     if one.dtype.names is not None:  # the bytes between fields are nobody's
         return not one.dtype.names or bool(np.all(one.reshape(-1) == other.reshape(-1)))
     return one.tobytes() == other.tobytes()
+
+
+def aligned(nbytes):
+    """Make writable memory that begins at a multiple of 64."""
+    memory = np.full(nbytes + 64, 0xAA, "u1")
+    start = -address_of(memory) % 64
+    return memory[start : start + nbytes]
+
+
+def frame_of(obj, *, extra=0, **options):
+    encoded = encode(obj, **options)
+    memory = aligned(encoded.nbytes + extra)
+    encoded.write_into(memory)
+    memory.flags.writeable = False
+    return memory
+
+
+def round_trip(obj, **options):
+    return decode(frame_of(obj, **options))
+
+
+def same(one, other):
+    """Equality that looks into arrays, and at types."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, np.ndarray):
+        alike = one.dtype == other.dtype and one.shape == other.shape
+        return alike and (one.tolist() == other.tolist() or one.tobytes() == other.tobytes())  # nan
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other or one != one  # nan
