@@ -111,9 +111,50 @@ static uint64_t geometry_hash(const struct shmr_geometry *g) {
 
 /* ---- mapping ------------------------------------------------------------------------------------------------------ */
 
+#ifdef SHMR_TEST
+/* Tests with several participants in one process: they share one mapping of a file, because ThreadSanitizer takes
+ * two addresses for two memories. */
+static pthread_mutex_t mappings_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct known_mapping {
+    shmr_mapping *mapping;
+    ino_t inode;
+} known_mappings[16];
+
+static shmr_mapping *known_mapping(int fd) {
+    struct stat s;
+    shmr_mapping *found = NULL;
+    fstat(fd, &s);
+    pthread_mutex_lock(&mappings_lock);
+    for (int i = 0; i < 16 && !found; i++)
+        if (known_mappings[i].mapping && known_mappings[i].inode == s.st_ino) found = known_mappings[i].mapping;
+    if (found) shmr_count_add(&found->count, 1);
+    pthread_mutex_unlock(&mappings_lock);
+    return found;
+}
+static void know_mapping(int fd, shmr_mapping *m) {
+    struct stat s;
+    int i = 0;
+    fstat(fd, &s);
+    pthread_mutex_lock(&mappings_lock);
+    while (i < 15 && known_mappings[i].mapping) i++;
+    known_mappings[i] = (struct known_mapping){m, s.st_ino};
+    pthread_mutex_unlock(&mappings_lock);
+}
+static void forget_mapping(const shmr_mapping *m) {
+    pthread_mutex_lock(&mappings_lock);
+    for (int i = 0; i < 16; i++)
+        if (known_mappings[i].mapping == m) known_mappings[i].mapping = NULL;
+    pthread_mutex_unlock(&mappings_lock);
+}
+#endif
+
 /* The base is placed so that the arena starts on a 2 MiB boundary: huge pages need it. */
 static shmr_mapping *map_file(int fd, const struct shmr_geometry *g) {
-    shmr_mapping *m = calloc(1, sizeof *m);
+    shmr_mapping *m;
+#ifdef SHMR_TEST
+    if ((m = known_mapping(fd))) return m;
+#endif
+    m = calloc(1, sizeof *m);
     if (!m) return NULL;
     m->bytes = g->total;
     m->reserved_bytes = g->total + SHMR_EXTENT;
@@ -125,6 +166,9 @@ static shmr_mapping *map_file(int fd, const struct shmr_geometry *g) {
         goto failed;
     }
     shmr_count_add(&m->count, 1);
+#ifdef SHMR_TEST
+    know_mapping(fd, m);
+#endif
     return m;
 failed:
     shmr_fail(SHMR_SYSTEM, errno, "mmap of the region");
@@ -139,6 +183,9 @@ shmr_mapping *shmr_mapping_retain(shmr *h) {
 
 void shmr_mapping_release(shmr_mapping *m) {
     if (shmr_count_add(&m->count, -1) > 0) return;
+#ifdef SHMR_TEST
+    forget_mapping(m);
+#endif
     munmap(m->reserved, m->reserved_bytes);
     free(m);
 }

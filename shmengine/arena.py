@@ -38,7 +38,7 @@ def _set_handler(capsule: Any) -> Any:
     table = get_pointer(np._core._multiarray_umath._ARRAY_API, None)  # type: ignore[attr-defined]
     functions = ctypes.cast(table, ctypes.POINTER(ctypes.c_void_p))
     prototype = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.py_object)
-    _set_handler = prototype(functions[_SET_HANDLER])  # type: ignore[assignment,arg-type]
+    _set_handler = prototype(functions[_SET_HANDLER])
     return _set_handler(capsule)
 
 

@@ -201,7 +201,11 @@ class Region:
         """
         fd = os.open(_path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o077:
+        if (
+            not stat.S_ISREG(info.st_mode)
+            or info.st_uid != os.geteuid()
+            or stat.S_IMODE(info.st_mode) & 0o077
+        ):
             os.close(fd)
             raise LayoutMismatch(
                 f"{_path(name)} is not safe to attach to: it must be a plain file of this user with mode 0600"
@@ -309,7 +313,7 @@ def _path(name: str) -> str:
 
 def _unlink(name: str) -> None:
     """Remove the name of a region of ours, as `SharedMemory.unlink` would."""
-    import _posixshmem
+    import _posixshmem  # type: ignore[import-not-found]  # CPython's own, without a stub
     from multiprocessing import resource_tracker
 
     with contextlib.suppress(FileNotFoundError):

@@ -49,7 +49,9 @@ def deadline_of(timeout: float | None) -> int:
     if timeout is None:
         return -1
     if not timeout >= 0:
-        raise ValueError(f"timeout must be None (for ever), 0 (do not wait) or positive seconds, not {timeout!r}")
+        raise ValueError(
+            f"timeout must be None (for ever), 0 (do not wait) or positive seconds, not {timeout!r}"
+        )
     if timeout == 0:
         return 0
     return time.monotonic_ns() + int(min(timeout, 1e9) * 1e9)

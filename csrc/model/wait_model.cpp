@@ -66,8 +66,8 @@ struct Config {
     X(DEAD) X(DONE) X(PUT_ITEM) X(FREE_BLOCK) X(FREE_LAST_BLOCK) X(LOAD_EXTENT_WAITERS) X(FIND_OWNER)      \
     X(POST_OWNER) X(ONE_LOAD) X(ONE_CLEAR) X(ONE_FLAG) X(ONE_POST) X(ALL_LOAD) X(ALL_CLEAR) X(ALL_POST)    \
     X(W_TRY) X(W_DRAIN_DOORBELL) X(W_REGISTER) X(W_FIND_SLEEPERS) X(W_POST_SLEEPER) X(W_LOOK)              \
-    X(W_RETURN) X(W_RECHECK) X(W_SLEEP) X(W_WOKEN) X(W_LAST_TRY) X(W_GIVE_BACK) X(W_UNREGISTER)    \
-    X(W_BATON) X(R_IDLE) X(R_CLEAR) X(R_ADOPT) X(R_RING) X(R_DONE)                                                              \
+    X(W_RETURN) X(W_RECHECK) X(W_SLEEP) X(W_WOKEN) X(W_LAST_TRY) X(W_GIVE_BACK) X(W_UNREGISTER)            \
+    X(W_BATON) X(R_IDLE) X(R_CLEAR) X(R_ADOPT) X(R_RING) X(R_DONE)                                         \
     /* a place to return to; never a process's own position */                                             \
     X(W_LEFT)
 enum Step : u8 { STEPS(EXPLORE_NAME) };

@@ -103,6 +103,8 @@ class Worker:
         start = time.perf_counter_ns()
         results: list[Any] = []
         root: Any = None
+        function: Any = None
+        entropy: Any = None
         mode = ffi.buffer(block.spec, block.spec_bytes)[:]
         try:
             root = messages.frame_root(self.arena, block, writable=mode == PRIVATE)
@@ -198,7 +200,7 @@ class Worker:
             self.functions[encoded] = fn
             if len(self.functions) > FUNCTIONS_KEPT:
                 self.functions.popitem(last=False)
-        return fn  # type: ignore[no-any-return]
+        return fn
 
     def resolve_writable(self, reference: Any) -> Any:
         """Return the memory that a reference names, to be written in place."""
@@ -226,10 +228,11 @@ def _generator(entropy: Any, index: int) -> np.random.Generator:
 def _forget_frames(error: BaseException) -> None:
     """Let the tracebacks of an error go, and with them the arrays in their frames."""
     seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
 
 
 def _no_room(nbytes: int, region: Region) -> MemoryBudgetExceeded:

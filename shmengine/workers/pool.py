@@ -365,7 +365,9 @@ class Pool:
                 if not idle:
                     deadline = None
                 elif deadline is None:
-                    deadline = time.monotonic() + GRACE_SECONDS  # an idle worker that does not go has lost its way
+                    deadline = (
+                        time.monotonic() + GRACE_SECONDS
+                    )  # an idle worker that does not go has lost its way
                 elif time.monotonic() > deadline:
                     break
         self.kill()

@@ -1,0 +1,703 @@
+"""Dispatch: tasks through a shared ring to workers, results through another one back.
+
+::
+
+    stream / submit ── encode ── claim ── commit ──► task ring ──► worker: lease, call, commit, release
+         ▲                                                                     │
+         └── deliver ◄── decode ◄── lease ◄── whoever waits ◄── result ring ◄──┘
+
+Whoever waits for a result drains the ring for all: one thread at a time is the *drainer*; the others sleep
+until it has something for them, or hands over. When only futures wait, a thread of ours drains. What results
+make due (the next future, a task to be run again) goes through an outbox, because the drainer must never wait
+for room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shmengine import codec, config
+from shmengine._native import ffi, lib
+from shmengine._native.status import CLOSED, INTERRUPTED, ITEM_WAITS, OK, TIMEOUT, WOULD_BLOCK, fail
+from shmengine.arena import Arena
+from shmengine.engine.backend import TaskOptions, annotate, timed_out
+from shmengine.errors import ArrayError, Closed, MemoryBudgetExceeded, RemoteError, WorkerDied
+from shmengine.leases import release_with
+from shmengine.region import Region
+from shmengine.stats import EngineStats
+from shmengine.workers import messages
+from shmengine.workers.messages import BROKEN, EVENT, RESULT_RING, TASK, TASK_RING, VALUE
+from shmengine.workers.pool import Death, Pool
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+__all__ = ["BATCHES_PER_WORKER", "RING_CAPACITY", "Batch", "Dispatcher", "Job", "Task"]
+
+CLOSED_TEXT = "this engine is closed; make a new one"
+RING_CAPACITY = 4096
+BATCHES_PER_WORKER = 2  # one running, one waiting: the next task is there when a worker asks
+LOOK_NS = 250_000_000
+
+
+class Task:
+    __slots__ = ("args", "attempts", "index", "kwargs")
+
+    def __init__(self, index: int, args: tuple[Any, ...], kwargs: Any) -> None:
+        self.index = index
+        self.args = args
+        self.kwargs = kwargs
+        self.attempts = 0
+
+
+class Batch:
+    """Tasks that travel together, until their results are back."""
+
+    __slots__ = ("job", "nbytes", "tasks")
+
+    def __init__(self, job: Job, tasks: list[Task]) -> None:
+        self.job = job
+        self.tasks = tasks
+        self.nbytes = 0
+
+
+def _always() -> bool:
+    return True
+
+
+class Job:
+    """One stream or one future: a function, and where outcomes go."""
+
+    __slots__ = (
+        "abandoned",
+        "begin",
+        "bytes_in_flight",
+        "deliver",
+        "function",
+        "in_flight",
+        "keep",
+        "options",
+        "result_bytes",
+        "retries",
+        "task_ns",
+    )
+
+    def __init__(
+        self,
+        function: Any,
+        options: TaskOptions,
+        retries: int,
+        deliver: Callable[..., None],
+        keep: object = None,
+    ) -> None:
+        self.function = function  # bytes, or the frame of a put function
+        self.options = options
+        self.retries = retries
+        self.deliver = deliver  # deliver(task, value, error), by the drainer
+        self.abandoned = False
+        self.begin: Callable[[], bool] = _always  # False: cancelled meanwhile
+        self.in_flight = 0  # batches
+        self.bytes_in_flight = 0
+        self.task_ns = 0.0  # what a task takes, smoothed; 0: not known
+        self.result_bytes = 0.0  # of one task, smoothed
+        self.keep = keep
+
+
+class Dispatcher:
+    """The engine's state; its threads hold this, never the backend, so that a forgotten backend ends."""
+
+    def __init__(
+        self,
+        region: Region,
+        workers: int,
+        retries: int,
+        payload_check: int,
+        initializer: bytes | None,
+        threads: int,
+    ) -> None:
+        self.region = region
+        self.handle = region.handle
+        self.arena = Arena(region)
+        self.workers = workers
+        self.retries = retries
+        self.payload_check = payload_check
+        c = region.counters()
+        self.budget = int(c.budget)
+        self.closed = False
+        self.broken: BaseException | None = None
+        self.ids = itertools.count(1)
+        self.batches: dict[int, Batch] = {}
+        self.lock = threading.RLock()  # batches, counters of jobs, dispatch
+        self.turn = threading.Condition()  # who drains
+        self.draining = False
+        self.running_futures = 0
+        self.future_limit = BATCHES_PER_WORKER * workers + 1
+        self.pending: deque[Batch] = deque()  # futures that nobody has begun
+        self.outbox: deque[Batch] = deque()  # due, to be sent by the next thread that is not draining
+        self.flushing = threading.local()
+        self.collector: threading.Thread | None = None
+        self.deaths: dict[int, Death] = {}
+        self.done = self.failed = self.retried = 0
+        self.bytes_copied = self.bytes_shared = 0
+        self.spare: list[Any] = []
+        setup = {
+            "path": [entry or os.getcwd() for entry in sys.path],
+            "argv": sys.argv,
+            "cwd": os.getcwd(),
+            "arena_limit": self.budget * 3 // 4 // workers,
+            "payload_check": payload_check,
+            "initializer": initializer,
+        }
+        limits = config.thread_limit_environment(threads)
+        environment = {name: value for name, value in limits.items() if name not in os.environ}
+        environment["SHMENGINE_WORKER"] = "1"
+        self.pool = Pool(region, workers, setup, environment, self.on_death, self.time_limit)
+
+    def has_ended(self) -> bool:
+        """Tell whether `end` was called, by any thread."""
+        return self.closed
+
+    def check_open(self) -> None:
+        self.region.check_fork()
+        if self.closed:
+            raise Closed(CLOSED_TEXT)
+
+    # --- out -------------------------------------------------------------------------------------
+
+    def put(self, encoded: codec.Encoded) -> Any:
+        """Write a frame into a shared block of its own; return its bytes, which hold it."""
+        self.check_open()
+        block = ffi.new("shmr_block *")
+        while True:
+            status = lib.shmr_claim(self.handle, encoded.nbytes, ffi.NULL, 0, RESULT_RING, self.look(), block)
+            if status == OK:
+                break
+            self.relieve(status, encoded.nbytes, "put an object")
+        encoded.write_into(self.region.root(block.offset, encoded.nbytes, writable=True))
+        block.length = encoded.nbytes
+        ref = ffi.new("shmr_ref *")
+        status = lib.shmr_publish(self.handle, block, ref)
+        if status != OK:
+            fail(status, "put an object")
+        self.bytes_copied += encoded.bytes_inline
+        try:
+            return self.arena.resolve((self.region.number, ref.block, ref.generation, 0))
+        finally:
+            lib.shmr_drop(self.handle, ref.block, ref.generation)
+
+    def look(self) -> int:
+        return time.monotonic_ns() + LOOK_NS
+
+    def relieve(self, status: int, nbytes: int, what: str) -> None:
+        """A claim or commit of main's did not succeed at once: make room, or say that there is none."""
+        if status == INTERRUPTED:
+            return
+        if status == ITEM_WAITS:
+            if not self.drain(0):
+                time.sleep(0.0005)  # another thread is draining
+            return
+        if status == TIMEOUT:
+            if self.broken is not None:
+                raise self.broken
+            self.check_open()
+            lib.shmr_trim(self.handle)
+            if not self.batches:
+                c = self.region.counters()
+                raise MemoryBudgetExceeded(
+                    f"{what}: no room for {config.format_bytes(nbytes)}; the memory budget of"
+                    f" {config.format_bytes(self.budget)} is taken by arrays that are alive"
+                    f" ({config.format_bytes(c.used)} of this process), and no task is running that could free"
+                    " any; give the engine a larger memory=, or let arrays go",
+                    nbytes,
+                    self.budget,
+                    int(c.used),
+                )
+            self.deny_if_stuck()
+            return
+        if status == CLOSED:
+            raise Closed(CLOSED_TEXT)
+        if status == lib.SHMR_TOO_LARGE:
+            raise MemoryBudgetExceeded(
+                f"{what}: {config.format_bytes(nbytes)} are more than the whole memory budget of"
+                f" {config.format_bytes(self.budget)}; give the engine a larger memory=, or smaller blocks",
+                nbytes,
+                self.budget,
+            )
+        fail(status, what)
+
+    def encode_function(self, fn: Callable[..., Any]) -> Any:
+        """Serialise a function: bytes that travel with each batch, or a frame in shared memory."""
+        encoded = codec.encode(fn, share=None, label="fn")
+        if encoded.nbytes <= messages.INLINE_FUNCTION_BYTES:
+            return encoded.to_bytes()
+        return self.put(encoded)
+
+    def encode_batch(self, batch: Batch) -> codec.Encoded:
+        options = batch.job.options
+        calls = [(task.args, task.kwargs) for task in batch.tasks]
+        payload = (batch.job.function, options.rng, [task.index for task in batch.tasks], calls)
+        if options.writable == "shared":
+            self.check_shared(batch.tasks)
+        try:
+            return codec.encode(
+                payload,
+                share=self.arena.share,
+                memmap_mode="r+" if options.writable == "shared" else "r",
+            )
+        except codec.SerializationError as error:
+            raise _argument_error(error, batch.tasks) from error.__cause__
+
+    def check_shared(self, tasks: list[Task]) -> None:
+        for task in tasks:
+            for value in (*task.args, *(task.kwargs or {}).values()):
+                if not isinstance(value, np.ndarray) or value.nbytes == 0:
+                    continue
+                if not self.arena.contains(value) and codec.mapping_behind(value) is None:
+                    raise ArrayError(
+                        "writable='shared' needs arrays that workers can reach: make them with engine.empty,"
+                        " zeros, full or asarray, within engine.allocator(), or as np.memmap"
+                    )
+                if not value.flags.writeable:
+                    raise ArrayError("writable='shared' needs writable arrays; this one is read-only")
+
+    def dispatch(self, batch: Batch, encoded: codec.Encoded | None = None) -> None:
+        """Send a batch; while there is no room, drain results."""
+        if encoded is None:
+            encoded = self.encode_batch(batch)
+        with self.lock:
+            number = next(self.ids)
+            self.batches[number] = batch
+            batch.job.begin = _always
+            batch.nbytes = encoded.nbytes
+            batch.job.in_flight += 1
+            batch.job.bytes_in_flight += batch.nbytes
+        if batch.job.options.timeout is not None:
+            self.pool.watch_time()
+        block = self.spare.pop() if self.spare else ffi.new("shmr_block *")
+        try:
+            while True:
+                self.check_open()
+                if self.broken is not None:
+                    raise self.broken
+                status = messages.write_frame(
+                    self.arena,
+                    TASK_RING,
+                    TASK,
+                    number,
+                    encoded,
+                    payload_check=self.payload_check,
+                    spec=messages.MODES[batch.job.options.writable],
+                    items=RESULT_RING,
+                    deadline=self.look(),
+                    block=block,
+                )
+                if status == OK:
+                    break
+                with self.lock:  # not among those that could free memory
+                    self.batches.pop(number, None)
+                try:
+                    self.relieve(status, encoded.nbytes, "send a task")
+                finally:
+                    with self.lock:
+                        if not self.closed:
+                            self.batches[number] = batch
+        except BaseException:
+            with self.lock:
+                self.forget(number)
+            raise
+        self.spare.append(block)
+        self.bytes_copied += encoded.bytes_inline
+        self.bytes_shared += encoded.bytes_shared
+
+    def forget(self, number: int) -> Batch | None:
+        """Take a batch off the list of those at the workers (lock held)."""
+        batch = self.batches.pop(number, None)
+        if batch is not None:
+            batch.job.in_flight -= 1
+            batch.job.bytes_in_flight -= batch.nbytes
+        return batch
+
+    # --- back ------------------------------------------------------------------------------------
+
+    def drain(self, deadline: int) -> bool:
+        """Take results off the ring, if nobody else does: the ones that are there, waiting for the first.
+
+        Returns
+        -------
+        bool
+            Whether this thread was the drainer and took something.
+        """
+        with self.turn:
+            if self.draining:
+                return False
+            self.draining = True
+        try:
+            took = self._drain(deadline)
+        finally:
+            with self.turn:
+                self.draining = False
+                self.turn.notify_all()
+        self.flush()
+        return took
+
+    def flush(self) -> None:
+        """Send the batches that results have made due; never by the drainer itself, which must not wait for room."""
+        if getattr(self.flushing, "now", False):
+            return
+        self.flushing.now = True
+        try:
+            while self.outbox:
+                batch = self.outbox.popleft()
+                if batch.job.abandoned or not batch.job.begin():
+                    self.next_future(batch)
+                    continue
+                try:
+                    self.dispatch(batch)
+                except Exception as error:
+                    for task in batch.tasks:
+                        self.conclude(batch.job, task, None, error)
+        except IndexError:
+            pass  # another thread took the last one
+        finally:
+            self.flushing.now = False
+
+    def _drain(self, deadline: int) -> bool:
+        took = False
+        while True:
+            block = self.spare.pop() if self.spare else ffi.new("shmr_block *")
+            status = lib.shmr_lease(
+                self.handle, RESULT_RING, self.payload_check, 0 if took else deadline, block
+            )
+            if status == OK:
+                took = True
+                self.receive(block)
+                continue
+            self.spare.append(block)
+            if status in (TIMEOUT, WOULD_BLOCK, INTERRUPTED):
+                return took
+            if status == CLOSED:
+                raise Closed(CLOSED_TEXT)
+            fail(status, "receive a result")
+
+    def receive(self, block: Any) -> None:
+        """Decode one message of the result ring and deliver it."""
+        kind, number = block.kind, block.tag
+        if kind == EVENT:
+            lib.shmr_release(self.handle, block)
+            self.spare.append(block)
+            self.after_death(number)
+            return
+        root = messages.frame_root(self.arena, block)
+        copied = (
+            self.arena.held_bytes > self.budget // 2
+        )  # what users keep must not stop the flow: from here on private memory
+        with self.lock:
+            batch = self.forget(number)
+        payload: Any = None
+        error: BaseException | None = None
+        if kind == BROKEN or (batch is not None and not batch.job.abandoned):
+            try:
+                payload = messages.read_frame(root, self.arena.resolve, copy=copied)
+            except Exception as failure:
+                error = failure
+        nanoseconds, inline, shared = messages.account_of(block)
+        self.bytes_shared += shared
+        self.bytes_copied += inline + (inline + shared if copied else 0)
+        # Views of the frame itself keep it leased; references are held on their own.
+        if sys.getrefcount(root) <= 2:
+            lib.shmr_release(self.handle, block)
+            self.spare.append(block)
+        else:
+            release_with(root, self.region, block, self.arena.holding(block.length))
+        del root
+        if kind == BROKEN:
+            self.fail_all(codec.decode_exception(payload) if error is None else error)
+            return
+        if batch is None:
+            return
+        job = batch.job
+        count = len(batch.tasks)
+        job.task_ns = _smoothed(job.task_ns, nanoseconds / count)
+        job.result_bytes = _smoothed(job.result_bytes, (inline + shared) / count)
+        if job.abandoned:
+            return
+        if error is not None:
+            for task in batch.tasks:
+                self.conclude(job, task, None, error)
+        elif kind == VALUE:
+            self.conclude(job, batch.tasks[0], payload, None)
+        else:
+            if len(payload) != len(batch.tasks):  # the task itself could not be decoded
+                payload = payload[:1] * len(batch.tasks)
+            for task, (good, value) in zip(batch.tasks, payload, strict=True):
+                if good:
+                    self.conclude(job, task, value, None)
+                else:
+                    self.conclude(job, task, None, codec.decode_exception(value))
+
+    def conclude(self, job: Job, task: Task, value: Any, error: BaseException | None) -> None:
+        if error is None:
+            self.done += 1
+        else:
+            self.failed += 1
+        job.deliver(task, value, error)
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        """Return when `ready`; meanwhile drain, or sleep while another thread does."""
+        while not ready():
+            if self.broken is not None:
+                raise self.broken
+            self.check_open()
+            if self.drain(self.look()):
+                continue
+            with self.turn:
+                if self.draining and not ready():
+                    self.turn.wait(0.25)
+            self.deny_if_stuck()
+
+    def deny_if_stuck(self) -> None:
+        """If every worker that has work waits for memory, and no result is there to be taken, one must give up."""
+        starving = self.pool.starving()
+        if starving and lib.shmr_approx_fill(self.handle, RESULT_RING) == 0:
+            lib.shmr_trim(self.handle)
+            if lib.shmr_approx_fill(self.handle, RESULT_RING) == 0 and self.pool.starving() == starving:
+                self.pool.deny(starving[0])
+
+    # --- futures ---------------------------------------------------------------------------------
+
+    def submit(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: TaskOptions
+    ) -> Future[Any]:
+        from concurrent.futures import Future
+
+        self.check_open()
+        future: Future[Any] = Future()
+
+        def deliver(_: Task, value: Any, error: BaseException | None) -> None:
+            self.next_future(None)
+            if error is None:
+                future.set_result(value)
+            else:
+                future.set_exception(annotate(error, options))
+
+        retries = self.retries if options.retries is None else options.retries
+        job = Job(self.encode_function(fn), options, retries, deliver)
+        job.begin = future.set_running_or_notify_cancel
+        batch = Batch(job, [Task(0, tuple(args), dict(kwargs) or None)])
+        encoded = self.encode_batch(batch)  # here, so that what cannot be pickled is raised here
+        with self.lock:
+            start = self.running_futures < self.future_limit
+            if start:
+                self.running_futures += 1
+            else:
+                self.pending.append(batch)
+        if start:
+            future.set_running_or_notify_cancel()
+            try:
+                self.dispatch(batch, encoded)
+            except BaseException:
+                self.next_future(None)
+                raise
+        self.collect()
+        return future
+
+    def next_future(self, _: Batch | None) -> None:
+        """A future has ended: the next one that waits may be sent."""
+        with self.lock:
+            if self.pending:
+                self.outbox.append(self.pending.popleft())
+            else:
+                self.running_futures -= 1
+
+    def collect(self) -> None:
+        """Make sure that somebody drains for the futures."""
+        with self.turn:
+            if self.collector is None:
+                self.collector = threading.Thread(target=self._collect, name="shmengine-results", daemon=True)
+                self.collector.start()
+            else:
+                self.turn.notify_all()
+
+    def _collect(self) -> None:
+        while not self.has_ended():
+            with self.turn:
+                while not self.has_ended() and (self.draining or self.running_futures == 0):
+                    self.turn.wait()
+            try:
+                if not self.drain(self.look()):
+                    self.deny_if_stuck()
+            except Closed:
+                return
+
+    # --- death -----------------------------------------------------------------------------------
+
+    def time_limit(self, number: int) -> float | None:
+        batch = self.batches.get(number)
+        return batch.job.options.timeout if batch is not None else None
+
+    def on_death(self, death: Death) -> bool:
+        """Queue a message to ourselves behind the dead worker's last results (in the pool's thread)."""
+        with self.lock:
+            number = next(self.ids)
+            self.deaths[number] = death
+        block = ffi.new("shmr_block *")
+        status = WOULD_BLOCK
+        while status != OK:
+            if self.has_ended():
+                return False
+            status = lib.shmr_claim(self.handle, 64, ffi.NULL, 0, -1, self.look(), block)
+        block.kind, block.tag, block.length = EVENT, number, 0
+        while (status := lib.shmr_commit(self.handle, RESULT_RING, 0, -1, self.look(), block)) != OK:
+            if self.has_ended():
+                lib.shmr_abort(self.handle, block)
+                return False
+        self.pump()
+        return not self.has_ended() and self.broken is None
+
+    def pump(self) -> None:
+        """Take what is there if nobody else is about to."""
+        with contextlib.suppress(Closed):
+            self.drain(0)
+
+    def after_death(self, number: int) -> None:
+        """All results of the dead worker have been received: what it still had is run again, or fails."""
+        death = self.deaths.pop(number)
+        again: list[Batch] = []
+        for tag in death.leased:
+            with self.lock:
+                batch = self.forget(tag)
+            if batch is None or batch.job.abandoned:
+                continue
+            again.extend(self.sort_out(batch, death, running=tag == death.tag))
+        self.outbox.extend(again)
+
+    def sort_out(self, batch: Batch, death: Death, *, running: bool) -> list[Batch]:
+        """Blame the task that was running; return batches of those that run again."""
+        job = batch.job
+        again = []
+        for task in batch.tasks:
+            guilty = running and task.index == death.index
+            if guilty:
+                task.attempts += 1
+                if death.timed_out:
+                    error: BaseException = timed_out(job.options, task.index if job.options.label else None)
+                    self.conclude(job, task, None, error)
+                    continue
+                if task.attempts > job.retries:
+                    self.conclude(job, task, None, self.death_error(death, job, task))
+                    continue
+                self.retried += 1
+            again.append(Batch(job, [task]))  # alone: if it kills again, it harms no other
+        return again
+
+    def death_error(self, death: Death, job: Job, task: Task) -> WorkerDied:
+        return WorkerDied(
+            death.pid,
+            death.returncode,
+            f"task {task.index} of {job.options.label}" if job.options.label else f"task {task.index}",
+            task.attempts,
+            death.cause,
+            death.stderr_tail,
+        )
+
+    def fail_all(self, error: BaseException) -> None:
+        """Nothing can run any more: the initializer failed."""
+        broken = RemoteError(f"the initializer failed in a worker: {type(error).__name__}: {error}")
+        broken.__cause__ = error
+        self.broken = broken
+        with self.lock:
+            batches = list(self.batches.values())
+            self.batches.clear()
+        for batch in batches:
+            for task in batch.tasks:
+                self.conclude(batch.job, task, None, broken)
+        with self.turn:
+            self.turn.notify_all()
+
+    # --- observing and ending ---------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        if self.closed:
+            return EngineStats(
+                "process", self.workers, self.done, self.failed, self.retried, self.pool.deaths
+            )
+        c = self.region.counters()
+        fill = lib.shmr_approx_fill(self.handle, TASK_RING) + lib.shmr_approx_fill(self.handle, RESULT_RING)
+        with self.lock:
+            in_flight = sum(len(batch.tasks) for batch in self.batches.values())
+        return EngineStats(
+            backend="process",
+            workers=self.workers,
+            tasks_done=self.done,
+            tasks_failed=self.failed,
+            retries=self.retried,
+            worker_deaths=self.pool.deaths,
+            bytes_copied=self.bytes_copied,
+            bytes_shared=self.bytes_shared,
+            memory_budget=self.budget,
+            memory_used=int(c.reserved),
+            ring_fill=int(fill),
+            ring_capacity=2 * RING_CAPACITY,
+            tasks_in_flight=in_flight,
+            rescued_wakeups=int(c.rescued_wakeups),
+            late_releases=int(c.late_releases),
+        )
+
+    def end(self, *, wait: bool) -> None:
+        if self.region.pid != os.getpid():
+            return
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+            batches = list(self.batches.values())
+            self.batches.clear()
+            waiting = [*self.outbox, *self.pending]
+            self.outbox.clear()
+            self.pending.clear()
+        # Tasks that nobody has begun are dropped.
+        block = ffi.new("shmr_block *")
+        lib.shmr_close_ring(self.handle, TASK_RING)
+        while lib.shmr_lease(self.handle, TASK_RING, 0, 0, block) == OK:
+            lib.shmr_release(self.handle, block)
+        self.pool.close(wait=wait)
+        closed = Closed(CLOSED_TEXT)
+        for batch in batches:
+            for task in batch.tasks:
+                batch.job.deliver(task, None, closed)
+        for batch in waiting:
+            if batch.job.begin():
+                batch.job.deliver(batch.tasks[0], None, closed)
+        lib.shmr_close_ring(self.handle, RESULT_RING)
+        with self.turn:
+            self.turn.notify_all()
+        if self.collector is not None and threading.current_thread() is not self.collector:
+            self.collector.join()
+        while lib.shmr_lease(self.handle, RESULT_RING, 0, 0, block) == OK:
+            lib.shmr_release(self.handle, block)
+        self.region.close()
+
+
+def _smoothed(before: float, value: float) -> float:
+    return value if before == 0 else 0.75 * before + 0.25 * value
+
+
+def _argument_error(error: codec.SerializationError, tasks: list[Task]) -> codec.SerializationError:
+    """Point into the arguments of the task instead of into our envelope."""
+    for task in tasks:
+        for label, value in (("args", task.args), ("kwargs", task.kwargs)):
+            try:
+                codec.encode(value, label=label)
+            except codec.SerializationError as better:
+                return better
+    return error
