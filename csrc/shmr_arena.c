@@ -427,6 +427,7 @@ int shmr_arena_grow(shmr *h, uint64_t bytes) {
                 return SHMR_OK;
             }
             for (uint32_t k = 0; k < taken; k++) give_extent(h, first + k);
+            if (taken) shmr_notify_all(h, shmr_header_of(h)->extent_waiters); /* somebody may have missed them */
             if (rc == SHMR_SYSTEM || rc == SHMR_NO_MEMORY) return rc;
             row = 0; /* somebody was faster: look on */
         }

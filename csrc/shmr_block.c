@@ -151,6 +151,8 @@ void shmr_freed_by_me(shmr *h, uint32_t block) {
     struct shmr_participant *p = shmr_participant_at(h, owner - 1);
     shmr_or_seq_cst(&p->freed_hint, UINT64_C(1) << (block / SHMR_GROUP % 64)); /* S2 */
     shmr_notify_all(h, p->space_waiters);
+    /* If somebody is short of whole extents, the owner, asleep on something else, may now have one to give. */
+    if (shmr_any_waiter(shmr_header_of(h)->extent_waiters)) shmr_ring_all(h);
 }
 
 /* ---- memory for a block ---------------------------------------------------------------------------------------------- */

@@ -29,8 +29,9 @@
 struct shmr_geometry {
     shmr_config config;
     uint32_t groups, extents, pages;
-    uint32_t slots[SHMR_MAX_RINGS]; /* a power of two, at least the capacity */
+    uint32_t slots[SHMR_MAX_RINGS]; /* a power of two, at least the capacity and some to spare */
     uint32_t shift[SHMR_MAX_RINGS]; /* log2 of it */
+    uint32_t most[SHMR_MAX_RINGS];  /* messages at once, recovered ones included: all slots */
     uint64_t participants_at, doorbells_at, rings_at, slots_at[SHMR_MAX_RINGS], extents_at, groups_at;
     uint64_t records_at, arena_at, total;
 };
@@ -216,7 +217,7 @@ void shmr_held_remove(shmr *h, uint32_t block, uint64_t offset, uint64_t room);
 uint32_t shmr_held_find(shmr *h, uint64_t offset); /* block + 1, or 0 */
 
 /* ---- shmr_ring.c --------------------------------------------------------------------------------------------- */
-int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation);
+int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation, uint64_t limit);
 bool shmr_ring_has_item(const shmr *h, uint32_t ring);
 bool shmr_ring_has_room(const shmr *h, uint32_t ring);
 

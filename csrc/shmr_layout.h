@@ -27,6 +27,7 @@
 #define SHMR_MAX_BLOCKS (1u << 20)
 #define SHMR_MAX_REFS 65536u      /* references in one frame */
 #define SHMR_SPEC_BYTES 128
+#define SHMR_SPARE_SLOTS(capacity) ((capacity) < 64 ? (capacity) : 64) /* beyond it, for recovered messages */
 
 #define SHMR_HOLDER_WORDS (SHMR_MAX_PARTICIPANTS / 64)
 #define SHMR_WAITER_WORDS (SHMR_MAX_DOORBELLS / 64)

@@ -147,10 +147,10 @@ static bool in_ring(const shmr *h, uint32_t ring, uint32_t block, uint32_t gener
     return false;
 }
 
-/* Recovery never waits for room in a ring: what does not fit stays COMMITTED by us, on a private list that is tried
- * again at each lease and each slice of a wait. */
+/* Recovery never waits for room in a ring: it may use the spare slots beyond the capacity, and what does not fit even
+ * there stays COMMITTED by us, on a private list that is tried again at each lease and each slice of a wait. */
 static void insert_or_keep(shmr *h, uint32_t ring, uint32_t block, uint32_t generation) {
-    if (shmr_insert(h, ring, block, generation) == SHMR_OK) {
+    if (shmr_insert(h, ring, block, generation, h->g.most[ring]) == SHMR_OK) {
         shmr_notify_one(h, shmr_ring_at(h, ring)->item_waiters);
         return;
     }
@@ -172,7 +172,7 @@ void shmr_retry_inserts(shmr *h) {
     for (uint32_t i = 0; i < count; i++) {
         uint32_t block = h->again[i];
         uint64_t s = shmr_load_acquire(&shmr_record_at(h, block)->state); /* A1 */
-        if (shmr_insert(h, shmr_state_ring(s), block, shmr_state_generation(s)) == SHMR_OK)
+        if (shmr_insert(h, shmr_state_ring(s), block, shmr_state_generation(s), h->g.most[shmr_state_ring(s)]) == SHMR_OK)
             shmr_notify_one(h, shmr_ring_at(h, shmr_state_ring(s))->item_waiters);
         else
             h->again[left++] = block;

@@ -76,8 +76,8 @@ static int compute_geometry(const shmr_config *c, struct shmr_geometry *g) {
     for (uint32_t i = 0; i < c->rings; i++) {
         if (c->capacity[i] < 1 || c->capacity[i] > SHMR_MAX_BLOCKS)
             return shmr_fail(SHMR_MISMATCH, 0, "a ring's capacity is out of range");
-        while (((uint64_t)1 << g->shift[i]) < c->capacity[i]) g->shift[i]++;
-        g->slots[i] = 1u << g->shift[i];
+        while (((uint64_t)1 << g->shift[i]) < c->capacity[i] + SHMR_SPARE_SLOTS(c->capacity[i])) g->shift[i]++;
+        g->slots[i] = g->most[i] = 1u << g->shift[i];
         at = round_up(at, SHMR_LINE);
         g->slots_at[i] = at;
         at += (uint64_t)g->slots[i] * sizeof(shmr_word);

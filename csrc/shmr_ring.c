@@ -12,8 +12,8 @@
  *
  * I5  A slot is filled once a cycle, in order: position p only when every position below it is filled.
  * I6  lease_cursor passes p only after the block of p has left COMMITTED(generation): leases are strictly FIFO.
- * I7  At most `capacity` positions lie between the cursors, so a commit can find the ring full: the committer
- *     (alone entitled to insert) then takes its block back, COMMITTED -> CLAIMED, and waits for a slot.
+ * I7  A commit finds the ring full when `capacity` positions lie between the cursors: the committer (alone entitled to
+ *     insert) then takes its block back, COMMITTED -> CLAIMED, and waits. Recovery may use the spare slots beyond.
  * I8  A message's number is given and its slot filled under one private lock: order per producer.
  *
  * Wrap-around: positions are 64 bits, cycles their upper part modulo 2^24; both are compared for equality only.
@@ -51,14 +51,14 @@ static int poison(shmr *h, const char *why) {
     return shmr_fail(SHMR_CORRUPT, 0, why);
 }
 
-/* Put a COMMITTED block into the ring. WOULD_BLOCK: full. Only whom the state word names may call this. */
-int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation) {
+/* Put a COMMITTED block into the ring. WOULD_BLOCK: `limit` messages are in it. Only whom the state word names may
+ * call this. */
+int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation, uint64_t limit) {
     struct shmr_ring *q = shmr_ring_at(h, ring);
-    uint64_t capacity = h->g.config.capacity[ring];
     for (uint32_t turn = 0; turn < TURNS_MAX; turn++) {
         uint64_t position = shmr_load_acquire(&q->commit_cursor);  /* A5 */
         uint64_t first = shmr_load_seq_cst(&q->lease_cursor);      /* S5 A4: what lies before it is done with */
-        if ((int64_t)(position - first) >= (int64_t)capacity) {
+        if ((int64_t)(position - first) >= (int64_t)limit) {
             uint64_t state, slot = shmr_load_acquire(shmr_slot_at(h, ring, first)); /* A3 */
             if (shmr_slot_cycle(slot) == cycle_of(h, ring, first) && !is_waiting(h, ring, slot, &state)) {
                 advance_lease_cursor(h, ring, first); /* help a slow or dead consumer */
@@ -186,11 +186,12 @@ static int try_commit(shmr *h, void *argument) {
         pthread_mutex_unlock(&h->commit_lock[c->ring]);
         return SHMR_STALE;
     }
-    status = shmr_insert(h, c->ring, b->block, generation);
+    status = shmr_insert(h, c->ring, b->block, generation, h->g.config.capacity[c->ring]);
     if (status == SHMR_OK) {
         h->next_seq[c->ring]++; /* I8 */
     } else { /* I7: only we could insert it, so nobody has seen it */
-        b->state = shmr_state_pack(generation, h->self, 0, shmr_state_flags(b->state), SHMR_CLAIMED);
+        b->state = shmr_state_pack(generation, h->self, shmr_state_ring(b->state), shmr_state_flags(b->state),
+                                   shmr_state_kind(b->state)); /* a lease stays one: its message must not be lost */
         shmr_cas_acq_rel(&r->state, &committed, b->state); /* R1 */
     }
     pthread_mutex_unlock(&h->commit_lock[c->ring]);

@@ -186,16 +186,17 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
     }
     int doorbell = borrow_doorbell(h);
     bool watching_space = sources[0].waiters == shmr_participant_at(h, h->self)->space_waiters;
-    bool by_slice = false, asked = false;
+    bool by_slice = false;
     int64_t next_look = 0;
     for (;;) {
-        if (doorbell >= 0)
-            for (int i = 0; i < count; i++)
-                shmr_or_seq_cst(&sources[i].waiters[doorbell / 64], UINT64_C(1) << (doorbell % 64)); /* S1 S2 S3 S5 */
-        if (watching_space && !asked) { /* whoever sleeps on whole free extents gives them back, now that we are seen */
-            shmr_ring_all(h);
-            asked = true;
+        bool ask = doorbell < 0 && watching_space;
+        for (int i = 0; doorbell >= 0 && i < count; i++) {
+            uint64_t bit = UINT64_C(1) << (doorbell % 64);
+            uint64_t before = shmr_or_seq_cst(&sources[i].waiters[doorbell / 64], bit); /* S1 S2 S3 S5 */
+            ask |= sources[i].waiters == shmr_header_of(h)->extent_waiters && !(before & bit);
         }
+        if (ask) shmr_ring_all(h); /* whoever sleeps on whole free extents gives them back, now that our bit stands:
+                                      at each time that it was cleared, and no more often, or two would ask for ever */
         status = attempt(h, argument);
         if (status != SHMR_WOULD_BLOCK) {
             if (by_slice && status == SHMR_OK) count_rescue(h, sources, count, doorbell);

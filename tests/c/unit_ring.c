@@ -152,7 +152,7 @@ static void wrap_around(void) {
     const uint64_t capacities[] = {1, 2, 3, 8, 13};
     for (uint32_t i = 0; i < sizeof capacities / sizeof *capacities; i++) {
         uint64_t slots = 1;
-        while (slots < capacities[i]) slots *= 2;
+        while (slots < capacities[i] + SHMR_SPARE_SLOTS(capacities[i])) slots *= 2;
         uint64_t cycles = (UINT64_C(1) << 24) * slots;
         run_around(capacities[i], UINT64_MAX - 4);          /* 2^64 - 5: the position */
         run_around(capacities[i], UINT64_MAX);

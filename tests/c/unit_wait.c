@@ -345,6 +345,7 @@ static void denied(void) {
     shmr_deny(other, 0);
     CHECK_STATUS(finish(&w), SHMR_DENIED);
     OK(shmr_abort(other, &full));
+    shmr_trim(other);
     OK(shmr_claim(h, 4 * MIB, NULL, 0, -1, FOR_EVER, &full)); /* that was once */
     OK(shmr_abort(h, &full));
     close_whole();

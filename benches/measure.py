@@ -1,0 +1,166 @@
+"""How things are measured here: interleaved rounds, medians of ratios; memory as PSS; CPU time of any process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+SAMPLE_SECONDS = 0.02
+
+Contestant = Callable[[], "float | None"]
+"""Does some work, checks its own answer, and returns how much it did (None: one piece)."""
+
+
+@dataclass
+class Comparison:
+    """What contestants did in the same rounds, A B C A B C ...; the first one is ours."""
+
+    unit: str
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    work: dict[str, list[float]] = field(default_factory=dict)
+
+    def run(self, name: str, contestant: Contestant) -> None:
+        """Let one contestant run once."""
+        start = time.perf_counter()
+        done = contestant()
+        seconds = time.perf_counter() - start
+        self.seconds.setdefault(name, []).append(seconds)
+        self.work.setdefault(name, []).append(1.0 if done is None else float(done))
+
+    def forget(self) -> None:
+        """Drop what was measured so far (the warm-up)."""
+        self.seconds.clear()
+        self.work.clear()
+
+    def costs(self, name: str) -> list[float]:
+        """Seconds for one piece of work, round by round."""
+        return [s / w for s, w in zip(self.seconds[name], self.work[name], strict=True)]
+
+    def cost(self, name: str) -> float:
+        """Median of the seconds for one piece of work."""
+        return statistics.median(self.costs(name))
+
+    def ratio(self, ours: str, *rivals: str) -> float:
+        """Return how many times faster `ours` is: the median over the rounds; of several rivals, to the best one."""
+        mine = self.costs(ours)
+        return min(
+            statistics.median(b / a for a, b in zip(mine, self.costs(rival), strict=True)) for rival in rivals
+        )
+
+    def spread(self, name: str) -> float:
+        """Half the distance of the quartiles, as a part of the median."""
+        costs = self.costs(name)
+        if len(costs) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(costs, n=4, method="inclusive")
+        return (high - low) / 2 / statistics.median(costs)
+
+    def lines(self, bytes_each: int = 0) -> list[str]:
+        """Return the table as text: cost, rate, spread, and how ours compares."""
+        names = list(self.seconds)
+        width = max(map(len, names))
+        rows = []
+        for name in names:
+            cost = self.cost(name)
+            rate = f"{bytes_each / cost / 1e9:8.2f} GB/s" if bytes_each else f"{1 / cost:12,.1f}/s"
+            ours = "" if name == names[0] else f"   ours is {self.ratio(names[0], name):6.2f}x as fast"
+            spread = f"± {self.spread(name):4.0%}"
+            rows.append(f"{name:<{width}}  {show_seconds(cost):>9} {self.unit}  {rate}  {spread}{ours}")
+        return rows
+
+    def summary(self) -> dict[str, Any]:
+        """Return the same for machines."""
+        first = next(iter(self.seconds))
+        return {
+            name: {
+                "median_seconds": self.cost(name),
+                "spread": self.spread(name),
+                "ratio": self.ratio(first, name),
+                "rounds": self.costs(name),
+            }
+            for name in self.seconds
+        }
+
+
+def interleave(contestants: Mapping[str, Contestant], repeats: int, unit: str = "a piece") -> Comparison:
+    """Run all contestants once to warm up, then `repeats` rounds, one after the other in each."""
+    comparison = Comparison(unit)
+    for round_number in range(repeats + 1):
+        for name, contestant in contestants.items():
+            gc.collect()
+            comparison.run(name, contestant)
+        if round_number == 0:
+            comparison.forget()
+    return comparison
+
+
+def show_seconds(seconds: float) -> str:
+    """Write a duration with a fitting unit."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1:
+            break
+    return f"{seconds * factor:.3g} {unit}"
+
+
+# --- processes ----------------------------------------------------------------------------------
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used, with all its threads, the ended ones too; in nanosecond steps."""
+    return time.clock_gettime(~pid << 3 | 2)  # what clock_getcpuclockid() returns on Linux
+
+
+def proportional_bytes(pids: list[int]) -> int:
+    """Memory of these processes; what several of them share is counted once (PSS)."""
+    total = 0
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
+                for line in file:
+                    if line.startswith(b"Pss:"):
+                        total += int(line.split()[1]) * 1024
+        except OSError:  # it has ended
+            continue
+    return total
+
+
+class PeakMemory:
+    """Watches this process and its descendants from a thread; `peak` is what they had beyond the start, at most."""
+
+    def __enter__(self) -> Self:
+        import psutil
+
+        self.peak = 0
+        self._main = psutil.Process()
+        self._before = proportional_bytes(self._pids())
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(SAMPLE_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        self.peak = max(self.peak, proportional_bytes(self._pids()) - self._before)
+
+    def _pids(self) -> list[int]:
+        return [self._main.pid, *(child.pid for child in self._main.children(recursive=True))]
+
+
+def two_cpus() -> tuple[int, int] | None:
+    """Two processors that this process may use, or None if there is only one."""
+    cpus = sorted(os.sched_getaffinity(0))
+    return (cpus[0], cpus[1]) if len(cpus) > 1 else None
