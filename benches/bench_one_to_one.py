@@ -40,7 +40,9 @@ def test_one_to_one(nbytes: int, count: int, bound: float, compare: Any, targets
             {
                 "shmengine.Ring": rounds_of(stack, RingLink(nbytes), count),
                 "by hand, posix_ipc": rounds_of(stack, HandWrittenLoop(nbytes, "posix_ipc"), count),
-                "by hand, multiprocessing": rounds_of(stack, HandWrittenLoop(nbytes, "multiprocessing"), count),
+                "by hand, multiprocessing": rounds_of(
+                    stack, HandWrittenLoop(nbytes, "multiprocessing"), count
+                ),
             },
             unit="a message",
             bytes_each=nbytes if nbytes > 4 * KIB else 0,
@@ -63,6 +65,8 @@ def test_one_to_one_queue(compare: Any, targets: Any) -> None:
             unit="a message",
             bytes_each=nbytes,
         )
-    targets.at_least("Ring to multiprocessing.Queue, 1 MiB", result.ratio("shmengine.Ring", "multiprocessing.Queue"), 50)
+    targets.at_least(
+        "Ring to multiprocessing.Queue, 1 MiB", result.ratio("shmengine.Ring", "multiprocessing.Queue"), 50
+    )
     ratio = result.ratio("shmengine.Ring", "multiprocessing.Pipe")
     targets.note("Ring to multiprocessing.Pipe (bytes into a buffer), 1 MiB", f"{ratio:.3g}x")

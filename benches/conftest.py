@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from benches.measure import Comparison, Contestant, interleave
+from benches.measure import Comparison, Contestant
 
 HANG_SECONDS = 900
 
@@ -47,7 +47,9 @@ TARGETS = pytest.StashKey[list[Target]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--check-targets", action="store_true", help="a bench that misses its target fails (quiet machines only)"
+        "--check-targets",
+        action="store_true",
+        help="a bench that misses its target fails (quiet machines only)",
     )
 
 
@@ -149,7 +151,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
     missed = [t for t in targets[before:] if t.met is False]
     if missed and item.config.getoption("--check-targets"):
-        pytest.fail("missed: " + "; ".join(f"{t.what}: {t.value}, not {t.bound}" for t in missed), pytrace=False)
+        pytest.fail(
+            "missed: " + "; ".join(f"{t.what}: {t.value}, not {t.bound}" for t in missed), pytrace=False
+        )
     return result
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -88,24 +87,11 @@ class Comparison:
         }
 
 
-def interleave(contestants: Mapping[str, Contestant], repeats: int, unit: str = "a piece") -> Comparison:
-    """Run all contestants once to warm up, then `repeats` rounds, one after the other in each."""
-    comparison = Comparison(unit)
-    for round_number in range(repeats + 1):
-        for name, contestant in contestants.items():
-            gc.collect()
-            comparison.run(name, contestant)
-        if round_number == 0:
-            comparison.forget()
-    return comparison
-
-
 def show_seconds(seconds: float) -> str:
     """Write a duration with a fitting unit."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * factor >= 1:
-            break
-    return f"{seconds * factor:.3g} {unit}"
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
 # --- processes ----------------------------------------------------------------------------------

@@ -167,13 +167,18 @@ void shmr_trim(shmr *h) {
     pthread_mutex_unlock(&h->lock);
 }
 
-/* A slice ended, and there was something. Did it come just now, with the post on its way? If nobody rings within
- * a moment although our bit stands, a wake-up was lost. */
-static void count_rescue(shmr *h, const struct shmr_source *sources, int count, int doorbell) {
-    if (doorbell < 0 || sleep_until(h, doorbell, shmr_now() + 5000000) != ETIMEDOUT) return;
+/* A slice ended, and there is something. Did it come just now, with the post on its way to us or to another waiter?
+ * Only if it lies there for a moment, with our bit standing, and nobody rings and nobody takes it, a wake-up was
+ * lost. EINTR, or 0: somebody rang, or there is nothing after all; ETIMEDOUT: lost. */
+static int await_post(shmr *h, const struct shmr_source *sources, int count, int doorbell) {
+    for (int k = 0; k < 10; k++) {
+        if (!any_ready(h, sources, count)) return 0;
+        int error = sleep_until(h, doorbell, shmr_now() + 2000000);
+        if (error != ETIMEDOUT) return error;
+    }
     for (int i = 0; i < count; i++)
-        if (!(shmr_load_relaxed(&sources[i].waiters[doorbell / 64]) >> (doorbell % 64) & 1)) return; /* statistics */
-    shmr_add_relaxed(&shmr_participant_at(h, h->self)->rescued_wakeups, 1); /* statistics */
+        if (!(shmr_load_relaxed(&sources[i].waiters[doorbell / 64]) >> (doorbell % 64) & 1)) return 0; /* statistics */
+    return any_ready(h, sources, count) ? ETIMEDOUT : 0;
 }
 
 /* Call attempt() until it returns something else than WOULD_BLOCK, sleeping on the sources in between. */
@@ -186,7 +191,7 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
     }
     int doorbell = borrow_doorbell(h);
     bool watching_space = sources[0].waiters == shmr_participant_at(h, h->self)->space_waiters;
-    bool by_slice = false;
+    bool by_slice = false, lost = false;
     int64_t next_look = 0;
     for (;;) {
         bool ask = doorbell < 0 && watching_space;
@@ -199,7 +204,8 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
                                       at each time that it was cleared, and no more often, or two would ask for ever */
         status = attempt(h, argument);
         if (status != SHMR_WOULD_BLOCK) {
-            if (by_slice && status == SHMR_OK) count_rescue(h, sources, count, doorbell);
+            if (lost && status == SHMR_OK)
+                shmr_add_relaxed(&shmr_participant_at(h, h->self)->rescued_wakeups, 1); /* statistics */
             break;
         }
         int64_t now = shmr_now();
@@ -235,6 +241,11 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
         if (deadline >= 0 && deadline < end) end = deadline;
         int error = sleep_until(h, doorbell, end);
         by_slice = error == ETIMEDOUT;
+        lost = false;
+        if (by_slice && doorbell >= 0 && end == now + SLICE_NS) {
+            error = await_post(h, sources, count, doorbell);
+            lost = error == ETIMEDOUT;
+        }
         if (error == EINTR) {
             status = attempt(h, argument); /* we may hold a baton */
             if (status == SHMR_WOULD_BLOCK) status = SHMR_INTERRUPTED;

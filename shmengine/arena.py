@@ -32,7 +32,7 @@ _CAPSULE_NAME = b"mem_handler"
 
 def _set_handler(capsule: Any) -> Any:
     """Make `capsule` this context's memory handler; return the one before."""
-    global _set_handler  # noqa: PLW0603 - replaced by the C function at its first call
+    global _set_handler  # replaced by the C function at its first call
     get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
     get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     table = get_pointer(np._core._multiarray_umath._ARRAY_API, None)  # type: ignore[attr-defined]

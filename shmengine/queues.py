@@ -401,8 +401,9 @@ def _give_back(region: Region, outstanding: deque[Any]) -> None:
         return
     while outstanding:
         if lib.shmr_commit(region.handle, 0, 0, -1, 0, outstanding[0]) != OK:
-            # The queue is full. Leaving would drop these messages, dying does not: so do not leave.
-            region.stay()
+            # The queue is full. Leaving would drop these messages, dying does not: so do not leave others.
+            if lib.shmr_live_participants(region.handle) > 1:
+                region.stay()
             return
         outstanding.popleft()
 

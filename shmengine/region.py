@@ -308,7 +308,7 @@ def _end(handle: Any, fd: _Descriptor, name: str | None, pid: int) -> None:
 
 
 def _path(name: str) -> str:
-    return f"/dev/shm/{NAME_PREFIX}{name}"  # noqa: S108 - where POSIX shared memory is on Linux
+    return f"/dev/shm/{NAME_PREFIX}{name}"  # where POSIX shared memory is on Linux
 
 
 def _unlink(name: str) -> None:

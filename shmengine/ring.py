@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -141,7 +141,7 @@ class Ring(Attached):
         *,
         check: str = "frame",
     ) -> None:
-        if not isinstance(capacity, int) or isinstance(capacity, bool) or not 1 <= capacity <= 1 << 20:
+        if type(capacity) is not int or not 1 <= capacity <= 1 << 20:
             raise ValueError(f"capacity must be an int from 1 to {1 << 20} messages, not {capacity!r}")
         size = parse_bytes(arena_bytes)
         if size < 1:
@@ -454,7 +454,7 @@ class Ring(Attached):
         if self._region.pid == os.getpid():
             self._region.close()
 
-    def __enter__(self) -> Ring:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:

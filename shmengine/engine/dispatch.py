@@ -14,7 +14,6 @@ for room.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import sys
@@ -36,7 +35,7 @@ from shmengine.leases import release_with
 from shmengine.region import Region
 from shmengine.stats import EngineStats
 from shmengine.workers import messages
-from shmengine.workers.messages import BROKEN, EVENT, RESULT_RING, TASK, TASK_RING, VALUE
+from shmengine.workers.messages import BROKEN, EVENT, RESULT_RING, TASK, TASK_RING, VALUE, WHOLE_BATCH
 from shmengine.workers.pool import Death, Pool
 
 if TYPE_CHECKING:
@@ -134,7 +133,9 @@ class Dispatcher:
         c = region.counters()
         self.budget = int(c.budget)
         self.closed = False
-        self.broken: BaseException | None = None
+        self.broken: Callable[[], BaseException] | None = None  # makes the error that everything ends with
+        self.failed_starts = 0  # workers that died before their first task, since the last result
+        self.failed_starts_allowed = workers + 3
         self.ids = itertools.count(1)
         self.batches: dict[int, Batch] = {}
         self.lock = threading.RLock()  # batches, counters of jobs, dispatch
@@ -208,7 +209,7 @@ class Dispatcher:
             return
         if status == TIMEOUT:
             if self.broken is not None:
-                raise self.broken
+                raise self.broken()
             self.check_open()
             lib.shmr_trim(self.handle)
             if not self.batches:
@@ -288,7 +289,7 @@ class Dispatcher:
             while True:
                 self.check_open()
                 if self.broken is not None:
-                    raise self.broken
+                    raise self.broken()
                 status = messages.write_frame(
                     self.arena,
                     TASK_RING,
@@ -421,8 +422,10 @@ class Dispatcher:
             release_with(root, self.region, block, self.arena.holding(block.length))
         del root
         if kind == BROKEN:
-            self.fail_all(codec.decode_exception(payload) if error is None else error)
+            cause = codec.decode_exception(payload) if error is None else error
+            self.fail_all(lambda: _initializer_error(cause))
             return
+        self.failed_starts = 0
         if batch is None:
             return
         job = batch.job
@@ -456,7 +459,7 @@ class Dispatcher:
         """Return when `ready`; meanwhile drain, or sleep while another thread does."""
         while not ready():
             if self.broken is not None:
-                raise self.broken
+                raise self.broken()
             self.check_open()
             if self.drain(self.look()):
                 continue
@@ -548,6 +551,7 @@ class Dispatcher:
     def on_death(self, death: Death) -> bool:
         """Queue a message to ourselves behind the dead worker's last results (in the pool's thread)."""
         with self.lock:
+            self.failed_starts += death.starting
             number = next(self.ids)
             self.deaths[number] = death
         block = ffi.new("shmr_block *")
@@ -561,17 +565,17 @@ class Dispatcher:
             if self.has_ended():
                 lib.shmr_abort(self.handle, block)
                 return False
-        self.pump()
-        return not self.has_ended() and self.broken is None
-
-    def pump(self) -> None:
-        """Take what is there if nobody else is about to."""
-        with contextlib.suppress(Closed):
-            self.drain(0)
+        # Not drained here: what it makes due may have to wait for room, and the dead must be replaced meanwhile.
+        return (
+            not self.has_ended() and self.broken is None and self.failed_starts < self.failed_starts_allowed
+        )
 
     def after_death(self, number: int) -> None:
         """All results of the dead worker have been received: what it still had is run again, or fails."""
         death = self.deaths.pop(number)
+        if death.starting and self.failed_starts >= self.failed_starts_allowed:
+            self.fail_all(lambda: self.start_error(death))
+            return
         again: list[Batch] = []
         for tag in death.leased:
             with self.lock:
@@ -585,8 +589,9 @@ class Dispatcher:
         """Blame the task that was running; return batches of those that run again."""
         job = batch.job
         again = []
+        whole = death.index == WHOLE_BATCH and len(batch.tasks) == 1
         for task in batch.tasks:
-            guilty = running and task.index == death.index
+            guilty = running and (whole or task.index == death.index)
             if guilty:
                 task.attempts += 1
                 if death.timed_out:
@@ -610,17 +615,25 @@ class Dispatcher:
             death.stderr_tail,
         )
 
-    def fail_all(self, error: BaseException) -> None:
-        """Nothing can run any more: the initializer failed."""
-        broken = RemoteError(f"the initializer failed in a worker: {type(error).__name__}: {error}")
-        broken.__cause__ = error
-        self.broken = broken
+    def start_error(self, death: Death) -> WorkerDied:
+        """Say that workers die before they can do anything."""
+        return WorkerDied(
+            death.pid,
+            death.returncode,
+            "its start and the initializer",
+            self.failed_starts,
+            death.cause,
+            death.stderr_tail,
+        )
+
+    def fail_all(self, make_error: Callable[[], BaseException]) -> None:
+        """Nothing can run any more: everybody gets an error of his own."""
+        self.broken = make_error
         with self.lock:
-            batches = list(self.batches.values())
-            self.batches.clear()
+            batches = [batch for number in list(self.batches) if (batch := self.forget(number)) is not None]
         for batch in batches:
             for task in batch.tasks:
-                self.conclude(batch.job, task, None, broken)
+                self.conclude(batch.job, task, None, make_error())
         with self.turn:
             self.turn.notify_all()
 
@@ -690,6 +703,12 @@ class Dispatcher:
 
 def _smoothed(before: float, value: float) -> float:
     return value if before == 0 else 0.75 * before + 0.25 * value
+
+
+def _initializer_error(cause: BaseException) -> RemoteError:
+    error = RemoteError(f"the initializer failed in a worker: {type(cause).__name__}: {cause}")
+    error.__cause__ = cause
+    return error
 
 
 def _argument_error(error: codec.SerializationError, tasks: list[Task]) -> codec.SerializationError:

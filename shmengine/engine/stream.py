@@ -104,7 +104,8 @@ def _room(core: Dispatcher, job: Job, out: int) -> int:
     if job.in_flight and (job.in_flight >= limit or job.bytes_in_flight > fair):
         return 0
     size = 1
-    if job.options.timeout is None and job.task_ns:  # a limit is watched task by task
+    # Alone: a limit is watched task by task, and without retries a death must take none along that had ended.
+    if job.options.timeout is None and job.retries and job.task_ns:
         size = max(1, min(BATCH_MAX, int(BATCH_NS / job.task_ns)))
     window = job.options.window
     if window is None:

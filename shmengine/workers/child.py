@@ -26,7 +26,17 @@ from shmengine.errors import MemoryBudgetExceeded
 from shmengine.leases import release_with
 from shmengine.region import Region
 from shmengine.workers import messages
-from shmengine.workers.messages import BATCH, BROKEN, PRIVATE, RESULT_RING, SHARED, TASK_RING, VALUE
+from shmengine.workers.messages import (
+    BATCH,
+    BROKEN,
+    PRIVATE,
+    RESULT_RING,
+    SHARED,
+    STARTING,
+    TASK_RING,
+    VALUE,
+    WHOLE_BATCH,
+)
 
 __all__ = ["main"]
 
@@ -47,13 +57,15 @@ def main(region_fd: int, parent_pidfd: int, setup_fd: int) -> None:
     lib.shmr_watch_parent(parent_pidfd)
     with os.fdopen(os.dup(setup_fd), "rb") as file:
         file.seek(0)
-        setup = pickle.load(file)  # noqa: S301 - written by our own main process
+        setup = pickle.load(file)  # written by our own main process
     os.close(setup_fd)
     sys.path[:] = setup["path"]
     sys.argv[:] = setup["argv"]
     with contextlib.suppress(OSError):
         os.chdir(setup["cwd"])
-    Worker(Region.attach(region_fd), setup).serve()
+    region = Region.attach(region_fd)
+    lib.shmr_set_progress(region.handle, STARTING, 0)
+    Worker(region, setup).serve()
 
 
 class Worker:
@@ -79,6 +91,7 @@ class Worker:
                 self.send(BROKEN, 0, codec.encode(codec.encode_exception(error)), 0)
                 raise
             self.initializer = None
+        lib.shmr_set_progress(self.region.handle, 0, 0)
         lease = lib.shmr_lease
         handle = self.region.handle
         while True:
@@ -106,6 +119,7 @@ class Worker:
         function: Any = None
         entropy: Any = None
         mode = ffi.buffer(block.spec, block.spec_bytes)[:]
+        lib.shmr_set_progress(handle, tag, WHOLE_BATCH)
         try:
             root = messages.frame_root(self.arena, block, writable=mode == PRIVATE)
             function, entropy, indices, calls = messages.read_frame(
@@ -130,6 +144,7 @@ class Worker:
                 _forget_frames(error)
         del calls
         args = kwargs = None
+        lib.shmr_set_progress(handle, tag, WHOLE_BATCH)
         self.answer(tag, results, time.perf_counter_ns() - start)
         del results
         # The task is settled after the result is committed: if we die in between, main knows both.

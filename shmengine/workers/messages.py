@@ -33,9 +33,11 @@ __all__ = [
     "READ_ONLY",
     "RESULT_RING",
     "SHARED",
+    "STARTING",
     "TASK",
     "TASK_RING",
     "VALUE",
+    "WHOLE_BATCH",
     "account_of",
     "encode_function",
     "load_shared",
@@ -52,6 +54,10 @@ VALUE = 11  # one task, its value bare
 BATCH = 12  # a list of (True, value) or (False, encoded exception)
 BROKEN = 13  # the initializer failed; the payload is an encoded exception
 EVENT = 14
+
+# What a worker says it is doing, beside "task so-and-so of batch so-and-so":
+STARTING = (1 << 64) - 1  # as the batch: it has not run its initializer yet
+WHOLE_BATCH = (1 << 64) - 1  # as the task: it decodes the batch, or encodes its results
 
 # How a task's arrays appear to the function; said in the descriptor, since it decides how to decode.
 READ_ONLY = b"\0"
@@ -146,7 +152,7 @@ def account_of(block: Any) -> tuple[int, int, int]:
 
 def read_frame(root: Bytes, resolve: Callable[[Any], Bytes], *, copy: bool = False) -> Any:
     """Decode the frame in a leased block."""
-    global _resolve  # noqa: PLW0603 - unpickling has no other way to hand something down
+    global _resolve  # unpickling has no other way to hand something down
     _resolve = resolve
     return decode(root, resolve=resolve, verify=True, copy=copy)
 

@@ -25,6 +25,7 @@ from typing import Any
 from shmengine import config
 from shmengine._native import ffi, lib
 from shmengine.region import Region
+from shmengine.workers.messages import STARTING
 
 __all__ = ["Death", "Pool"]
 
@@ -47,15 +48,17 @@ class Death:
     pid: int
     returncode: int | None
     tag: int
-    """Batch that it was running, 0: none."""
+    """Batch that it was running; 0: none."""
     index: int
-    """Task of that batch."""
+    """Task of that batch, or `messages.WHOLE_BATCH`."""
     leased: list[int]
     """Tags of all batches that it had leased."""
     stderr_tail: str
     cause: str
     timed_out: bool
     """We killed it, for a task that took too long."""
+    starting: bool
+    """It died before it could run any task."""
 
 
 @dataclass
@@ -242,7 +245,7 @@ class Pool:
         found = []
         for pid in self.pids:
             progress = self._progress(pid)
-            if progress is not None and progress[0]:
+            if progress is not None and progress[0] not in (0, STARTING):
                 found.append((pid, progress[0], progress[1], (now - progress[2]) / 1e9))
         return found
 
@@ -321,6 +324,7 @@ class Pool:
             "\n".join(worker.tail),
             _likely_cause(returncode),
             worker.killed_for is not None and worker.killed_for == (tag, index),
+            progress is None or tag == STARTING,
         )
         if self._on_death(death) and not self._closing:
             with self._lock:
@@ -415,7 +419,7 @@ _oom_seen = _oom_kills()
 
 def _likely_cause(returncode: int | None) -> str:
     """Say what probably happened, from what was measured."""
-    global _oom_seen  # noqa: PLW0603 - a counter of the machine, compared with its last value
+    global _oom_seen  # a counter of the machine, compared with its last value
     if returncode == -signal.SIGKILL:
         kills, before = _oom_kills(), _oom_seen
         _oom_seen = kills

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import multiprocessing
 import os
 import queue
@@ -16,7 +17,7 @@ from shmengine.queues import JoinableQueue, Queue
 from tests.helpers import poll_until
 
 METHODS = ["fork", "spawn", "forkserver"]
-FOREVER = 60  # no test waits so long unless it has failed
+FOREVER = 30  # no test waits so long unless it has failed
 
 
 class Ours:
@@ -56,6 +57,7 @@ def makers(request):
     for each in made:
         each.cancel_join_thread()
         each.close()
+    made.clear()
 
 
 @pytest.fixture(params=["Queue", "JoinableQueue"])
@@ -104,7 +106,7 @@ OBJECTS = [
     square,
     {"empty": []},
     np.arange(50_000.0),
-    np.arange(24, dtype=">i4").reshape(2, 3, 4)[:, ::-1],
+    np.arange(24, dtype="i4").reshape(2, 3, 4)[:, ::-1],
     [np.arange(3), np.array(["2020-01-01"], "M8[D]"), np.array([{}, None])],
 ]
 
@@ -376,9 +378,19 @@ def test_join_and_task_done_after_close(makers):
 # --- between processes ---------------------------------------------------------------------------
 
 
+class Sign(enum.Enum):
+    """By reference, so the same object on both sides."""
+
+    STOP = 1
+    ASK = 2
+
+
+STOP, ASK = Sign
+
+
 def echo(incoming, outgoing):
-    while (message := incoming.get(timeout=FOREVER)) != "stop":
-        if message == "empty?":
+    while (message := incoming.get(timeout=FOREVER)) is not STOP:
+        if message is ASK:
             try:
                 incoming.get(timeout=0.01)
             except queue.Empty:
@@ -398,9 +410,9 @@ def test_there_and_back(processes):
         got, is_job = back.get(timeout=FOREVER)
         assert_same(got, each)
         assert is_job == (type(each) is Job)
-    there.put("empty?")
+    there.put(ASK)
     assert back.get(timeout=FOREVER) == "empty"
-    there.put("stop")
+    there.put(STOP)
     process.join()
     assert process.exitcode == 0
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import tomllib
 import types
 
 import pytest
 
 import shmengine
 from shmengine import errors
+from tests.helpers import ROOT
 
 PROMISED = {
     "Engine",
+    "EngineStats",
     "JoinableQueue",
     "Queue",
     "Ring",
+    "RingStats",
+    "__version__",
     "map",
     "map_blocks",
     "reduce",
@@ -53,6 +58,13 @@ def test_nothing_else_is_public():
     public = {
         name
         for name, value in vars(shmengine).items()
-        if not name.startswith("_") and not isinstance(value, types.ModuleType) and name != "annotations"
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("shmengine")
     }
     assert public <= set(shmengine.__all__)
+    assert set(dir(shmengine)) == set(shmengine.__all__)
+
+
+def test_one_version():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        assert tomllib.load(file)["project"]["version"] == shmengine.__version__
+    assert f"## {shmengine.__version__} " in (ROOT / "CHANGELOG.md").read_text()

@@ -1,6 +1,6 @@
 """Every ordered access to shared memory names its partner.
 
-The comment on the line of the call, or on a line of its own directly above, carries a label: ``R3`` where
+The comment on the lines of the call, or on a line of its own directly above, carries a label: ``R3`` where
 the releasing side of pair 3 is, ``A3`` on its acquiring side, ``S1`` on sequentially consistent accesses
 that belong together. Several labels stand side by side: ``/* A2 R3: why */``.
 """
@@ -17,6 +17,16 @@ LABEL = re.compile(r"\b[RAS]\d+\b")
 NEEDS = {"acquire": "A", "release": "R", "acq_rel": "AR", "seq_cst": "S"}
 
 
+def lines_of_call(code):
+    """How many lines the call takes with which the code begins."""
+    depth = 0
+    for position, character in enumerate(code):
+        depth += (character == "(") - (character == ")")
+        if character == ")" and depth == 0:
+            return code.count("\n", 0, position) + 1
+    return 1
+
+
 def read(sources):
     """(complaints, places of each label) over (name, text) pairs."""
     complaints = []
@@ -27,7 +37,8 @@ def read(sources):
         for index, line in enumerate(code):
             for match in CALL.finditer(line):
                 place = f"{name}:{index + 1}"
-                found = LABEL.findall(comments[index])
+                last = index + lines_of_call("\n".join([line[match.start() :], *code[index + 1 : index + 9]]))
+                found = [label for comment in comments[index:last] for label in LABEL.findall(comment)]
                 if not found and index and not code[index - 1].strip():
                     found = LABEL.findall(comments[index - 1])
                 kinds = {label[0] for label in found}
@@ -82,4 +93,6 @@ def test_what_is_missing_is_seen():
     assert not seen("shmr_cas_acq_rel(&x, 1, 2); // A1 R1")
     assert not seen("shmr_or_seq_cst(&x); // S1\nshmr_load_seq_cst(&y); // S1")
     assert not seen("/* shmr_load_acquire(&x) */")
+    assert not seen("if (shmr_cas_acq_rel(&x, f(1),\n    2)) // A1 R1\n    return;")
+    assert seen("if (shmr_cas_acq_rel(&x, f(1),\n    2))\n    return; // A1 R1")
     assert not seen("shmr_load_relaxed(&x);")
