@@ -33,6 +33,9 @@ class Link:
     def open(self) -> None:
         """Get ready, in a child."""
 
+    def leave(self) -> None:
+        """Let go, in a child."""
+
     def close(self) -> None:
         """Clean up, in the main process."""
 
@@ -94,6 +97,9 @@ class HandWrittenLoop(Link):
         self.slots = [whole[i * self.nbytes : (i + 1) * self.nbytes] for i in range(SLOTS)]
         for slot in self.slots:
             slot[::PAGE].sum()
+
+    def leave(self) -> None:
+        self.slots.clear()
 
     def close(self) -> None:
         self.memory.close()
@@ -237,6 +243,7 @@ def _serve(link: Link, side: str, commands: Any, cpu: int | None) -> None:
     commands.send("ready")
     while count := commands.recv():
         commands.send(getattr(link, side)(count))
+    link.leave()
 
 
 class Pair:

@@ -22,14 +22,17 @@ typedef struct {
 
 _Static_assert(sizeof(shmr_word) == 8, "a shared word is eight bytes");
 
-/* The seam: a model checker defines SHMR_STEP to yield before each access. */
-#ifndef SHMR_STEP
+/* The seam: a test defines these to yield, or to die, before each access. */
+#ifndef SHMR_STEP /* before one that changes something; before a post, too */
 #define SHMR_STEP(word) ((void)0)
+#endif
+#ifndef SHMR_STEP_LOAD
+#define SHMR_STEP_LOAD(word) ((void)0)
 #endif
 
 #define SHMR_LOAD(suffix, order)                                                     \
     static inline uint64_t shmr_load_##suffix(const shmr_word *word) {               \
-        SHMR_STEP(word);                                                             \
+        SHMR_STEP_LOAD(word);                                                        \
         return atomic_load_explicit(&((shmr_word *)(uintptr_t)word)->value, order);  \
     }
 #define SHMR_STORE(suffix, order)                                                    \

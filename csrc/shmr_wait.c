@@ -42,7 +42,9 @@ bool shmr_any_waiter(const shmr_word *waiters) {
 }
 
 static void post(shmr *h, uint32_t doorbell) {
-    if (doorbell < h->g.config.doorbells) sem_post(&shmr_doorbell_at(h, doorbell)->bell);
+    if (doorbell >= h->g.config.doorbells) return;
+    SHMR_STEP(&shmr_doorbell_at(h, doorbell)->owner);
+    sem_post(&shmr_doorbell_at(h, doorbell)->bell);
 }
 
 void shmr_notify_one(shmr *h, shmr_word *waiters) {

@@ -29,6 +29,7 @@ from shmengine.errors import LayoutMismatch, MemoryBudgetExceeded, ShmError, Use
 __all__ = ["EXTENT_BYTES", "Region", "RegionConfig", "RegionToken"]
 
 EXTENT_BYTES = config.EXTENT_BYTES
+SHM_DIRECTORY = "/dev/shm"  # where POSIX shared memory is on Linux
 NAME_PREFIX = "shmengine."
 GROUP = 256  # records that change hands together (SHMR_GROUP)
 ATTACH_SECONDS = 5.0  # a creator that is alive takes milliseconds from the file to the magic
@@ -259,6 +260,11 @@ class Region:
         lib.shmr_read_counters(self.handle, out)
         return out
 
+    def is_abandoned(self) -> bool:
+        """Tell whether nobody else is attached any more (the dead are cleared up after first)."""
+        lib.shmr_check_deaths(self.handle)
+        return int(lib.shmr_live_participants(self.handle)) <= 1
+
     # --- end -----------------------------------------------------------------------------------
 
     def check_fork(self) -> None:
@@ -308,7 +314,30 @@ def _end(handle: Any, fd: _Descriptor, name: str | None, pid: int) -> None:
 
 
 def _path(name: str) -> str:
-    return f"/dev/shm/{NAME_PREFIX}{name}"  # where POSIX shared memory is on Linux
+    return f"{SHM_DIRECTORY}/{NAME_PREFIX}{name}"  # where POSIX shared memory is on Linux
+
+
+def abandoned_names() -> list[str]:
+    """Return the names of this user's regions whose participants are all dead or gone."""
+    found = []
+    for file in sorted(os.listdir(SHM_DIRECTORY)):
+        if not file.startswith(NAME_PREFIX):
+            continue
+        name = file.removeprefix(NAME_PREFIX)
+        try:
+            region = Region.attach_name(name)
+        except (OSError, ShmError):
+            continue  # somebody else's, or gone meanwhile, or not to be judged
+        if region.is_abandoned():
+            found.append(name)
+        region.close()
+    return found
+
+
+def remove_name(name: str) -> None:
+    """Remove the name of a region; those who are attached go on."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(_path(name))
 
 
 def _unlink(name: str) -> None:

@@ -61,7 +61,7 @@ def run_stream(
                 size = _room(core, job, taken - yielded)
                 if size == 0:
                     break
-                tasks = _take(source, size, taken, next_ready)
+                tasks = _take(source, size, taken)
                 if not tasks:
                     exhausted = True
                     break
@@ -82,13 +82,13 @@ def run_stream(
             source.close()  # type: ignore[attr-defined]  # a generator of calls ends with its stream
 
 
-def _take(source: Iterator[Call], size: int, first: int, ready: Callable[[], bool]) -> list[Task]:
-    """Take up to `size` calls, fewer if the source is slow or the consumer can go on."""
+def _take(source: Iterator[Call], size: int, first: int) -> list[Task]:
+    """Take up to `size` calls, fewer if the source is slow."""
     tasks: list[Task] = []
-    start = time.perf_counter_ns()
+    enough = time.perf_counter_ns() + FILL_NS
     for args, kwargs in itertools.islice(source, size):
         tasks.append(Task(first + len(tasks), args, kwargs or None))
-        if len(tasks) < size and (time.perf_counter_ns() - start > FILL_NS or ready()):
+        if len(tasks) < size and time.perf_counter_ns() > enough:
             break
     return tasks
 

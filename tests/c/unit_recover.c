@@ -70,21 +70,6 @@ static void script_commit(shmr *v, struct report *r) {
     for (uint64_t k = 0; k < 3; k++) OK(send_message(v, 0, 3000, 10 + k, NOT_AT_ALL));
 }
 
-/* All of commit but the slot: what a death between the two leaves. */
-static void commit_without_slot(shmr *v, shmr_block *b, uint32_t ring) {
-    struct shmr_record *r = shmr_record_at(v, b->block);
-    b->seq = (uint64_t)v->epoch << 40 | ++v->next_seq[ring];
-    b->producer = v->self;
-    shmr_store_relaxed(&r->length, b->length);
-    shmr_store_relaxed(&r->seq, b->seq);
-    shmr_store_relaxed(&r->tag, b->tag);
-    shmr_store_relaxed(&r->detail, (uint64_t)b->producer << 48 | (uint64_t)b->kind << 32 | b->spec_bytes);
-    shmr_store_relaxed(&r->check, (uint64_t)shmr_descriptor_check(b) << 32);
-    b->state = shmr_state_pack(shmr_state_generation(b->state) + 1, v->self, ring, shmr_state_flags(b->state),
-                               SHMR_COMMITTED);
-    shmr_store_release(&r->state, b->state);
-}
-
 static void script_commit_without_slot(shmr *v, struct report *r) {
     OK(send_message(v, 0, 100, 1, NOT_AT_ALL));
     OK(shmr_claim(v, 100, NULL, 0, -1, NOT_AT_ALL, &r->block));

@@ -20,13 +20,6 @@ from tests.helpers import poll_until
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def engine():
-    with Engine(2, memory="64 MiB") as shared:
-        yield shared
-        assert sorted(shared.map(abs, range(100))) == list(range(100))  # still whole after all that
-
-
 @pytest.fixture
 def make_engine():
     made = []
@@ -38,6 +31,14 @@ def make_engine():
     yield make
     for engine in made:
         engine.close()
+
+
+@pytest.fixture
+def engine(make_engine):
+    engine = make_engine()
+    yield engine
+    if not engine.closed:
+        assert list(engine.map(abs, range(100))) == list(range(100))  # still whole after all that
 
 
 def pids(engine):
@@ -465,7 +466,7 @@ def hold_the_interpreter():
 
 
 def ignore_signals():
-    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     while True:
         time.sleep(1000)
 
@@ -477,11 +478,11 @@ def backtrack():
 @pytest.mark.parametrize("stuck", [hold_the_interpreter, ignore_signals, backtrack])
 def test_a_time_limit_ends_any_task(engine, stuck):
     before = engine.stats()
-    results = list(engine.map(lambda i: stuck() if i == 5 else i, range(40), timeout=0.3, on_error="return"))
+    results = list(engine.map(lambda i: stuck() if i == 5 else i, range(40), timeout=1, on_error="return"))
     error = results.pop(5)
     assert isinstance(error, TaskTimeout)
-    assert str(error) == "task 5 of map(<lambda>) did not end within 0.3 s"
-    assert error.seconds == 0.3
+    assert str(error) == "task 5 of map(<lambda>) did not end within 1 s"
+    assert error.seconds == 1
     assert results == [i for i in range(40) if i != 5]
     after = engine.stats()
     assert after.worker_deaths - before.worker_deaths == 1
@@ -490,22 +491,22 @@ def test_a_time_limit_ends_any_task(engine, stuck):
 
 
 def test_a_time_limit_is_for_a_task_not_for_the_call(engine):
-    results = list(engine.map(lambda i: time.sleep(0.05) or i, range(20), timeout=0.4))
-    assert results == list(range(20))
+    results = list(engine.map(lambda i: time.sleep(0.1) or i, range(30), timeout=1))
+    assert results == list(range(30))
 
 
 def test_a_time_limit_of_one_stream_is_not_another_s(engine):
     """Those with no limit stay alive, whatever others ask for."""
-    slow = engine.map(lambda i: time.sleep(0.6) or i, range(2))
+    slow = engine.map(lambda i: time.sleep(1.5) or i, range(2))
     first = next(slow)
-    limited = list(engine.map(lambda i: time.sleep(1000 * (i == 1)), range(3), timeout=0.2, on_error="skip"))
+    limited = list(engine.map(lambda i: time.sleep(1000 * (i == 1)), range(3), timeout=1, on_error="skip"))
     assert limited == [None, None]
     assert [first, *slow] == [0, 1]
 
 
 def test_time_limits_reach_blocks(engine):
-    with pytest.raises(TaskTimeout, match=r"task 0 of map_blocks\(<lambda>\) did not end within 0.2 s"):
-        engine.map_blocks(lambda b: time.sleep(1000), np.zeros(10), timeout=0.2)
+    with pytest.raises(TaskTimeout, match=r"task 0 of map_blocks\(<lambda>\) did not end within 0.5 s"):
+        engine.map_blocks(lambda b: time.sleep(1000), np.zeros(10), timeout=0.5)
     with pytest.raises(TaskTimeout, match=r"task 0 of reduce\(<lambda>\)"):
-        engine.reduce(lambda b: time.sleep(1000), np.zeros(10), combine=max, timeout=0.2)
+        engine.reduce(lambda b: time.sleep(1000), np.zeros(10), combine=max, timeout=0.5)
     assert engine.map_blocks(np.sqrt, np.ones(5), timeout=30).sum() == 5

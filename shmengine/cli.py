@@ -1,0 +1,82 @@
+"""The command line: ``shmengine doctor`` and ``shmengine clean``, also as ``python -m shmengine``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    parser = argparse.ArgumentParser("shmengine", description="Process large arrays through shared memory.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("doctor", "say what this machine allows, and what stands in the way"),
+        ("clean", "remove named regions that nobody uses any more"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--json", action="store_true", help="for programs")
+    options = parser.parse_args(arguments)
+    report = {"doctor": _doctor, "clean": _clean}[options.command]()
+    if options.json:
+        json.dump(report, sys.stdout, indent=1)
+        print()
+    else:
+        width = max(map(len, report), default=0)
+        for key, value in report.items():
+            for line in value if isinstance(value, list) else [value]:
+                print(f"{key:<{width}}  {line}")
+                key = ""
+    return 1 if report.get("trouble") else 0
+
+
+def _doctor() -> dict[str, Any]:
+    import numpy as np
+
+    from shmengine import __version__, config
+    from shmengine._native import ABI
+    from shmengine.errors import ShmError
+    from shmengine.region import Region, RegionConfig
+
+    budget, free = config.default_budget(), config.shm_free()
+    trouble: list[str] = []
+    backing = "/dev/shm" if free >= budget else "an anonymous memory file"
+    if free < budget:
+        trouble.append(
+            f"/dev/shm has only {config.format_bytes(free)} free: unnamed regions use an anonymous memory file"
+            " instead, named rings cannot be larger (docker run --shm-size gives it more)"
+        )
+    try:
+        Region.create(RegionConfig(arena_bytes=budget, capacities=(16,))).close()
+    except (ShmError, OSError) as error:
+        trouble.append(f"a region of the default size cannot be made: {error}")
+    headroom = config.cgroup_headroom()
+    return {
+        "shmengine": f"{__version__} (layout {ABI})",
+        "python": f"{platform.python_version()}, numpy {np.__version__}",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "workers": config.default_workers(),
+        "memory": f"{config.format_bytes(config.memory_available())} available",
+        "cgroup": "no memory limit" if headroom is None else f"{config.format_bytes(headroom)} left of its limit",
+        "/dev/shm": f"{config.format_bytes(free)} free",
+        "budget": f"{config.format_bytes(budget)} by default, in {backing}",
+        "trouble": trouble,
+    }
+
+
+def _clean() -> dict[str, Any]:
+    from shmengine.region import abandoned_names, remove_name
+
+    removed = []
+    for name in abandoned_names():
+        remove_name(name)
+        removed.append(name)
+    return {"removed": removed or ["nothing"]}
+
+
