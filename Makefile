@@ -45,7 +45,7 @@ quick: $(stamp) ## The Python tests that take no more than a few seconds each
 	@$(python) -m pytest -q -m 'not slow' $(TESTS)
 
 bench: $(stamp) ## Speed, as ratios against rivals in one run
-	@$(python) -m pytest benches
+	@$(python) -m pytest benches --check-targets
 
 soak: $(stamp) ## The stress tests for MINUTES=5 each
 	@SHMENGINE_SOAK_MINUTES=$(MINUTES) $(python) -m pytest -m slow tests/stress

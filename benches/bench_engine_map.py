@@ -82,6 +82,14 @@ def blocked_sum_of_sines(x: Array, elements: int) -> float:
     return math.fsum(partials)
 
 
+def half_of_sines(turns: int, elements: int) -> float:
+    """Half of the work of the reduction, on data of its own: what one of two independent processes does."""
+    return sum(blocked_sum_of_sines(HALF_DATA, elements) for _ in range(turns))
+
+
+HALF_DATA = np.linspace(0.0, 1.0, 16 * MIB // 8)
+
+
 def seconds_of(call: Callable[[], Any], repeats: int = 3) -> float:
     """Seconds of the fastest of some runs."""
     best = math.inf
@@ -234,8 +242,8 @@ def test_map_blocks_memory(x: Array, right: Array, benchmark: Any, targets: Any)
     targets.at_most("map_blocks, peak extra memory", (memory.peak - result.nbytes) / MIB, 256, " MiB")
 
 
-def test_reduce(x: Array, engine: shm.Engine, compare: Any, targets: Any) -> None:
-    """Compute-heavy: what two cores should nearly double."""
+def test_reduce(x: Array, engine: shm.Engine, spawn: Any, compare: Any, targets: Any) -> None:
+    """Compute-heavy: what two cores should nearly double (if they are two cores: the last row tells)."""
     expected = blocked_sum_of_sines(x, MIB // 8)
     quarter = x[: len(x) // 8]
     seconds = {
@@ -246,14 +254,21 @@ def test_reduce(x: Array, engine: shm.Engine, compare: Any, targets: Any) -> Non
     def check(value: Any) -> None:
         assert math.isclose(value, expected, rel_tol=1e-12)
 
+    def independent() -> None:
+        assert len(pool.starmap(half_of_sines, [(NBYTES // HALF_DATA.nbytes // 2, size // 8)] * 2, 1)) == 2
+
     name = f"serial blocks ({size // KIB} KiB)"
-    result = compare(
-        {
-            "engine.reduce": lambda: check(engine.reduce(sum_of_sines, x, combine=np.add)),
-            name: lambda: check(blocked_sum_of_sines(x, size // 8)),
-            "plain NumPy": lambda: check(np.sin(x).sum()),
-        },
-        repeats=5,
-        bytes_each=NBYTES,
-    )
+    with spawn.Pool(2) as pool:
+        result = compare(
+            {
+                "engine.reduce": lambda: check(engine.reduce(sum_of_sines, x, combine=np.add)),
+                name: lambda: check(blocked_sum_of_sines(x, size // 8)),
+                "plain NumPy": lambda: check(np.sin(x).sum()),
+                "two independent processes": independent,
+            },
+            repeats=5,
+            bytes_each=NBYTES,
+        )
     targets.at_least("reduce, sum of sin, to blocked serial NumPy", result.ratio("engine.reduce", name), 1.8)
+    both = result.ratio("two independent processes", name)
+    targets.note("the same of two independent processes, without any engine", f"{both:.3g}x")

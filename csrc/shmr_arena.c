@@ -412,7 +412,7 @@ int shmr_arena_grow(shmr *h, uint64_t bytes) {
     for (int pass = 0; pass < 2; pass++) {
         uint32_t row = 0;
         for (uint32_t i = 0; i < h->g.extents; i++) {
-            uint64_t seen = shmr_load_relaxed(shmr_extent_at(h, i)); /* only a hint: the CAS decides */
+            uint64_t seen = shmr_load_seq_cst(shmr_extent_at(h, i)); /* S3: the look after registering */
             bool usable = (uint32_t)seen == 0 && (pass || seen & SHMR_EXTENT_WARM);
             row = usable ? row + 1 : 0;
             if (row < need) continue;
@@ -460,9 +460,22 @@ void shmr_arena_trim(shmr *h) {
     if (any) shmr_notify_all(h, shmr_header_of(h)->extent_waiters);
 }
 
+#define UNSORTED (1u << 2 | RUN_QUICK) /* an adopted page, so far: matches nothing */
+
+/* Does a block lie in pages that were adopted, and not across another one? (What the dead wrote may be rubbish.) */
+static bool is_adoptable(const struct shmr_arena *a, uint32_t page, uint32_t end, uint64_t room) {
+    for (uint32_t p = page; p < end; p++) {
+        const struct shmr_slab *s = a->slab_at[p];
+        bool shared = room <= SMALL_MAX && s && s->class_index == SHMR_CLASSES;
+        if (a->run[p] != UNSORTED && !shared) return false;
+    }
+    return true;
+}
+
 /* Take over the extents of `from`, who are dead or left: what `live` (record numbers) covers is in use, the rest
- * is free. Blocks below a page share "adopted" slabs, which are only counted down. */
-void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, const uint32_t *live, uint32_t live_count) {
+ * is free. Blocks below a page share "adopted" slabs, which are only counted down. What cannot be taken over
+ * becomes UINT32_MAX in `live`. */
+void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *live, uint32_t live_count) {
     struct shmr_arena *a = &h->arena;
     for (uint32_t e = 0; e < h->g.extents; e++) {
         shmr_word *word = shmr_extent_at(h, e);
@@ -476,13 +489,17 @@ void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, const uint
         a->owned_bytes += SHMR_EXTENT;
         uint32_t first = e * PAGES_PER_EXTENT;
         for (uint32_t p = 0; p < PAGES_PER_EXTENT; p++) {
-            a->run[first + p] = 1u << 2 | RUN_QUICK; /* ours, not yet sorted: matches nothing */
+            a->run[first + p] = UNSORTED;
             a->slab_at[first + p] = NULL;
         }
     }
     for (uint32_t i = 0; i < live_count; i++) {
         uint64_t offset = h->places[live[i]].offset, room = h->places[live[i]].room;
         uint32_t page = (uint32_t)(offset / SHMR_PAGE), end = (uint32_t)((offset + room + SHMR_PAGE - 1) / SHMR_PAGE);
+        if (!is_adoptable(a, page, end, room)) {
+            live[i] = UINT32_MAX;
+            continue;
+        }
         a->used_bytes += room;
         if (room > SMALL_MAX) {
             for (uint32_t p = page; p < end; p++) a->run[p] = 0;
@@ -510,7 +527,12 @@ void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, const uint
         }
         if (!s) {
             s = calloc(1, sizeof *s);
-            if (!s) continue; /* its memory is lost until the region goes: nothing else breaks */
+            if (!s) { /* its memory is lost until the region goes: nothing else breaks */
+                a->used_bytes -= room;
+                for (uint32_t p = page; p < end; p++) a->run[p] = 0;
+                live[i] = UINT32_MAX;
+                continue;
+            }
             s->page = page;
             s->class_index = SHMR_CLASSES;
             track_slab(a, s);
@@ -532,12 +554,12 @@ void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, const uint
         while (p < end) {
             struct shmr_slab *s = a->slab_at[p];
             if (s && s->page == p && s->class_index == SHMR_CLASSES) a->run[p] = s->pages << 2 | RUN_USED;
-            if (a->run[p] != (1u << 2 | RUN_QUICK)) {
+            if (a->run[p] != UNSORTED) {
                 p++;
                 continue;
             }
             uint32_t start = p;
-            while (p < end && a->run[p] == (1u << 2 | RUN_QUICK)) a->run[p++] = 0;
+            while (p < end && a->run[p] == UNSORTED) a->run[p++] = 0;
             free_run(h, start, p - start);
         }
     }

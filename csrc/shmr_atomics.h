@@ -74,16 +74,17 @@ SHMR_RMW(exchange, atomic_exchange_explicit, seq_cst, memory_order_seq_cst)
 #undef SHMR_CAS
 #undef SHMR_RMW
 
-/* Counts of private objects, shared only between threads of one process. */
+/* Counts of private objects, shared only between threads of one process. Sequentially consistent: "pin, then look
+ * whether it is closed" meets "close, then look whether it is pinned". */
 typedef struct {
     _Atomic int64_t value;
 } shmr_count;
 
 static inline int64_t shmr_count_add(shmr_count *count, int64_t delta) {
-    return atomic_fetch_add_explicit(&count->value, delta, memory_order_acq_rel) + delta;
+    return atomic_fetch_add_explicit(&count->value, delta, memory_order_seq_cst) + delta;
 }
 static inline int64_t shmr_count_get(const shmr_count *count) {
-    return atomic_load_explicit(&((shmr_count *)(uintptr_t)count)->value, memory_order_acquire);
+    return atomic_load_explicit(&((shmr_count *)(uintptr_t)count)->value, memory_order_seq_cst);
 }
 
 /* Tell the core that we are spinning. */

@@ -33,9 +33,9 @@ static bool push_u32(uint32_t **array, uint32_t *count, uint32_t *room, uint32_t
     return true;
 }
 
-/* A group that this process now owns: its free records become ours to give. */
-void shmr_add_group(shmr *h, uint32_t group) {
-    if (!push_u32(&h->my_groups, &h->my_group_count, &h->my_group_room, group)) return;
+/* A group that this process now owns: its free records become ours to give. False: no memory to remember it in. */
+bool shmr_add_group(shmr *h, uint32_t group) {
+    if (!push_u32(&h->my_groups, &h->my_group_count, &h->my_group_room, group)) return false;
     for (uint32_t i = SHMR_GROUP; i-- > 0;) {
         uint32_t block = group * SHMR_GROUP + i;
         uint64_t s = shmr_load_acquire(&shmr_record_at(h, block)->state); /* A2 */
@@ -43,6 +43,7 @@ void shmr_add_group(shmr *h, uint32_t group) {
         if (shmr_state_kind(s) == SHMR_FREE) /* else rubbish, without memory: out of use */
             push_u32(&h->free_records, &h->free_record_count, &h->free_record_room, block);
     }
+    return true;
 }
 
 static int take_group(shmr *h) {
@@ -62,20 +63,20 @@ static int take_group(shmr *h) {
             shmr_or_release(word, GROUP_RESERVED); /* R7 */
         }
         h->group_hint = i + 1;
-        shmr_add_group(h, i);
-        return SHMR_OK;
+        if (shmr_add_group(h, i)) return SHMR_OK;
+        shmr_store_release(word, GROUP_RESERVED); /* R7 */
+        return shmr_fail(SHMR_SYSTEM, ENOMEM, "list of records");
     }
     return shmr_fail(SHMR_NO_MEMORY, 0, "every block record is in use: too many live blocks");
 }
 
 int shmr_record_new(shmr *h, uint32_t *block) {
     if (!h->free_record_count) shmr_drain_freed(h);
-    if (!h->free_record_count) {
+    while (!h->free_record_count) {
         int status = take_group(h);
-        if (status != SHMR_OK && !h->free_record_count) {
-            shmr_sweep(h);
-            if (!h->free_record_count) return status;
-        }
+        if (status == SHMR_OK) continue; /* usually done, but all its records may be out of use */
+        shmr_sweep(h);
+        if (!h->free_record_count) return status;
     }
     *block = h->free_records[--h->free_record_count];
     return SHMR_OK;
@@ -117,7 +118,7 @@ void shmr_reclaim(shmr *h, uint32_t block) {
 
 void shmr_drain_freed(shmr *h) {
     struct shmr_participant *me = shmr_participant_at(h, h->self);
-    if (!shmr_load_relaxed(&me->freed_hint)) return; /* only a hint */
+    if (!shmr_load_seq_cst(&me->freed_hint)) return; /* S2: the look after registering */
     uint64_t hint = shmr_exchange_seq_cst(&me->freed_hint, 0); /* S2 */
     for (uint32_t i = 0; hint && i < h->my_group_count; i++) {
         uint32_t group = h->my_groups[i];
@@ -180,11 +181,25 @@ struct claim_attempt {
     shmr_block *out;
 };
 
+/* (L) Do we hold all that a frame is to name? Looked at in each attempt: another thread may drop it meanwhile. */
+static bool all_held(shmr *h, const shmr_ref *refs, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++) {
+        if (refs[i].block >= h->g.config.blocks || !h->holds[refs[i].block]) return false;
+        uint64_t s = shmr_load_acquire(&shmr_record_at(h, refs[i].block)->state); /* A1 */
+        if (shmr_state_generation(s) != refs[i].generation) return false;
+    }
+    return true;
+}
+
 static int try_claim(shmr *h, void *argument) {
     struct claim_attempt *c = argument;
     int status = shmr_usable(h);
     if (status != SHMR_OK) return status;
     pthread_mutex_lock(&h->lock);
+    if (!all_held(h, c->refs, c->count)) {
+        pthread_mutex_unlock(&h->lock);
+        return shmr_fail(SHMR_STALE, 0, "a frame may only name blocks that this process holds");
+    }
     uint64_t room = shmr_arena_room(c->bytes), offset = shmr_take_allocation(h, c->bytes);
     uint32_t block;
     if (offset == SHMR_NOWHERE) {
@@ -257,16 +272,11 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
         return shmr_fail(SHMR_BAD_ARGUMENT, 0, "too many references, or bytes");
     uint64_t total = (bytes ? bytes : 1) + shmr_references_bytes(count);
     if (total > h->g.config.arena_bytes) return shmr_fail(SHMR_TOO_LARGE, 0, "larger than the memory budget");
-    pthread_mutex_lock(&h->lock);
-    for (uint32_t i = 0; i < count; i++)
-        if (refs[i].block >= h->g.config.blocks || !h->holds[refs[i].block]) {
-            pthread_mutex_unlock(&h->lock);
-            return shmr_fail(SHMR_STALE, 0, "a frame may only name blocks that this process holds");
-        }
-    pthread_mutex_unlock(&h->lock);
+    status = shmr_enter(h);
+    if (status != SHMR_OK) return status;
     struct claim_attempt attempt = {total, refs, count, items, out};
     status = try_claim(h, &attempt);
-    if (status != SHMR_WOULD_BLOCK || deadline == 0) return status;
+    if (status != SHMR_WOULD_BLOCK || deadline == 0) return shmr_leave(h, status);
 
     struct shmr_participant *me = shmr_participant_at(h, h->self);
     struct shmr_source sources[3] = {
@@ -278,7 +288,7 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
     shmr_store_relaxed(&me->starving, total); /* for observers */
     status = shmr_wait(h, sources, items >= 0 ? 3 : 2, SHMR_SPIN_SPACE, try_claim, &attempt, deadline);
     shmr_store_relaxed(&me->starving, 0); /* for observers */
-    return status;
+    return shmr_leave(h, status);
 }
 
 /* ---- ends ---------------------------------------------------------------------------------------------------------------- */
@@ -335,21 +345,23 @@ int shmr_hold_locked(shmr *h, uint32_t block, uint32_t generation) {
     h->holds[block] = 1;
     if (!(h->record_flags[block] & SHMR_MINE)) {
         uint64_t offset = shmr_load_relaxed(&r->offset), room = shmr_load_relaxed(&r->room); /* after A1 */
-        if (offset % 64 || room > h->g.config.arena_bytes || offset > h->g.config.arena_bytes - room) {
+        if (offset % 64 || !room || room > h->g.config.arena_bytes || offset > h->g.config.arena_bytes - room) {
             h->holds[block] = 0;
             shmr_and_seq_cst(word, ~bit); /* S4 */
             return shmr_fail(SHMR_CORRUPT, 0, "bounds of a shared block");
         }
+        h->places[block] = (struct shmr_place){offset, room};
         shmr_held_add(h, block, offset, room);
     }
     return SHMR_OK;
 }
 
 void shmr_drop_locked(shmr *h, uint32_t block) {
+    SHMR_INVARIANT(I4, h->holds[block] > 0);
     if (--h->holds[block]) return;
     struct shmr_record *r = shmr_record_at(h, block);
     bool mine = h->record_flags[block] & SHMR_MINE;
-    if (!mine) shmr_held_remove(h, block, shmr_load_relaxed(&r->offset), shmr_load_relaxed(&r->room)); /* held */
+    if (!mine) shmr_held_remove(h, block, h->places[block].offset, h->places[block].room);
     shmr_and_seq_cst(&r->holders[h->self / 64], ~(UINT64_C(1) << (h->self % 64))); /* S4 */
     if (mine)
         shmr_reclaim(h, block);
@@ -364,23 +376,22 @@ static int ref_usable(shmr *h, uint32_t block) {
 }
 
 int shmr_hold(shmr *h, uint32_t block, uint32_t generation, shmr_ref *out) {
-    int status = shmr_usable(h);
-    if (status == SHMR_OK) status = ref_usable(h, block);
+    int status = shmr_enter(h);
     if (status != SHMR_OK) return status;
+    status = ref_usable(h, block);
+    if (status != SHMR_OK) return shmr_leave(h, status);
     pthread_mutex_lock(&h->lock);
     status = shmr_hold_locked(h, block, generation);
     if (status == SHMR_OK) {
         struct shmr_record *r = shmr_record_at(h, block);
         out->block = block;
         out->generation = generation;
-        out->offset = h->g.arena_at + shmr_load_relaxed(&r->offset); /* fixed while held */
-        out->length = shmr_load_relaxed(&r->length);                 /* likewise */
-        uint64_t room = shmr_load_relaxed(&r->room);                 /* likewise */
-        if (out->length > room) out->length = room;
+        out->offset = h->g.arena_at + h->places[block].offset;
+        out->length = shmr_load_relaxed(&r->length); /* fixed while held */
+        if (out->length > h->places[block].room) out->length = h->places[block].room;
     }
     pthread_mutex_unlock(&h->lock);
-    if (status == SHMR_OK) shmr_pin(h, 1);
-    return status;
+    return status == SHMR_OK ? SHMR_OK : shmr_leave(h, status); /* the pin is now that of the hold */
 }
 
 int shmr_drop(shmr *h, uint32_t block, uint32_t generation) {
@@ -403,7 +414,9 @@ int shmr_drop(shmr *h, uint32_t block, uint32_t generation) {
 /* (L) A record, SHARED and held once by us, for memory of our own arena. */
 static void become_shared(shmr *h, uint32_t block, uint64_t length) {
     struct shmr_record *r = shmr_record_at(h, block);
-    uint32_t generation = shmr_state_generation(shmr_load_relaxed(&r->state)) + 1; /* own record: I2 */
+    uint64_t before = shmr_load_relaxed(&r->state);             /* own record */
+    SHMR_INVARIANT(I1, shmr_state_kind(before) == SHMR_FREE || shmr_state_owner(before) == h->self);
+    uint32_t generation = shmr_state_generation(before) + 1; /* I2 */
     shmr_store_relaxed(&r->length, length); /* published by the store of the state */
     for (int w = 0; w < SHMR_HOLDER_WORDS; w++) shmr_store_relaxed(&r->holders[w], 0); /* likewise */
     shmr_store_relaxed(&r->holders[h->self / 64], UINT64_C(1) << (h->self % 64));      /* likewise */
@@ -460,8 +473,8 @@ int shmr_share(shmr *h, const void *address, uint64_t bytes, shmr_ref *out) {
     if (status == SHMR_OK) {
         struct shmr_record *r = shmr_record_at(h, block);
         uint64_t s = shmr_load_acquire(&r->state); /* A1 */
-        start = shmr_load_relaxed(&r->offset);     /* fixed while held */
-        room = shmr_load_relaxed(&r->room);        /* likewise */
+        start = h->places[block].offset;
+        room = h->places[block].room;
         if (shmr_state_kind(s) != SHMR_SHARED || !h->holds[block] || offset < start ||
             offset - start > room || bytes > room - (offset - start)) {
             status = SHMR_NOT_SHARED;

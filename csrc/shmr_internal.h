@@ -121,7 +121,7 @@ struct shmr {
     uint32_t *my_groups;
     uint32_t my_group_count, my_group_room, group_hint;
     uint8_t *record_flags;
-    struct shmr_place *places; /* a block of mine: what the arena gave, out of reach of the others */
+    struct shmr_place *places; /* a block of mine, or held: where it is, out of reach of the others */
     uint32_t *holds;                     /* a block: private count behind my holder bit */
     struct shmr_frame_refs **frame_refs; /* a block of mine: what its frame names */
     uint64_t held_bytes;
@@ -178,6 +178,11 @@ static inline uint64_t shmr_references_bytes(uint64_t count) { return (count * 8
 int shmr_usable(const shmr *h); /* OK, CLOSED or FORKED */
 int shmr_fail(int status, int error, const char *detail);
 void shmr_pin(shmr *h, int64_t delta);
+int shmr_enter(shmr *h); /* OK: usable, and pinned so that a close by another thread waits for us */
+static inline int shmr_leave(shmr *h, int status) {
+    shmr_pin(h, -1);
+    return status;
+}
 
 /* ---- shmr_reserve.c ------------------------------------------------------------------------------------------ */
 int shmr_reserve(const shmr *h, uint64_t offset, uint64_t bytes);
@@ -193,7 +198,7 @@ void shmr_arena_release(shmr *h, uint64_t offset, uint64_t room);
 uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t *room); /* of a used allocation */
 int shmr_arena_grow(shmr *h, uint64_t bytes);                       /* take more extents */
 void shmr_arena_trim(shmr *h);                                      /* give whole free extents back */
-void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, const uint32_t *live, uint32_t live_count);
+void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *live, uint32_t live_count);
 
 /* ---- shmr_block.c: call with h->lock held where marked (L) --------------------------------------------------- */
 int shmr_record_new(shmr *h, uint32_t *block);                      /* (L) */
@@ -203,7 +208,7 @@ void shmr_sweep(shmr *h);                                           /* (L) all m
 void shmr_freed_by_me(shmr *h, uint32_t block);                     /* after state -> FREE, any owner */
 int shmr_hold_locked(shmr *h, uint32_t block, uint32_t generation); /* (L) */
 void shmr_drop_locked(shmr *h, uint32_t block);                     /* (L) */
-void shmr_add_group(shmr *h, uint32_t group);                       /* (L) */
+bool shmr_add_group(shmr *h, uint32_t group);                       /* (L) */
 uint64_t shmr_take_allocation(shmr *h, uint64_t bytes);             /* (L) with all the tricks short of waiting */
 uint32_t shmr_descriptor_check(const shmr_block *block);
 int shmr_read_descriptor(shmr *h, uint32_t id, uint64_t state, shmr_block *out);
@@ -240,6 +245,7 @@ void shmr_return_doorbells(shmr *h);
 int shmr_deaths_init(shmr *h);
 void shmr_deaths_fini(shmr *h);
 uint64_t shmr_start_time(uint32_t pid);
+static inline uint32_t shmr_namespace_tag(const shmr *h) { return (uint32_t)(h->pid_namespace & 0xfffu); }
 bool shmr_alone(const shmr *h);
 void shmr_adopt_orphans(shmr *h); /* arenas of those who left */
 void shmr_retry_inserts(shmr *h);

@@ -74,7 +74,7 @@ static inline uint32_t shmr_slot_block(uint64_t slot) { return (uint32_t)slot & 
 
 enum shmr_life {
     SHMR_VACANT = 0,
-    SHMR_JOINING = 1,
+    SHMR_JOINING = 1,    /* `by` is a tag of its pid namespace: whose pid it is */
     SHMR_LIVE = 2,
     SHMR_LEFT = 3,       /* went in good order; its arena waits for an adopter */
     SHMR_RECOVERING = 4  /* found dead (or left); `by` is clearing up */

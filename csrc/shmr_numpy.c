@@ -32,14 +32,14 @@ static bool in_arena(const struct context *c, const void *address) {
 
 static void *take(struct context *c, size_t size) {
     shmr *h = c->h;
-    if (size < c->threshold || shmr_usable(h) != SHMR_OK) return NULL;
+    if (size < c->threshold || shmr_enter(h) != SHMR_OK) return NULL;
     uint64_t offset = SHMR_NOWHERE;
     pthread_mutex_lock(&h->lock);
     if (h->arena.used_bytes + size <= c->limit) offset = shmr_take_allocation(h, size);
     pthread_mutex_unlock(&h->lock);
-    if (offset == SHMR_NOWHERE) return NULL;
-    shmr_pin(h, 1);
-    return c->arena + offset;
+    if (offset != SHMR_NOWHERE) return c->arena + offset; /* the pin is now that of the array */
+    shmr_leave(h, SHMR_OK);
+    return NULL;
 }
 
 static void *handler_malloc(void *context, size_t size) {
@@ -63,6 +63,7 @@ static void handler_free(void *context, void *address, size_t size) {
     }
     shmr *h = c->h;
     if (shmr_usable(h) == SHMR_FORKED) return; /* the parent's */
+    if (shmr_count_get(&h->left)) return;      /* by force, at exit: an heir's by now */
     uint64_t start, room;
     pthread_mutex_lock(&h->lock);
     uint32_t *record = shmr_arena_record(h, (uint64_t)((char *)address - c->arena), &start, &room);
@@ -80,7 +81,10 @@ static void *handler_realloc(void *context, void *address, size_t size) {
     if (!address) return handler_malloc(context, size);
     if (!in_arena(c, address)) return realloc(address, size);
     uint64_t start, room = 0;
-    pthread_mutex_lock(&c->h->lock);
+    if (shmr_usable(c->h) != SHMR_FORKED)
+        pthread_mutex_lock(&c->h->lock);
+    else if (pthread_mutex_trylock(&c->h->lock) != 0)
+        return NULL; /* a thread that the fork did not take along held it */
     shmr_arena_record(c->h, (uint64_t)((char *)address - c->arena), &start, &room);
     pthread_mutex_unlock(&c->h->lock);
     if (size <= room && size * 2 >= room) return address;

@@ -24,8 +24,8 @@
 int shmr_deaths_init(shmr *h) {
     h->pidfds = malloc(h->g.config.participants * sizeof *h->pidfds);
     h->pidfd_lives = calloc(h->g.config.participants, sizeof *h->pidfd_lives);
+    for (uint32_t i = 0; h->pidfds && i < h->g.config.participants; i++) h->pidfds[i] = -1;
     if (!h->pidfds || !h->pidfd_lives) return shmr_fail(SHMR_SYSTEM, ENOMEM, "malloc");
-    for (uint32_t i = 0; i < h->g.config.participants; i++) h->pidfds[i] = -1;
     return SHMR_OK;
 }
 
@@ -51,30 +51,50 @@ uint64_t shmr_start_time(uint32_t pid) {
     return at ? strtoull(at + 1, NULL, 10) : 0;
 }
 
-/* Is the participant with this life word dead? Called with death_lock held; keeps one pidfd a participant. */
-static bool is_dead(shmr *h, uint32_t slot, uint64_t life) {
+static bool has_ended(int pidfd) {
+    struct pollfd poll_fd = {pidfd, POLLIN, 0};
+    return poll(&poll_fd, 1, 0) == 1 && poll_fd.revents & POLLIN;
+}
+
+/* Ask the kernel, by a pidfd of our own making; *kept: that pidfd, if the participant lives and is surely this one. */
+static bool is_gone(shmr *h, uint32_t slot, uint64_t life, int *kept) {
     struct shmr_participant *p = shmr_participant_at(h, slot);
     uint32_t pid = shmr_life_pid(life);
-    uint64_t joining = shmr_life_pack(shmr_life_epoch(life), 0, pid, SHMR_JOINING); /* one name for both states */
-    bool complete = shmr_life_kind(life) != SHMR_JOINING;
-    if (complete && shmr_load_relaxed(&p->pid_namespace) != h->pid_namespace) return false; /* cannot tell */
-    if (h->pidfds[slot] >= 0 && h->pidfd_lives[slot] != joining) {
-        close(h->pidfds[slot]);
-        h->pidfds[slot] = -1;
+    int fd = (int)syscall(SYS_pidfd_open, (pid_t)pid, 0);
+    if (fd < 0) return errno == ESRCH;
+    /* The pid may have been given to somebody else before we opened it: then the start time differs. 0 is "unknown":
+     * of itself when it joined, or of it now, say for want of a file descriptor, and proves nothing. */
+    uint64_t start = shmr_life_kind(life) == SHMR_JOINING ? 0 : shmr_load_relaxed(&p->start_time); /* published by R13 */
+    uint64_t found = start ? shmr_start_time(pid) : 0;
+    bool gone = has_ended(fd) || (found && found != start);
+    if (!gone && found == start) {
+        *kept = fd;
+        return false;
     }
-    if (h->pidfds[slot] < 0) {
-        int fd = (int)syscall(SYS_pidfd_open, (pid_t)pid, 0);
-        if (fd < 0) return errno == ESRCH;
-        /* The pid may have been given to somebody else before we opened it: then the start time differs. */
-        if (complete && shmr_start_time(pid) != shmr_load_relaxed(&p->start_time)) { /* published by R13 */
-            close(fd);
-            return shmr_load_acquire(&p->life) == life; /* A13: still the same participant, and it is gone */
-        }
-        h->pidfds[slot] = fd;
-        h->pidfd_lives[slot] = joining;
+    close(fd);
+    return gone && shmr_load_acquire(&p->life) == life; /* A13: still the same participant */
+}
+
+/* Is the participant with this life word dead? Called with death_lock held; keeps one pidfd a participant. */
+static bool is_dead(shmr *h, uint32_t slot, uint64_t life) {
+    bool joining = shmr_life_kind(life) == SHMR_JOINING;
+    if (joining ? shmr_life_by(life) != shmr_namespace_tag(h)
+                : shmr_load_relaxed(&shmr_participant_at(h, slot)->pid_namespace) != h->pid_namespace)
+        return false; /* cannot tell: the pid means something else here */
+    uint64_t name = shmr_life_pack(shmr_life_epoch(life), 0, shmr_life_pid(life), SHMR_JOINING); /* of both states */
+    int *fd = &h->pidfds[slot];
+    if (*fd >= 0 && h->pidfd_lives[slot] != name) {
+        close(*fd);
+        *fd = -1;
     }
-    struct pollfd poll_fd = {h->pidfds[slot], POLLIN, 0};
-    return poll(&poll_fd, 1, 0) == 1;
+    if (*fd >= 0 && !has_ended(*fd)) return false;
+    /* Not known yet; or it ended, or somebody closed all descriptors and this number is another file's: ask anew. */
+    int before = *fd;
+    *fd = -1;
+    h->pidfd_lives[slot] = name;
+    bool gone = is_gone(h, slot, life, fd);
+    if (gone && before >= 0) close(before);
+    return gone;
 }
 
 static bool slot_is_dead(shmr *h, uint32_t slot, uint64_t life) {
@@ -120,6 +140,7 @@ struct recovery {
     uint32_t deaths;         /* of them */
     shmr_block *taken;
     uint32_t taken_room, taken_count;
+    uint64_t *waiting; /* a bit a block: stood in its ring when we looked; NULL: not looked yet */
 };
 
 /* Who died while clearing up after others may have moved half of their memory under its own name: so they go
@@ -147,6 +168,23 @@ static bool in_ring(const shmr *h, uint32_t ring, uint32_t block, uint32_t gener
     return false;
 }
 
+/* The same for all blocks at once: one look at the rings is enough, since only the dead could have inserted more. */
+static bool was_in_ring(const shmr *h, struct recovery *rec, uint32_t ring, uint32_t block, uint32_t generation) {
+    if (!rec->waiting && (rec->waiting = calloc(h->g.config.blocks / 64, 8)))
+        for (uint32_t r = 0; r < h->g.config.rings; r++)
+            for (uint64_t k = 0; k < h->g.slots[r]; k++) {
+                uint64_t slot = shmr_load_acquire(shmr_slot_at(h, r, k)); /* A3 */
+                uint32_t id = shmr_slot_block(slot);
+                if (id >= h->g.config.blocks) continue;
+                uint64_t s = shmr_load_acquire(&shmr_record_at(h, id)->state); /* A1 */
+                if (shmr_state_kind(s) == SHMR_COMMITTED && shmr_state_ring(s) == r &&
+                    (shmr_state_generation(s) & SHMR_SLOT_GENERATION_MASK) == shmr_slot_generation(slot))
+                    rec->waiting[id / 64] |= UINT64_C(1) << (id % 64);
+            }
+    if (!rec->waiting) return in_ring(h, ring, block, generation);
+    return rec->waiting[block / 64] >> (block % 64) & 1;
+}
+
 /* Recovery never waits for room in a ring: it may use the spare slots beyond the capacity, and what does not fit even
  * there stays COMMITTED by us, on a private list that is tried again at each lease and each slice of a wait. */
 static void insert_or_keep(shmr *h, uint32_t ring, uint32_t block, uint32_t generation) {
@@ -172,8 +210,11 @@ void shmr_retry_inserts(shmr *h) {
     for (uint32_t i = 0; i < count; i++) {
         uint32_t block = h->again[i];
         uint64_t s = shmr_load_acquire(&shmr_record_at(h, block)->state); /* A1 */
-        if (shmr_insert(h, shmr_state_ring(s), block, shmr_state_generation(s), h->g.most[shmr_state_ring(s)]) == SHMR_OK)
-            shmr_notify_one(h, shmr_ring_at(h, shmr_state_ring(s))->item_waiters);
+        uint32_t ring = shmr_state_ring(s);
+        if (shmr_state_kind(s) != SHMR_COMMITTED || shmr_state_owner(s) != h->self || ring >= h->g.config.rings)
+            continue; /* somebody wrote rubbish over it */
+        if (shmr_insert(h, ring, block, shmr_state_generation(s), h->g.most[ring]) == SHMR_OK)
+            shmr_notify_one(h, shmr_ring_at(h, ring)->item_waiters);
         else
             h->again[left++] = block;
     }
@@ -221,7 +262,7 @@ static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
         }
         break;
     case SHMR_COMMITTED:
-        if (ring >= h->g.config.rings || in_ring(h, ring, block, generation)) break;
+        if (ring >= h->g.config.rings || was_in_ring(h, rec, ring, block, generation)) break;
         /* d died between the state and the slot. If the message was there and has been leased meanwhile, this fails. */
         if (shmr_cas_acq_rel(&r->state, &s, shmr_state_pack(generation, h->self, ring, flags, SHMR_COMMITTED))) /* A1 R1 */
             insert_or_keep(h, ring, block, generation);
@@ -230,9 +271,22 @@ static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
     }
 }
 
+/* Blocks that the dead allocated and that live: fewer and fewer, since only they took records out of FREE. */
+static uint32_t count_live(const shmr *h, const struct shmr_slots *dead) {
+    uint32_t count = 0;
+    for (uint32_t g = 0; g < h->g.groups; g++) {
+        uint64_t owner = shmr_load_acquire(&shmr_group_at(h, g)->owner); /* A7 */
+        if (!(uint32_t)owner || !(owner >> 32) || !shmr_slots_have(dead, (uint32_t)owner - 1)) continue;
+        for (uint32_t i = 0; i < SHMR_GROUP; i++)
+            count += shmr_state_kind(shmr_load_relaxed(&shmr_record_at(h, g * SHMR_GROUP + i)->state)) != SHMR_FREE;
+    }
+    return count;
+}
+
 /* (L) Everything that the dead allocated and that lives goes on under our name. */
 static void adopt(shmr *h, const struct shmr_slots *dead) {
-    uint32_t *live = NULL, count = 0, room = 0;
+    uint32_t count = 0, room = count_live(h, dead), *live = malloc((room + 1) * sizeof *live);
+    if (!live) return; /* its memory is lost until the region goes; to take what may be in use would be worse */
     for (uint32_t g = 0; g < h->g.groups; g++) {
         shmr_word *word = &shmr_group_at(h, g)->owner;
         uint64_t seen = shmr_load_acquire(word); /* A7 */
@@ -248,25 +302,20 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
             if (shmr_state_kind(s) == SHMR_FREE) continue;
             uint64_t offset = shmr_load_relaxed(&r->offset), bytes = shmr_load_relaxed(&r->room); /* after A1 */
             if (offset % 64 || bytes == 0 || bytes > h->g.config.arena_bytes ||
-                offset > h->g.config.arena_bytes - bytes)
+                offset > h->g.config.arena_bytes - bytes || count == room)
                 continue; /* rubbish: its memory is not trusted to be in use */
-            if (count == room) {
-                room = room ? room * 2 : 256;
-                uint32_t *grown = realloc(live, room * sizeof *grown);
-                if (!grown) break;
-                live = grown;
-            }
             live[count++] = block;
-            h->places[block] = (struct shmr_place){offset, bytes}; /* validated: the shared words are not read again */
+            if (!h->holds[block]) /* else read and validated before */
+                h->places[block] = (struct shmr_place){offset, bytes}; /* the shared words are not read again */
             uint32_t names;
             if (shmr_state_flags(s) & SHMR_HAS_REFERENCES && !h->frame_refs[block] &&
                 shmr_references_at(h, block, &table, &names) == SHMR_OK) {
                 struct shmr_frame_refs *held = malloc(sizeof *held + names * sizeof(uint32_t));
-                if (!held) continue;
-                held->count = 0;
+                if (held) held->count = 0; /* else what it names is held for good */
                 for (uint32_t k = 0; k < names; k++) { /* I4: d's bit still stands, so these are alive */
                     uint32_t id = (uint32_t)table[k];
-                    if (id < h->g.config.blocks && shmr_hold_locked(h, id, (uint32_t)(table[k] >> 32)) == SHMR_OK)
+                    if (id < h->g.config.blocks && shmr_hold_locked(h, id, (uint32_t)(table[k] >> 32)) == SHMR_OK &&
+                        held)
                         held->blocks[held->count++] = id;
                 }
                 h->frame_refs[block] = held;
@@ -275,6 +324,7 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
     }
     shmr_arena_adopt_extents(h, dead, live, count);
     for (uint32_t i = 0; i < count; i++) { /* before the groups: what is freed meanwhile is then found by a sweep */
+        if (live[i] == UINT32_MAX) continue; /* rubbish after all: its record is out of use */
         const struct shmr_place *at = &h->places[live[i]];
         if (h->holds[live[i]] && !(h->record_flags[live[i]] & SHMR_MINE))
             shmr_held_remove(h, live[i], at->offset, at->room);
@@ -331,6 +381,8 @@ static void clear_up(shmr *h, struct recovery *rec) {
         if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7: never reserved */
         for (uint32_t i = 0; i < SHMR_GROUP; i++) recover_block(h, rec, g * SHMR_GROUP + i);
     }
+    free(rec->waiting);
+    rec->waiting = NULL;
     pthread_mutex_lock(&h->lock);
     adopt(h, &rec->slots);
     for (uint32_t i = 0; i < h->g.config.participants; i++)
@@ -368,7 +420,8 @@ bool shmr_inherit(shmr *h, uint32_t slot) {
     bool died = kind == SHMR_LIVE || kind == SHMR_JOINING;
     if (kind != SHMR_LEFT && !(died && slot_is_dead(h, slot, life))) return false;
     uint32_t epoch = (shmr_life_epoch(life) + 1) & 0xfffff;
-    if (!shmr_cas_acq_rel(&p->life, &life, shmr_life_pack(epoch, 0, h->pid, SHMR_JOINING))) return false; /* A13 R13 */
+    uint64_t joining = shmr_life_pack(epoch, shmr_namespace_tag(h), h->pid, SHMR_JOINING);
+    if (!shmr_cas_acq_rel(&p->life, &life, joining)) return false; /* A13 R13 */
     h->self = slot;
     h->epoch = epoch;
     struct recovery rec = {.dead = slot, .deaths = died};
@@ -382,17 +435,20 @@ int shmr_recover(shmr *h, uint32_t slot, shmr_block *taken, uint32_t room, uint3
     if (slot >= h->g.config.participants || slot == h->self) return SHMR_BAD_ARGUMENT;
     uint64_t life = shmr_load_acquire(&shmr_participant_at(h, slot)->life); /* A13 */
     struct recovery rec = {.dead = slot, .taken = taken, .taken_room = room};
-    if (shmr_life_kind(life) == SHMR_VACANT) return SHMR_STALE;
+    if (shmr_life_kind(life) == SHMR_VACANT || shmr_count_get(&h->left)) return SHMR_STALE;
     if (shmr_life_kind(life) == SHMR_RECOVERING) return SHMR_WOULD_BLOCK; /* somebody is at it, or died at it */
+    shmr_pin(h, 1);
     status = recover(h, life, &rec);
     if (count) *count = rec.taken_count;
-    return status;
+    return shmr_leave(h, status);
 }
 
 int shmr_check_deaths(shmr *h) {
-    if (h->g.config.flags & SHMR_CREATOR_RECOVERS) return 0;
+    if (h->g.config.flags & SHMR_CREATOR_RECOVERS || shmr_usable(h) == SHMR_FORKED) return 0;
+    shmr_pin(h, 1); /* what we take over is ours until we are done */
+    bool left = shmr_count_get(&h->left);
     int found = 0;
-    for (uint32_t i = 0; i < h->g.config.participants; i++) {
+    for (uint32_t i = 0; i < h->g.config.participants && !left; i++) {
         if (i == h->self) continue;
         uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 */
         uint32_t kind = shmr_life_kind(life);
@@ -401,7 +457,7 @@ int shmr_check_deaths(shmr *h) {
         struct recovery rec = {.dead = i};
         if (recover(h, life, &rec) == SHMR_OK) found += (int)rec.deaths;
     }
-    return found;
+    return shmr_leave(h, found);
 }
 
 void shmr_adopt_orphans(shmr *h) {

@@ -46,6 +46,15 @@ static void count_fork(void) { shmr_count_add(&fork_epoch, 1); }
 static void register_fork(void) { pthread_atfork(NULL, NULL, count_fork); }
 static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
 
+int shmr_enter(shmr *h) {
+    int status = shmr_usable(h);
+    if (status != SHMR_OK) return status;
+    shmr_pin(h, 1);
+    status = shmr_usable(h); /* closed meanwhile, and perhaps left already? */
+    if (status != SHMR_OK) shmr_pin(h, -1);
+    return status;
+}
+
 int shmr_usable(const shmr *h) {
     if ((uint32_t)shmr_count_get(&fork_epoch) != h->fork_epoch) return SHMR_FORKED;
     return shmr_count_get(&h->closed) ? SHMR_CLOSED : SHMR_OK;
@@ -242,6 +251,8 @@ static int new_handle(int fd, const struct shmr_geometry *g, shmr **out) {
     if (stat("/proc/self/ns/pid", &s) == 0) h->pid_namespace = s.st_ino;
     h->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
     int status = h->fd < 0 ? shmr_fail(SHMR_SYSTEM, errno, "dup of the region's descriptor") : SHMR_OK;
+    for (uint32_t i = 0; i < g->config.rings; i++)
+        if (!h->last_seq[i]) status = shmr_fail(SHMR_SYSTEM, ENOMEM, "calloc");
     if (status == SHMR_OK && !(h->map = map_file(h->fd, g))) status = SHMR_SYSTEM;
     if (status == SHMR_OK) {
         h->base = h->map->base;
@@ -285,7 +296,8 @@ static int join(shmr *h) {
         uint64_t life = shmr_load_acquire(&p->life); /* A13 */
         if (shmr_life_kind(life) != SHMR_VACANT) continue;
         uint32_t epoch = (shmr_life_epoch(life) + 1) & 0xfffff;
-        if (!shmr_cas_acq_rel(&p->life, &life, shmr_life_pack(epoch, 0, h->pid, SHMR_JOINING))) continue; /* A13 R13 */
+        uint64_t joining = shmr_life_pack(epoch, shmr_namespace_tag(h), h->pid, SHMR_JOINING);
+        if (!shmr_cas_acq_rel(&p->life, &life, joining)) continue; /* A13 R13 */
         h->self = i = k;
         h->epoch = epoch;
         joined = true;
@@ -408,7 +420,8 @@ static void leave(shmr *h) {
         pthread_mutex_lock(&h->lock);
         shmr_sweep(h);
         shmr_arena_trim(h);
-        bool vacant = !shmr_count_get(&h->again_count) && give_groups(h);
+        /* By force while others of our threads are at work: what they still take, an heir finds. */
+        bool vacant = !shmr_count_get(&h->pins) && !shmr_count_get(&h->again_count) && give_groups(h);
         pthread_mutex_unlock(&h->lock);
         shmr_return_doorbells(h);
         struct shmr_participant *me = shmr_participant_at(h, h->self);

@@ -99,6 +99,8 @@ static int take(shmr *h, uint32_t ring, uint32_t *block, uint64_t *state) {
             advance_lease_cursor(h, ring, first); /* help: taken already */
             continue;
         }
+        /* The slot has 20 bits of the generation: if we slept for a million of them, the cursor has moved. */
+        if (shmr_load_acquire(&q->lease_cursor) != first) continue; /* A4 */
         uint64_t mine = shmr_state_pack(shmr_state_generation(seen), h->self, ring, shmr_state_flags(seen),
                                         SHMR_LEASED);
         if (shmr_cas_seq_cst(&shmr_record_at(h, shmr_slot_block(slot))->state, &seen, mine)) { /* S1 A1 R1 */
@@ -289,6 +291,8 @@ int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr
     int status = shmr_usable(h);
     if (status != SHMR_OK) return status;
     if (ring >= h->g.config.rings) return shmr_fail(SHMR_BAD_ARGUMENT, 0, "no such ring");
+    status = shmr_enter(h);
+    if (status != SHMR_OK) return status;
     struct lease_attempt attempt = {ring, out, false};
     out->state = 0;
     status = try_lease(h, &attempt);
@@ -296,9 +300,8 @@ int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr
         struct shmr_source source = {shmr_ring_at(h, ring)->item_waiters, shmr_ring_has_item, ring, true};
         status = shmr_wait(h, &source, 1, SHMR_SPIN_ITEM, try_lease, &attempt, deadline);
     }
-    if (status != SHMR_OK && out->state == 0) return status;
-    shmr_retry_inserts(h);
-    shmr_pin(h, 1);
+    if (status != SHMR_OK && out->state == 0) return shmr_leave(h, status);
+    shmr_retry_inserts(h); /* the pin is now that of the lease */
     if (status == SHMR_OK && attempt.sequence_broken)
         status = shmr_fail(SHMR_CORRUPT, 0, "sequence number: a message is missing, doubled or out of order");
     if (status == SHMR_OK && payload_check) {
@@ -337,7 +340,9 @@ int shmr_wait_item(shmr *h, uint32_t ring, int64_t deadline) {
     int status = item_waits(h, &ring);
     if (status != SHMR_WOULD_BLOCK || deadline == 0) return status;
     struct shmr_source source = {shmr_ring_at(h, ring)->item_waiters, shmr_ring_has_item, ring, true};
-    return shmr_wait(h, &source, 1, SHMR_SPIN_ITEM, item_waits, &ring, deadline);
+    status = shmr_enter(h);
+    if (status != SHMR_OK) return status;
+    return shmr_leave(h, shmr_wait(h, &source, 1, SHMR_SPIN_ITEM, item_waits, &ring, deadline));
 }
 
 static int is_idle(shmr *h, void *argument) {
@@ -345,6 +350,9 @@ static int is_idle(shmr *h, void *argument) {
     int status = shmr_usable(h);
     if (status != SHMR_OK) return status;
     if (slot_is_filled(h, ring) && shmr_approx_fill(h, ring)) return SHMR_WOULD_BLOCK; /* spares the scan */
+    const struct shmr_ring *q = shmr_ring_at(h, ring);
+    uint64_t position = shmr_load_acquire(&q->commit_cursor);                    /* A5 */
+    uint64_t before = shmr_load_acquire(shmr_slot_at(h, ring, position));        /* A3 */
     for (uint32_t g = 0; g < h->g.groups; g++) {
         if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7: never reserved */
         for (uint32_t i = 0; i < SHMR_GROUP; i++) {
@@ -354,6 +362,10 @@ static int is_idle(shmr *h, void *argument) {
                 return SHMR_WOULD_BLOCK;
         }
     }
+    /* What was committed meanwhile may lie where we had looked, its parent be done by the time we came there. */
+    if (shmr_load_seq_cst(shmr_slot_at(h, ring, position)) != before || /* S2 A3 */
+        shmr_load_seq_cst(&q->commit_cursor) != position)               /* S2 A5 */
+        return SHMR_WOULD_BLOCK;
     return SHMR_OK;
 }
 
@@ -362,7 +374,9 @@ int shmr_wait_idle(shmr *h, uint32_t ring, int64_t deadline) {
     int status = is_idle(h, &ring);
     if (status != SHMR_WOULD_BLOCK || deadline == 0) return status;
     struct shmr_source source = {shmr_header_of(h)->idle_waiters, NULL, ring, false};
-    return shmr_wait(h, &source, 1, SHMR_SPIN_SPACE, is_idle, &ring, deadline);
+    status = shmr_enter(h);
+    if (status != SHMR_OK) return status;
+    return shmr_leave(h, shmr_wait(h, &source, 1, SHMR_SPIN_SPACE, is_idle, &ring, deadline));
 }
 
 void shmr_notify_idle(shmr *h) { shmr_notify_all(h, shmr_header_of(h)->idle_waiters); }

@@ -72,6 +72,7 @@ class Arena:
         self._high = base + int(lib.shmr_mapped_bytes(region.handle))
         self._capsules: dict[int, Any] = {}
         self._roots: dict[tuple[int, int, bool], weakref.ref[Any]] = {}
+        self._watched: dict[int, weakref.ref[Any]] = {}  # by id: two threads may resolve the same at once
         self._lock = threading.Lock()
         self._ref = threading.local()
         self.held_bytes = 0
@@ -190,11 +191,13 @@ class Arena:
             self.held_bytes += nbytes
 
         def drop(gone: weakref.ref[Any]) -> None:
+            del self._watched[id(gone)]
             if self._roots.get(key) is gone:
                 del self._roots[key]
             with self._lock:
                 self.held_bytes -= nbytes
             lib.shmr_drop(self._handle, block, generation)
 
-        self._roots[key] = weakref.ref(root, drop)
+        watcher = weakref.ref(root, drop)
+        self._watched[id(watcher)] = self._roots[key] = watcher
         return root

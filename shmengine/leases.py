@@ -28,11 +28,18 @@ __all__ = ["Claim", "Lease", "release_with"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# References that stand behind an unescaped view when its lease ends: the cache's, the handle's, the argument of
-# getrefcount, and the name after ``as``.
-_VIEW_REFERENCES = 4
-# The same for its root: the cache's, the view's base, the argument of getrefcount.
-_ROOT_REFERENCES = 3
+
+def _count_own() -> int:
+    thing = object()
+    return sys.getrefcount(thing)
+
+
+# A name in the frame that asks, and the argument of getrefcount (which some interpreters only lend).
+OWN_REFERENCES = _count_own()
+# Those behind a view that has not escaped: the cache's, and the asking frame's. A name after ``as`` is one more.
+_VIEW_REFERENCES = 1 + OWN_REFERENCES
+# The same for its root: the cache's, the view's, the asking frame's.
+_ROOT_REFERENCES = 2 + OWN_REFERENCES
 
 _watched: dict[int, weakref.ref[Any]] = {}  # by id: arrays cannot be hashed
 
@@ -94,7 +101,12 @@ class Claim:
         self._array = None
         array.flags.writeable = False  # what is committed belongs to the reader
         ring = self._ring
-        status = ring._commit(self._block, self._layout, self._deadline)
+        try:
+            status = ring._commit(self._block, self._layout, self._deadline)
+        except BaseException:  # a signal's handler, while we waited
+            with contextlib.suppress(LeaseError):
+                self._abort()
+            raise
         if status != OK:
             with contextlib.suppress(LeaseError):
                 self._abort()
@@ -148,13 +160,14 @@ class Lease:
         How often the message had been delivered to somebody who died before releasing it.
     """
 
-    __slots__ = ("_array", "_block", "_key", "_ring", "attempts")
+    __slots__ = ("_array", "_asked", "_block", "_key", "_ring", "attempts")
 
     def __init__(self, ring: Ring, block: Any, array: Array, key: Any) -> None:
         self._ring = ring
         self._block = block
         self._array: Array | None = array
         self._key = key
+        self._asked = False
         self.attempts: int = block.attempts
 
     @property
@@ -162,6 +175,7 @@ class Lease:
         """The memory to read."""
         if self._array is None:
             raise LeaseError("this lease has ended: it was released")
+        self._asked = True
         return self._array
 
     def release(self) -> None:
@@ -172,31 +186,42 @@ class Lease:
         LeaseError
             The lease has ended already, or belongs to the parent of this forked process.
         """
-        # Called directly there may be no name after ``as``; one reference more is then taken for an escape only
-        # if the array is in use twice.
+        self._release(_VIEW_REFERENCES)
+
+    def _release(self, expected: int) -> None:
         array = self._array
         if array is None:
             raise LeaseError("this lease has ended: it was released")
         self._array = None
         ring = self._ring
         base: Any = array.base
-        # `array` and `base` are names of this frame: one reference more each than the constants count.
-        if sys.getrefcount(array) <= _VIEW_REFERENCES and sys.getrefcount(base) <= _ROOT_REFERENCES + 1:
+        entry = ring._views.get(self._key)
+        if (
+            entry is not None
+            and entry[1] is array  # no longer in the cache: then the counts say nothing
+            and sys.getrefcount(array) <= expected
+            and sys.getrefcount(base) <= _ROOT_REFERENCES
+        ):
             status = lib.shmr_release(ring._region.handle, self._block)
             if status != OK:
                 raise LeaseError("release of a lease: it is not, or no longer, held by this process")
             ring._blocks.append(self._block)
             return
-        ring._views.pop(self._key, None)
+        if entry is not None and entry[1] is array:
+            del ring._views[self._key]
+        del entry
         lib.shmr_count_late_release(ring._region.handle)
         release_with(base, ring._region, self._block)
 
     def __enter__(self) -> Array:
-        return self.array
+        if self._array is None:
+            raise LeaseError("this lease has ended: it was released")
+        return self._array
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         if self._array is not None:
-            self.release()
+            # One more for the name after ``as``; but whoever asked for `array` may have no such name, only others.
+            self._release(_VIEW_REFERENCES + (not self._asked))
 
     def __del__(self) -> None:
         if self._array is not None:

@@ -400,6 +400,8 @@ def find_culprit(obj: Any, label: str = "", *, by_value: bool = True) -> tuple[s
     seen: set[int] = set()
     while reason is not None and id(obj) not in seen:
         seen.add(id(obj))
+        if _refuses(obj):
+            break
         for step, part in _parts_of(obj):
             failure = _why_not(part, by_value)
             if failure is not None:
@@ -408,6 +410,17 @@ def find_culprit(obj: Any, label: str = "", *, by_value: bool = True) -> tuple[s
         else:
             break
     return path, obj, reason
+
+
+def _refuses(obj: Any) -> bool:
+    """Tell whether the object itself says no, whatever its parts are."""
+    if isinstance(obj, (type, FunctionType)):
+        return False
+    try:
+        obj.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+    except Exception:
+        return True
+    return False
 
 
 def _why_not(obj: Any, by_value: bool) -> Exception | None:

@@ -192,6 +192,7 @@ class Queue(Attached, Generic[T]):
                     f" of this queue, {format_bytes(self._budget())}: raise memory="
                 )
             elif status == CLOSED:
+                self._sleep_at_exit()
                 raise self._refusal()
             elif status != INTERRUPTED:
                 fail(status, "put into this queue")
@@ -258,6 +259,7 @@ class Queue(Attached, Generic[T]):
 
                     raise Empty
                 if status == CLOSED:
+                    self._sleep_at_exit()
                     raise self._refusal()
                 if status not in (INTERRUPTED, FORKED):
                     fail(status, "get from this queue")
@@ -304,8 +306,7 @@ class Queue(Attached, Generic[T]):
         Messages that wait stay, as long as any other process has the queue.
         """
         if not self._closed:
-            self._closed = True
-            self._region.close()
+            self._detach()
 
     def join_thread(self) -> None:
         """Do nothing: there is no thread. (`multiprocessing.Queue` waits for its own here.)

@@ -51,7 +51,8 @@ class RegionConfig:
     def to_c(self) -> Any:
         """Return a ``shmr_config``, rounded to what the core takes."""
         arena = max(1, -(-self.arena_bytes // EXTENT_BYTES)) * EXTENT_BYTES
-        blocks = self.blocks or min(1 << 20, max(4096, arena // 1024))
+        # Each producer takes records by groups, so there must be some for every participant.
+        blocks = self.blocks or min(1 << 20, max(2 * GROUP * self.participants, arena // 1024))
         c = ffi.new("shmr_config *")
         c.participants = self.participants
         c.doorbells = self.doorbells
@@ -123,6 +124,8 @@ class Region:
         self.creator = creator
         self.pid = os.getpid()
         self.closed = False
+        self.exiting = False
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # rings and queues of this process that share it
         info = os.fstat(fd)
         self.inode = info.st_ino
         self.number = (info.st_ino * 0x9E3779B97F4A7C15 ^ info.st_dev) & (1 << 63) - 1
@@ -133,7 +136,10 @@ class Region:
         )
         self.memory = memoryview(ffi.buffer(base, lib.shmr_mapped_bytes(handle)))
         self.readable = self.memory.toreadonly()
-        self._finalizer = weakref.finalize(self, _end, handle, self._fd, name if creator else None, self.pid)
+        self._names = [name] if creator and name is not None else []  # to be removed by us, and once
+        self._finalizer = weakref.finalize(
+            self, _end, weakref.ref(self), handle, self._fd, self._names, self.pid
+        )
 
     # --- making and finding ------------------------------------------------------------------
 
@@ -283,8 +289,8 @@ class Region:
             return
         lib.shmr_close(self.handle, int(force))
         self._fd.close()
-        if self.creator and self.name is not None:
-            _unlink(self.name)
+        while self._names:
+            _unlink(self._names.pop())
             self.name = None
 
 
@@ -300,17 +306,22 @@ class _Descriptor:
             os.close(fd)
 
 
-def _end(handle: Any, fd: _Descriptor, name: str | None, pid: int) -> None:
+def _end(region: weakref.ref[Region], handle: Any, fd: _Descriptor, names: list[str], pid: int) -> None:
     """Finalize a region: when it is collected, or at exit."""
     if pid != os.getpid():
         fd.close()
         return
-    # At exit views may still be alive; what they lease is done with, and must not be delivered again.
-    lib.shmr_close(handle, 1)
-    lib.shmr_free(handle)
+    # At exit views may still be alive; what they lease is done with, and must not be delivered again. A collected
+    # region can only be needed by arrays that NumPy made in it, and is left with the last one.
+    left = region()
+    if left is not None:  # this is the exit: views, leases and waiting daemon threads still use the handle
+        left.exiting = True
+    lib.shmr_close(handle, int(left is not None))
+    if left is None:
+        lib.shmr_free(handle)
     fd.close()
-    if name is not None:
-        _unlink(name)
+    while names:
+        _unlink(names.pop())
 
 
 def _path(name: str) -> str:
@@ -366,8 +377,11 @@ def _make_file(total: int, arena: int, name: str | None) -> int:
                 total,
             ) from error
         return fd
+    from multiprocessing import resource_tracker
     from multiprocessing.shared_memory import SharedMemory
 
+    # Starting it takes a while, in which a SIGKILL would leave the name behind.
+    resource_tracker.ensure_running()
     full = f"{NAME_PREFIX}{name if name is not None else secrets.token_hex(16)}"
     try:
         memory = SharedMemory(full, create=True, size=total)

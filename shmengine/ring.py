@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -23,7 +24,7 @@ from shmengine._native.status import CLOSED, FORKED, INTERRUPTED, OK, TIMEOUT, W
 from shmengine.arrays import ArraySpec, decode_spec, encode_spec
 from shmengine.config import format_bytes, parse_bytes
 from shmengine.errors import ArrayError, Closed, Corrupt, LayoutMismatch, LeaseError
-from shmengine.leases import Claim, Lease, new_block, release_with
+from shmengine.leases import OWN_REFERENCES, Claim, Lease, new_block, release_with
 from shmengine.region import Region, RegionConfig, RegionToken
 from shmengine.stats import RingStats
 
@@ -79,6 +80,7 @@ class Attached:
         self._region = region
         self._capacity = int(read_config(region).capacity[0])
         self._closed = False
+        region.users.add(self)
 
     def _handle(self) -> Any:
         """Return the core's handle, joined anew in a forked child."""
@@ -94,8 +96,22 @@ class Attached:
             raise self._refusal()
         if self._region.pid != os.getpid():
             self._region = self._region.rejoin()
+            self._region.users.add(self)
             self._forget()
         return self._region
+
+    def _detach(self) -> None:
+        """Use the region no more; it is left when nobody in this process does."""
+        self._closed = True
+        users = self._region.users
+        users.discard(self)
+        if self._region.pid == os.getpid() and not users:
+            self._region.close()
+
+    def _sleep_at_exit(self) -> None:
+        """Let a daemon thread end with the interpreter, and not with an error, when that closes the region."""
+        if self._region.exiting and threading.current_thread().daemon:
+            threading.Event().wait()
 
     def _forget(self) -> None:
         """Drop what belonged to the parent of this forked process."""
@@ -209,6 +225,8 @@ class Ring(Attached):
             block = self._filled_block(layout)
         region = self._region
         need = layout.prefix + layout.nbytes
+        if self._closed:
+            raise self._refusal()
         while (status := lib.shmr_claim(region.handle, need, NO_REFS, 0, -1, deadline, block)) != OK:
             if status == FORKED:
                 region = self._rejoin()
@@ -217,7 +235,7 @@ class Ring(Attached):
                 self._refuse(status, "claim from this ring", seconds, need)
         key = (block.offset, layout.spec)
         array = self._targets.get(key)
-        if array is None or sys.getrefcount(array) > 3 or sys.getrefcount(array.base) > 3:
+        if array is None or sys.getrefcount(array) > 1 + OWN_REFERENCES or sys.getrefcount(array.base) > 3:
             array = self._target(key, block.offset, layout)
         array.flags.writeable = True
         return Claim(self, block, array, layout, deadline, seconds)
@@ -270,6 +288,8 @@ class Ring(Attached):
             status: int = lib.shmr_commit(self._region.handle, 0, self._payload_check, -1, deadline, block)
             if status == FORKED:
                 raise LeaseError("commit of a claim: it belongs to the parent of this forked process")
+            if status == CLOSED:
+                self._sleep_at_exit()
             if status != INTERRUPTED:
                 return status
 
@@ -342,6 +362,8 @@ class Ring(Attached):
         except IndexError:
             block = new_block()
         region = self._region
+        if self._closed:
+            raise self._refusal()
         while (status := lib.shmr_lease(region.handle, 0, self._payload_check, deadline, block)) != OK:
             if status == FORKED:
                 region = self._rejoin()
@@ -377,7 +399,7 @@ class Ring(Attached):
             elif block.kind != KIND_ARRAY:
                 raise Corrupt(f"a message of kind {block.kind} is no array", "kind")
             return root, arrays.view(root, decode_spec(raw), start)
-        except Corrupt:
+        except BaseException:
             lib.shmr_release(self._region.handle, block)
             raise
 
@@ -446,13 +468,10 @@ class Ring(Attached):
 
     def close(self) -> None:
         """End this process's part in the ring; arrays that are alive stay valid. Others go on."""
-        if self._closed:
-            return
-        self._closed = True
-        self._targets.clear()
-        self._views.clear()
-        if self._region.pid == os.getpid():
-            self._region.close()
+        if not self._closed:
+            self._targets.clear()
+            self._views.clear()
+            self._detach()
 
     def __enter__(self) -> Self:
         return self
@@ -483,7 +502,8 @@ class Ring(Attached):
     def _refuse(self, status: int, what: str, seconds: float | None, need: int) -> None:
         if status == WOULD_BLOCK:
             raise _Nothing
-        if status == CLOSED and self._closed:
+        if status == CLOSED:
+            self._sleep_at_exit()
             raise self._refusal()
         if status == lib.SHMR_TOO_LARGE:
             what = f"{what}: {format_bytes(need)} of {format_bytes(read_config(self._region).arena_bytes)}"

@@ -7,6 +7,7 @@ run again. It never imports the pool.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import signal
@@ -14,6 +15,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -77,6 +79,8 @@ class Worker:
         self.payload_check = int(setup["payload_check"])
         self.initializer: bytes | None = setup["initializer"]
         self.functions: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+        self.prepared: dict[str, Any] = {}
+        self.prepared_module = ""
         self.block = messages.empty_block()
         self.reply = messages.empty_block()
 
@@ -85,8 +89,7 @@ class Worker:
         self.arena.install(BORN_SHARED_BYTES)
         if self.initializer is not None:
             try:
-                initializer, initargs = codec.decode(self.initializer, copy=True)
-                initializer(*initargs)
+                self.prepare(*codec.decode(self.initializer, copy=True))
             except BaseException as error:
                 self.send(BROKEN, 0, codec.encode(codec.encode_exception(error)), 0)
                 raise
@@ -108,6 +111,20 @@ class Worker:
                 return
             elif status != INTERRUPTED:
                 fail(status, "lease a task")
+
+    def prepare(self, initializer: Callable[..., Any], initargs: tuple[Any, ...]) -> None:
+        """Run the initializer; what it does to globals of a module that workers cannot import is for all functions.
+
+        Those of ``__main__`` come by value, each with globals of its own, and would never see what it sets.
+        """
+        namespace = _own_globals(initializer)
+        before = dict(namespace)
+        initializer(*initargs)
+        missing = object()
+        self.prepared_module = namespace.get("__name__", "")
+        self.prepared = {
+            name: value for name, value in namespace.items() if before.get(name, missing) is not value
+        }
 
     def run(self, block: Any) -> None:
         """Run the calls of one batch and send what they returned."""
@@ -212,6 +229,9 @@ class Worker:
         fn = self.functions.get(encoded)
         if fn is None:
             fn = codec.decode(encoded, copy=True)
+            namespace = _own_globals(fn) if self.prepared else {}
+            if namespace.get("__name__") == self.prepared_module:
+                namespace.update(self.prepared)
             self.functions[encoded] = fn
             if len(self.functions) > FUNCTIONS_KEPT:
                 self.functions.popitem(last=False)
@@ -220,6 +240,17 @@ class Worker:
     def resolve_writable(self, reference: Any) -> Any:
         """Return the memory that a reference names, to be written in place."""
         return self.arena.resolve(reference, writable=True)
+
+
+def _own_globals(fn: Any) -> dict[str, Any]:
+    """Return the globals of a function that came by value; empty for those of a module that is imported here."""
+    while isinstance(fn, (functools.partial, MethodType)):
+        fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
+    if not isinstance(fn, FunctionType):
+        fn = type(fn).__call__
+    namespace: dict[str, Any] = getattr(fn, "__globals__", {})
+    module = sys.modules.get(namespace.get("__name__", ""))
+    return {} if module is not None and module.__dict__ is namespace else namespace
 
 
 def _private(args: Any, kwargs: Any) -> tuple[Any, Any]:

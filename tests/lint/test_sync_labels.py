@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
-from tests.helpers.sources import c_code, c_comments, c_files
+from tests.helpers.sources import CSRC, c_code, c_comments, c_files
 
 CALL = re.compile(r"\bshmr_(?:load|store|cas|or|and|add|exchange)_(acquire|release|acq_rel|seq_cst)\w*\s*\(")
 LABEL = re.compile(r"\b[RAS]\d+\b")
@@ -61,6 +61,32 @@ def test_every_ordered_access_is_labelled_and_each_label_has_its_partner():
     complaints, places = read(sources)
     assert not complaints, "\n".join(complaints)
     assert places, "no ordered access was found: the names of the wrappers have changed"
+
+
+def rows(text):
+    """Labels in the first column of the tables in the README's section on ordered pairs."""
+    section = text.partition("## Ordered pairs")[2].partition("\n## ")[0]
+    return {
+        label
+        for line in section.splitlines()
+        if line.startswith("|")
+        for label in LABEL.findall(line.split("|")[1])
+    }
+
+
+def test_every_label_has_a_row_in_the_readme_and_every_row_is_used():
+    sources = [(path.name, path.read_text()) for path in c_files() if path.name != "shmr_atomics.h"]
+    assert rows((CSRC / "README.md").read_text()) == set(read(sources)[1])
+
+
+def test_rows_are_read_from_a_table():
+    assert rows(
+        "## Ordered pairs\n| pair | x |\n|---|---|\n| R1 A1 | A7 |\n| S2 | |\n## Else\n| R9 | |\n"
+    ) == {
+        "R1",
+        "A1",
+        "S2",
+    }
 
 
 PAIR = """

@@ -188,7 +188,9 @@ def test_classes_of_a_main_that_children_cannot_import(tmp_path, method):
 def test_a_put_that_nobody_can_relieve_raises(kind):
     q = kind(memory="4 MiB")
     message = np.arange(50_000.0)
-    with pytest.raises(Full, match=r"no room .* 391 KiB: 1\d messages wait, .* 4 MiB .* nobody is left") as caught:
+    with pytest.raises(
+        Full, match=r"no room .* 391 KiB: 1\d messages wait, .* 4 MiB .* nobody is left"
+    ) as caught:
         for _ in range(100):
             q.put(message)
     assert isinstance(caught.value, queue.Full)
