@@ -91,6 +91,7 @@ void shmr_count_late_release(shmr *h);
 
 /* A block of `bytes`, CLAIMED by this process, which may name `count` others by reference (each must be held
  * by this process; they are held on until the frame is free again).
+ * Kind, tag, length and spec of *out are left as they are: the caller's, for the commit.
  * Waits for space until the deadline; with `items` >= 0 also returns ITEM_WAITS when that ring has an item,
  * so that a process that drains results can never be stuck on its own full arena. */
 int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, int items, int64_t deadline,

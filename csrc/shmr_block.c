@@ -250,7 +250,7 @@ static int try_claim(shmr *h, void *argument) {
     shmr_store_release(&r->state, state); /* R1: a recoverer reads offset and room */
     pthread_mutex_unlock(&h->lock);
     shmr_pin(h, 1);
-    memset(c->out, 0, offsetof(shmr_block, spec));
+    c->out->attempts = 0;
     c->out->state = state;
     c->out->block = block;
     c->out->offset = h->g.arena_at + offset + table;

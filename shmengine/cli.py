@@ -63,7 +63,9 @@ def _doctor() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "workers": config.default_workers(),
         "memory": f"{config.format_bytes(config.memory_available())} available",
-        "cgroup": "no memory limit" if headroom is None else f"{config.format_bytes(headroom)} left of its limit",
+        "cgroup": "no memory limit"
+        if headroom is None
+        else f"{config.format_bytes(headroom)} left of its limit",
         "/dev/shm": f"{config.format_bytes(free)} free",
         "budget": f"{config.format_bytes(budget)} by default, in {backing}",
         "trouble": trouble,
@@ -78,5 +80,3 @@ def _clean() -> dict[str, Any]:
         remove_name(name)
         removed.append(name)
     return {"removed": removed or ["nothing"]}
-
-

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shmengine._native import ffi, lib
-from shmengine._native.status import OK, STALE, fail
+from shmengine._native.status import OK, STALE, WOULD_BLOCK, deadline_of, fail
 from shmengine.errors import LeaseError, WouldBlock
 
 if TYPE_CHECKING:
     from shmengine.region import Region
-    from shmengine.ring import Ring
+    from shmengine.ring import Layout, Ring
 
 __all__ = ["Claim", "Lease", "release_with"]
 
@@ -57,30 +57,40 @@ def release_with(root: Any, region: Region, block: Any, then: Callable[[], None]
     _watched[id(reference)] = reference
 
 
+class _Probe:
+    """Finds out how many references a handle has in ``__exit__`` if nothing but the ``with`` statement has it."""
+
+    references = 0
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, *_: object) -> None:
+        _Probe.references = sys.getrefcount(self)
+
+
+with _Probe():
+    pass
+# A handle with no more references than these can be used again: nobody has it who could confuse two uses.
+_UNNAMED = _Probe.references
+
+
 class Claim:
-    """A block to be filled; made by `Ring.claim`.
+    """A block to be filled; made by `Ring.claim`."""
 
-    Attributes
-    ----------
-    array : ndarray
-        Writable, over the block's memory, uninitialised.
-    """
+    __slots__ = ("_array", "_block", "_flags", "_layout", "_ring", "_timeout")
 
-    __slots__ = ("_array", "_block", "_deadline", "_layout", "_ring", "_seconds")
-
-    def __init__(
-        self, ring: Ring, block: Any, array: Array, layout: Any, deadline: int, seconds: float | None
-    ) -> None:
+    def __init__(self, ring: Ring, layout: Layout) -> None:
         self._ring = ring
-        self._block = block
-        self._array: Array | None = array
         self._layout = layout
-        self._deadline = deadline
-        self._seconds = seconds
+        self._block = layout.new_block()
+        self._timeout: float | None = None
+        self._array: Array | None = None
+        self._flags: Any = None
 
     @property
     def array(self) -> Array:
-        """The memory to fill."""
+        """The memory to fill: writable, over the block's memory, uninitialised."""
         if self._array is None:
             raise LeaseError("this claim has ended: it was committed or aborted")
         return self._array
@@ -95,25 +105,29 @@ class Claim:
         LeaseError
             The claim has ended already.
         """
-        array = self._array
-        if array is None:
+        if self._array is None:
             raise LeaseError("this claim has ended: it was committed or aborted")
         self._array = None
-        array.flags.writeable = False  # what is committed belongs to the reader
+        self._flags.writeable = False  # what is committed belongs to the reader
         ring = self._ring
+        if lib.shmr_commit(ring._h, 0, ring._payload_check, -1, 0, self._block):
+            self._commit_slowly()
+
+    def _commit_slowly(self) -> None:
+        ring, timeout = self._ring, self._timeout
         try:
-            status = ring._commit(self._block, self._layout, self._deadline)
+            status = ring._commit(self._block, deadline_of(timeout))
         except BaseException:  # a signal's handler, while we waited
             with contextlib.suppress(LeaseError):
                 self._abort()
             raise
-        if status != OK:
-            with contextlib.suppress(LeaseError):
-                self._abort()
-            if self._deadline == 0 and status == lib.SHMR_WOULD_BLOCK:
-                raise WouldBlock("commit to this ring: it is full; the claim was aborted")
-            fail(status, "commit to this ring (the claim was aborted)", seconds=self._seconds)
-        ring._recycle(self._block, self._layout)
+        if status == OK:
+            return
+        with contextlib.suppress(LeaseError):
+            self._abort()
+        if status == WOULD_BLOCK:
+            raise WouldBlock("commit to this ring: it is full; the claim was aborted")
+        fail(status, "commit to this ring (the claim was aborted)", seconds=timeout)
 
     def abort(self) -> None:
         """Give the block back; nobody will see it.
@@ -125,12 +139,12 @@ class Claim:
         """
         if self._array is None:
             raise LeaseError("this claim has ended: it was committed or aborted")
-        self._array.flags.writeable = False
         self._array = None
+        self._flags.writeable = False
         self._abort()
 
     def _abort(self) -> None:
-        status = lib.shmr_abort(self._ring._region.handle, self._block)
+        status = lib.shmr_abort(self._ring._h, self._block)
         if status == STALE or status == lib.SHMR_FORKED:
             raise LeaseError("abort of a claim: it is not, or no longer, held by this process")
 
@@ -142,6 +156,8 @@ class Claim:
             self.commit()
         elif self._array is not None:
             self.abort()
+        if sys.getrefcount(self) <= _UNNAMED:
+            self._layout.spare.append(self)
 
     def __del__(self) -> None:
         if self._array is not None:  # forgotten: nobody can commit it any more
@@ -150,33 +166,30 @@ class Claim:
 
 
 class Lease:
-    """A committed block to be read; made by `Ring.lease`.
+    """A committed block to be read; made by `Ring.lease`."""
 
-    Attributes
-    ----------
-    array : ndarray
-        Read-only for good, over the block's memory.
-    attempts : int
-        How often the message had been delivered to somebody who died before releasing it.
-    """
+    __slots__ = ("_array", "_asked", "_block", "_key", "_ring", "_spec")
 
-    __slots__ = ("_array", "_asked", "_block", "_key", "_ring", "attempts")
-
-    def __init__(self, ring: Ring, block: Any, array: Array, key: Any) -> None:
+    def __init__(self, ring: Ring) -> None:
         self._ring = ring
-        self._block = block
-        self._array: Array | None = array
-        self._key = key
+        self._block = new_block()
+        self._spec = ffi.buffer(self._block.spec)
+        self._array: Array | None = None
+        self._key: Any = None
         self._asked = False
-        self.attempts: int = block.attempts
 
     @property
     def array(self) -> Array:
-        """The memory to read."""
+        """The memory to read: read-only for good, over the block's memory."""
         if self._array is None:
             raise LeaseError("this lease has ended: it was released")
         self._asked = True
         return self._array
+
+    @property
+    def attempts(self) -> int:
+        """How often the message had been delivered to somebody who died before releasing it."""
+        return int(self._block.attempts)
 
     def release(self) -> None:
         """Give the block back, at once if no view of it is in use elsewhere, else with the last view.
@@ -202,16 +215,15 @@ class Lease:
             and sys.getrefcount(array) <= expected
             and sys.getrefcount(base) <= _ROOT_REFERENCES
         ):
-            status = lib.shmr_release(ring._region.handle, self._block)
-            if status != OK:
+            if lib.shmr_release(ring._h, self._block):
                 raise LeaseError("release of a lease: it is not, or no longer, held by this process")
-            ring._blocks.append(self._block)
             return
         if entry is not None and entry[1] is array:
             del ring._views[self._key]
         del entry
-        lib.shmr_count_late_release(ring._region.handle)
+        lib.shmr_count_late_release(ring._h)
         release_with(base, ring._region, self._block)
+        self._block = None  # it belongs to the views now
 
     def __enter__(self) -> Array:
         if self._array is None:
@@ -222,6 +234,8 @@ class Lease:
         if self._array is not None:
             # One more for the name after ``as``; but whoever asked for `array` may have no such name, only others.
             self._release(_VIEW_REFERENCES + (not self._asked))
+        if sys.getrefcount(self) <= _UNNAMED and self._block is not None:
+            self._ring._leases.append(self)
 
     def __del__(self) -> None:
         if self._array is not None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import time
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -20,11 +19,20 @@ import numpy as np
 
 from shmengine import arrays
 from shmengine._native import ffi, lib
-from shmengine._native.status import CLOSED, FORKED, INTERRUPTED, OK, TIMEOUT, WOULD_BLOCK, fail
+from shmengine._native.status import (
+    CLOSED,
+    FORKED,
+    INTERRUPTED,
+    OK,
+    TIMEOUT,
+    WOULD_BLOCK,
+    deadline_of,
+    fail,
+)
 from shmengine.arrays import ArraySpec, decode_spec, encode_spec
 from shmengine.config import format_bytes, parse_bytes
 from shmengine.errors import ArrayError, Closed, Corrupt, LayoutMismatch, LeaseError
-from shmengine.leases import OWN_REFERENCES, Claim, Lease, new_block, release_with
+from shmengine.leases import Claim, Lease, new_block, release_with
 from shmengine.region import Region, RegionConfig, RegionToken
 from shmengine.stats import RingStats
 
@@ -39,26 +47,17 @@ MAX_CACHED = 1024
 NO_REFS = ffi.NULL
 
 
-def deadline_of(timeout: float | None) -> int:
-    """Monotonic nanoseconds for the core: -1 for ever, 0 not at all.
-
-    Raises
-    ------
-    ValueError
-        The timeout is negative or not a number.
-    """
-    if timeout is None:
-        return -1
-    if not timeout >= 0:
-        raise ValueError(
-            f"timeout must be None (for ever), 0 (do not wait) or positive seconds, not {timeout!r}"
-        )
-    if timeout == 0:
-        return 0
-    return time.monotonic_ns() + int(min(timeout, 1e9) * 1e9)
+def _references_of_an_element() -> int:
+    pair = (object(), None)
+    return sys.getrefcount(pair[0])
 
 
-class _Layout(NamedTuple):
+# What getrefcount says of an array that only the cache has.
+ENTRY_REFERENCES = _references_of_an_element()
+TARGET_REFERENCES = ENTRY_REFERENCES + 1  # its flags know it too
+
+
+class Layout(NamedTuple):
     """Everything that follows from a shape and a dtype."""
 
     dtype: np.dtype[Any]
@@ -66,18 +65,34 @@ class _Layout(NamedTuple):
     spec: bytes
     prefix: int  # bytes of payload before the array
     nbytes: int  # bytes of the array
-    spare: list[Any]  # blocks whose spec is filled in
+    need: int  # both together
+    targets: dict[int, tuple[Array, Any]]  # writable arrays by place, and their flags
+    spare: list[Claim]  # handles that can be used again
+
+    def new_block(self) -> Any:
+        """Return a block that is ready to be claimed and committed with an array of this layout."""
+        block = new_block()
+        block.length = self.need
+        if self.prefix:
+            block.kind = KIND_ARRAY_PREFIX
+        else:
+            block.kind = KIND_ARRAY
+            block.spec_bytes = len(self.spec)
+            ffi.memmove(block.spec, self.spec, len(self.spec))
+        return block
 
 
 class Attached:
     """This process's end of a region with one ring: joined anew in a forked child, closed once."""
 
     _region: Region
+    _h: Any  # its handle
     _capacity: int
     _closed: bool
 
     def _attach(self, region: Region) -> None:
         self._region = region
+        self._h = region.handle
         self._capacity = int(read_config(region).capacity[0])
         self._closed = False
         region.users.add(self)
@@ -96,6 +111,7 @@ class Attached:
             raise self._refusal()
         if self._region.pid != os.getpid():
             self._region = self._region.rejoin()
+            self._h = self._region.handle
             self._region.users.add(self)
             self._forget()
         return self._region
@@ -172,10 +188,9 @@ class Ring(Attached):
         self._attach(region)
         self._check = check
         self._payload_check = int(check == "payload")
-        self._layouts: dict[Any, _Layout] = {}
-        self._views: dict[Any, tuple[Any, Array]] = {}  # read-only arrays by place and spec
-        self._targets: dict[Any, Array] = {}  # writable ones
-        self._blocks: list[Any] = []
+        self._layouts: dict[Any, Layout] = {}
+        self._views: dict[Any, tuple[Any, Array]] = {}  # read-only arrays by place and spec, with their roots
+        self._leases: list[Lease] = []  # handles that can be used again
 
     # --- producing -------------------------------------------------------------------------------
 
@@ -188,7 +203,7 @@ class Ring(Attached):
         dtype : dtype-like
             Any but object and StringDType.
         timeout : float, optional
-            Seconds to wait, for memory now and for a slot at the commit, together; None: for ever.
+            Seconds to wait for memory now, and again for a slot at the commit; None: for ever.
 
         Returns
         -------
@@ -203,57 +218,61 @@ class Ring(Attached):
         ArrayError
             No array of this dtype can be carried.
         """
-        return self._claim(shape, dtype, deadline_of(timeout), timeout)
+        try:
+            layout = self._layouts[shape, dtype]
+        except (KeyError, TypeError):
+            layout = self._layout(shape, dtype)
+        try:
+            claim = layout.spare.pop()
+        except IndexError:
+            claim = Claim(self, layout)
+        claim._timeout = timeout
+        block = claim._block
+        # At once, or else slowly: the clock is read only by those who wait.
+        if self._closed or lib.shmr_claim(self._h, layout.need, NO_REFS, 0, -1, 0, block):
+            self._claim_slowly(block, layout.need, timeout)
+        target = layout.targets.get(block.offset)
+        if target is None or sys.getrefcount(target[0]) > TARGET_REFERENCES:
+            target = self._target(layout, block.offset)
+        claim._array, flags = target
+        flags.writeable = True
+        claim._flags = flags
+        return claim
 
     def try_claim(self, shape: int | tuple[int, ...], dtype: Any = float) -> Claim | None:
         """Like `claim`, but never wait: None if there is no memory or no slot now."""
         if lib.shmr_approx_fill(self._handle(), 0) >= self._capacity:
             return None
         try:
-            return self._claim(shape, dtype, 0, 0)
+            return self.claim(shape, dtype, 0)
         except _Nothing:
             return None
 
-    def _claim(self, shape: Any, dtype: Any, deadline: int, seconds: float | None) -> Claim:
-        try:
-            layout = self._layouts[shape, dtype]
-        except (KeyError, TypeError):
-            layout = self._layout(shape, dtype)
-        try:
-            block = layout.spare.pop()
-        except IndexError:
-            block = self._filled_block(layout)
-        region = self._region
-        need = layout.prefix + layout.nbytes
+    def _claim_slowly(self, block: Any, need: int, timeout: float | None) -> None:
+        deadline = deadline_of(timeout)
         if self._closed:
             raise self._refusal()
-        while (status := lib.shmr_claim(region.handle, need, NO_REFS, 0, -1, deadline, block)) != OK:
+        while (status := lib.shmr_claim(self._h, need, NO_REFS, 0, -1, deadline, block)) != OK:
             if status == FORKED:
-                region = self._rejoin()
+                self._rejoin()
             elif status != INTERRUPTED:
-                layout.spare.append(block)
-                self._refuse(status, "claim from this ring", seconds, need)
-        key = (block.offset, layout.spec)
-        array = self._targets.get(key)
-        if array is None or sys.getrefcount(array) > 1 + OWN_REFERENCES or sys.getrefcount(array.base) > 3:
-            array = self._target(key, block.offset, layout)
-        array.flags.writeable = True
-        return Claim(self, block, array, layout, deadline, seconds)
+                self._refuse(status, "claim from this ring", timeout, need)
 
-    def _target(self, key: Any, offset: int, layout: _Layout) -> Array:
-        root = self._region.root(offset, layout.prefix + layout.nbytes, writable=True)
+    def _target(self, layout: Layout, offset: int) -> tuple[Array, Any]:
+        root = self._region.root(offset, layout.need, writable=True)
         if layout.prefix:
             root[: 4 + len(layout.spec)] = np.frombuffer(
                 len(layout.spec).to_bytes(4, "little") + layout.spec, np.uint8
             )
         array = arrays.view(root, ArraySpec(layout.dtype, layout.shape), layout.prefix)
-        if layout.prefix == 0:
-            if len(self._targets) >= MAX_CACHED:
-                self._targets.clear()
-            self._targets[key] = array
-        return array
+        target = array, array.flags
+        if not layout.prefix:
+            if len(layout.targets) >= MAX_CACHED:
+                layout.targets.clear()
+            layout.targets[offset] = target
+        return target
 
-    def _layout(self, shape: Any, dtype: Any) -> _Layout:
+    def _layout(self, shape: Any, dtype: Any) -> Layout:
         try:
             spec = ArraySpec(np.dtype(dtype), _shape(shape))
             raw = encode_spec(spec)
@@ -262,7 +281,7 @@ class Ring(Attached):
                 raise
             raise ArrayError(f"no array has shape {shape!r} and dtype {dtype!r}: {error}") from error
         prefix = 0 if len(raw) <= SPEC_BYTES else -(-(4 + len(raw)) // 64) * 64
-        layout = _Layout(spec.dtype, spec.shape, raw, prefix, spec.nbytes, [])
+        layout = Layout(spec.dtype, spec.shape, raw, prefix, spec.nbytes, prefix + spec.nbytes, {}, [])
         try:
             if len(self._layouts) >= MAX_CACHED:
                 self._layouts.clear()
@@ -271,31 +290,15 @@ class Ring(Attached):
             pass  # a list as shape, or another unhashable spelling: not remembered
         return layout
 
-    def _filled_block(self, layout: _Layout) -> Any:
-        block = new_block()
-        if not layout.prefix:
-            ffi.memmove(block.spec, layout.spec, len(layout.spec))
-        return block
-
-    def _commit(self, block: Any, layout: _Layout, deadline: int) -> int:
-        block.length = layout.prefix + layout.nbytes
-        if layout.prefix:
-            block.kind = KIND_ARRAY_PREFIX
-        else:
-            block.kind = KIND_ARRAY
-            block.spec_bytes = len(layout.spec)
+    def _commit(self, block: Any, deadline: int) -> int:
         while True:
-            status: int = lib.shmr_commit(self._region.handle, 0, self._payload_check, -1, deadline, block)
+            status: int = lib.shmr_commit(self._h, 0, self._payload_check, -1, deadline, block)
             if status == FORKED:
                 raise LeaseError("commit of a claim: it belongs to the parent of this forked process")
             if status == CLOSED:
                 self._sleep_at_exit()
             if status != INTERRUPTED:
                 return status
-
-    def _recycle(self, block: Any, layout: _Layout) -> None:
-        if len(layout.spare) < 64:
-            layout.spare.append(block)
 
     def send(self, array: Any, timeout: float | None = None) -> None:
         """Copy an array into a block and commit it.
@@ -347,45 +350,45 @@ class Ring(Attached):
         Corrupt
             The message failed a check; it is discarded, the ring goes on.
         """
-        return self._lease(deadline_of(timeout), timeout)
+        try:
+            lease = self._leases.pop()
+        except IndexError:
+            lease = Lease(self)
+        block = lease._block
+        if self._closed or lib.shmr_lease(self._h, 0, self._payload_check, 0, block):
+            self._lease_slowly(block, timeout)
+        lease._key = key = (block.offset, lease._spec[: block.spec_bytes])
+        entry = self._views.get(key)
+        # A name that still holds the array of an earlier lease would look like an escape of this one.
+        if (
+            entry is None
+            or sys.getrefcount(entry[1]) > ENTRY_REFERENCES
+            or sys.getrefcount(entry[0]) > ENTRY_REFERENCES + 1
+        ):
+            entry = self._read(block, key[1])
+            if len(self._views) >= MAX_CACHED:
+                self._views.clear()
+            self._views[key] = entry
+        lease._array = entry[1]
+        lease._asked = False
+        return lease
 
     def try_lease(self) -> Lease | None:
         """Like `lease`, but never wait: None if the ring is empty."""
         try:
-            return self._lease(0, 0)
+            return self.lease(0)
         except _Nothing:
             return None
 
-    def _take(self, deadline: int, seconds: float | None) -> Any:
-        try:
-            block = self._blocks.pop()
-        except IndexError:
-            block = new_block()
-        region = self._region
+    def _lease_slowly(self, block: Any, timeout: float | None) -> None:
+        deadline = deadline_of(timeout)
         if self._closed:
             raise self._refusal()
-        while (status := lib.shmr_lease(region.handle, 0, self._payload_check, deadline, block)) != OK:
+        while (status := lib.shmr_lease(self._h, 0, self._payload_check, deadline, block)) != OK:
             if status == FORKED:
-                region = self._rejoin()
+                self._rejoin()
             elif status != INTERRUPTED:
-                self._blocks.append(block)
-                self._refuse(status, "lease from this ring", seconds, 0)
-        return block
-
-    def _lease(self, deadline: int, seconds: float | None) -> Lease:
-        block = self._take(deadline, seconds)
-        key = (block.offset, ffi.buffer(block.spec, block.spec_bytes)[:])
-        cached = self._views.get(key)
-        # A name that still holds the array of an earlier lease would look like an escape of this one.
-        if cached is None or sys.getrefcount(cached[1]) > 2 or sys.getrefcount(cached[0]) > 3:
-            root, array = self._read(block, key[1])
-            if len(self._views) >= MAX_CACHED:
-                self._views.clear()
-            self._views[key] = (root, array)
-            del root
-        else:
-            array = cached[1]
-        return Lease(self, block, array, key)
+                self._refuse(status, "lease from this ring", timeout, 0)
 
     def _read(self, block: Any, raw: bytes) -> tuple[Any, Array]:
         """Return the root and the array of a leased message; a message that is no array is given back."""
@@ -421,7 +424,8 @@ class Ring(Attached):
         Timeout, Closed, PeerLost, Corrupt
             As for `lease`.
         """
-        block = self._take(deadline_of(timeout), timeout)
+        block = new_block()
+        self._lease_slowly(block, timeout)
         root, array = self._read(block, ffi.buffer(block.spec, block.spec_bytes)[:])
         release_with(root, self._region, block)
         return array
@@ -469,8 +473,7 @@ class Ring(Attached):
     def close(self) -> None:
         """End this process's part in the ring; arrays that are alive stay valid. Others go on."""
         if not self._closed:
-            self._targets.clear()
-            self._views.clear()
+            self._forget()
             self._detach()
 
     def __enter__(self) -> Self:
@@ -491,9 +494,8 @@ class Ring(Attached):
         return _from_token, (type(self), self._region.token(), self._check)
 
     def _forget(self) -> None:
-        self._targets = {}
         self._views = {}
-        self._blocks = []
+        self._leases = []
         self._layouts = {}
 
     def _refusal(self) -> Closed:

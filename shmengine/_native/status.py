@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import NoReturn
 
 from shmengine import errors
@@ -67,3 +68,22 @@ def fail(status: int, what: str, *, seconds: float | None = None) -> NoReturn:
         code = lib.shmr_last_errno()
         raise OSError(code, f"{what}: {detail()}: {os.strerror(code)}")
     raise ValueError(f"{what}: {reason}: {detail()}")
+
+
+def deadline_of(timeout: float | None) -> int:
+    """Monotonic nanoseconds for the core: -1 for ever, 0 not at all.
+
+    Raises
+    ------
+    ValueError
+        The timeout is negative or not a number.
+    """
+    if timeout is None:
+        return -1
+    if not timeout >= 0:
+        raise ValueError(
+            f"timeout must be None (for ever), 0 (do not wait) or positive seconds, not {timeout!r}"
+        )
+    if timeout == 0:
+        return 0
+    return time.monotonic_ns() + int(min(timeout, 1e9) * 1e9)

@@ -14,6 +14,7 @@ for room.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
@@ -140,7 +141,7 @@ class Dispatcher:
         self.batches: dict[int, Batch] = {}
         self.lock = threading.RLock()  # batches, counters of jobs, dispatch
         self.turn = threading.Condition()  # who drains
-        self.draining = False
+        self.drainer: int | None = None
         self.running_futures = 0
         self.future_limit = BATCHES_PER_WORKER * workers + 1
         self.pending: deque[Batch] = deque()  # futures that nobody has begun
@@ -339,20 +340,20 @@ class Dispatcher:
             Whether this thread was the drainer and took something.
         """
         with self.turn:
-            if self.draining:
+            if self.drainer not in (None, threading.get_ident()):
                 return False
-            self.draining = True
+            before, self.drainer = self.drainer, threading.get_ident()
         try:
             took = self._drain(deadline)
         finally:
             with self.turn:
-                self.draining = False
+                self.drainer = before  # ourselves, if a callback of a future waits for more
                 self.turn.notify_all()
         self.flush()
         return took
 
     def flush(self) -> None:
-        """Send the batches that results have made due; never by the drainer itself, which must not wait for room."""
+        """Send the batches that results have made due."""
         if getattr(self.flushing, "now", False):
             return
         self.flushing.now = True
@@ -364,9 +365,11 @@ class Dispatcher:
                     continue
                 try:
                     self.dispatch(batch)
-                except Exception as error:
+                except BaseException as error:
                     for task in batch.tasks:
                         self.conclude(batch.job, task, None, error)
+                    if not isinstance(error, Exception):
+                        raise
         except IndexError:
             pass  # another thread took the last one
         finally:
@@ -409,7 +412,7 @@ class Dispatcher:
         if kind == BROKEN or (batch is not None and not batch.job.abandoned):
             try:
                 payload = messages.read_frame(root, self.arena.resolve, copy=copied)
-            except Exception as failure:
+            except BaseException as failure:
                 error = failure
         nanoseconds, inline, shared = messages.account_of(block)
         self.bytes_shared += shared
@@ -437,6 +440,8 @@ class Dispatcher:
         if error is not None:
             for task in batch.tasks:
                 self.conclude(job, task, None, error)
+            if isinstance(error, KeyboardInterrupt):
+                raise error
         elif kind == VALUE:
             self.conclude(job, batch.tasks[0], payload, None)
         else:
@@ -464,7 +469,7 @@ class Dispatcher:
             if self.drain(self.look()):
                 continue
             with self.turn:
-                if self.draining and not ready():
+                if self.drainer is not None and not ready():
                     self.turn.wait(0.25)
             self.deny_if_stuck()
 
@@ -534,7 +539,7 @@ class Dispatcher:
     def _collect(self) -> None:
         while not self.has_ended():
             with self.turn:
-                while not self.has_ended() and (self.draining or self.running_futures == 0):
+                while not self.has_ended() and (self.drainer is not None or self.running_futures == 0):
                     self.turn.wait()
             try:
                 if not self.drain(self.look()):
@@ -666,6 +671,13 @@ class Dispatcher:
             late_releases=int(c.late_releases),
         )
 
+    def wind_down(self) -> None:
+        """While the last tasks end: take their results, and let none wait for memory that nobody will free."""
+        with contextlib.suppress(Closed):
+            self.drain(0)
+        for pid in self.pool.starving():
+            self.pool.deny(pid)
+
     def end(self, *, wait: bool) -> None:
         if self.region.pid != os.getpid():
             return
@@ -673,8 +685,6 @@ class Dispatcher:
             if self.closed:
                 return
             self.closed = True
-            batches = list(self.batches.values())
-            self.batches.clear()
             waiting = [*self.outbox, *self.pending]
             self.outbox.clear()
             self.pending.clear()
@@ -683,14 +693,15 @@ class Dispatcher:
         lib.shmr_close_ring(self.handle, TASK_RING)
         while lib.shmr_lease(self.handle, TASK_RING, 0, 0, block) == OK:
             lib.shmr_release(self.handle, block)
-        self.pool.close(wait=wait)
-        closed = Closed(CLOSED_TEXT)
+        self.pool.close(wait=wait, meanwhile=self.wind_down)
+        with self.lock:
+            batches = [batch for number in list(self.batches) if (batch := self.forget(number)) is not None]
         for batch in batches:
             for task in batch.tasks:
-                batch.job.deliver(task, None, closed)
+                batch.job.deliver(task, None, Closed(CLOSED_TEXT))
         for batch in waiting:
             if batch.job.begin():
-                batch.job.deliver(batch.tasks[0], None, closed)
+                batch.job.deliver(batch.tasks[0], None, Closed(CLOSED_TEXT))
         lib.shmr_close_ring(self.handle, RESULT_RING)
         with self.turn:
             self.turn.notify_all()

@@ -126,9 +126,8 @@ def write_frame(
     block.kind = kind
     block.tag = tag
     block.length = encoded.nbytes
-    if spec:
-        ffi.memmove(block.spec, spec, len(spec))
-        block.spec_bytes = len(spec)
+    ffi.memmove(block.spec, spec, len(spec))
+    block.spec_bytes = len(spec)
     while True:
         status = lib.shmr_commit(handle, ring, payload_check, items, deadline, block)
         if status == INTERRUPTED:

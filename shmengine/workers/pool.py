@@ -357,21 +357,22 @@ class Pool:
 
     # --- end -------------------------------------------------------------------------------------
 
-    def close(self, *, wait: bool) -> None:
-        """End the workers: those that run a task are waited for, or (not `wait`) killed."""
+    def close(self, *, wait: bool, meanwhile: Callable[[], None]) -> None:
+        """End the workers: those that run a task are waited for, or (not `wait`) killed.
+
+        `meanwhile` is called now and then until they have ended.
+        """
         self._closing = True
         if wait:
             self._wake()
             deadline = None
             while self._thread.is_alive():
                 self._thread.join(0.05)
-                idle = not self.busy()
-                if not idle:
+                meanwhile()
+                if self.busy():
                     deadline = None
-                elif deadline is None:
-                    deadline = (
-                        time.monotonic() + GRACE_SECONDS
-                    )  # an idle worker that does not go has lost its way
+                elif deadline is None:  # an idle worker that does not go has lost its way
+                    deadline = time.monotonic() + GRACE_SECONDS
                 elif time.monotonic() > deadline:
                     break
         self.kill()

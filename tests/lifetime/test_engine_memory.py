@@ -69,6 +69,11 @@ def held(engine):
     return int(region_counters(engine).held)
 
 
+def count_mappings():
+    with open("/proc/self/maps") as file:
+        return len(file.readlines())
+
+
 def is_shared(engine, array):
     return engine._backend.is_shared(array)
 
@@ -84,7 +89,7 @@ VIEWS = {
     "reshaped": lambda a: a.reshape(100, -1),
     "0-d": lambda a: a[5, 5, ...],
     "new axis": lambda a: a[:, None],
-    "as bytes": lambda a: a.view("u1"),
+    "other type": lambda a: a.view("i8"),
     "view of a view": lambda a: a[1:][::2].T[3:],
     "diagonal": np.diagonal,
     "broadcast": lambda a: np.broadcast_to(a[0], (50, a.shape[1])),
@@ -94,9 +99,6 @@ VIEWS = {
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("view", VIEWS)
 def test_views_of_born_shared_arrays_go_out_for_free(engine, view, order):
-    if (view, order) == ("as bytes", "F"):
-        pytest.raises(ValueError, engine.empty((4, 4), order="F").view, "u1")
-        return
     whole = engine.empty((1000, 80), "f8", order=order)
     whole[:] = np.arange(80_000).reshape(1000, 80)
     array = VIEWS[view](whole)
@@ -234,7 +236,7 @@ def test_ordinary_arrays_are_copied_once_in_and_once_out(engine):
     assert crossed.copied == x.nbytes + x.size
 
     with Bytes(engine) as crossed:
-        (total,) = engine.map(np.sum, [x])
+        assert list(engine.map(np.sum, [x])) == [x.sum()]
     assert crossed.copied == x.nbytes
 
 
@@ -242,7 +244,7 @@ def test_ordinary_arrays_are_copied_once_in_and_once_out(engine):
 def test_private_copies_are_made_by_the_worker(engine, writable):
     x = np.ones(200_000)
     with Bytes(engine) as crossed:
-        (total,) = engine.map(np.sum, [x], writable=writable)
+        assert list(engine.map(np.sum, [x], writable=writable)) == [200_000]
     assert crossed.copied == x.nbytes
 
 
@@ -402,8 +404,7 @@ def test_memory_full_of_kept_arrays_gives_an_error_with_numbers(make_engine):
     engine = make_engine(memory="16 MiB")
     kept = []
     with pytest.raises(MemoryBudgetExceeded, match=r"of the memory budget of 16 MiB are in use") as caught:
-        for _ in range(100):
-            kept.append(engine.zeros(MIB, "u1"))
+        kept.extend(engine.zeros(MIB, "u1") for _ in range(100))
     assert caught.value.used >= len(kept) * MIB
     assert len(kept) >= 10
     # Now tasks find no room either: an error, or (small ones) room that is left; never a hang.
@@ -428,9 +429,8 @@ def test_memory_full_of_kept_arrays_gives_an_error_with_numbers(make_engine):
 def test_kept_results_never_block_further_tasks(make_engine, size):
     """Results that are kept fill half of the budget at most."""
     engine = make_engine(memory="16 MiB")
-    kept = []
-    for i in range(40 * MIB // size if size > 1000 else 3000):
-        kept.append(engine.submit(np.full, size, i % 251, "u1").result())
+    count = 40 * MIB // size if size > 1000 else 3000
+    kept = [engine.submit(np.full, size, i % 251, "u1").result() for i in range(count)]
     assert all((a == i % 251).all() for i, a in enumerate(kept))
     assert engine.submit(np.sum, np.ones(MIB // 4)).result() == MIB // 4
 
@@ -569,7 +569,7 @@ def test_threads_free_and_make_shared_arrays_at_once(make_engine):
         rng = np.random.default_rng(seed)
         try:
             with engine.allocator():
-                for i in range(1500):
+                for _ in range(1500):
                     n = int(rng.integers(200, 20_000))
                     array = np.full(n, seed, "i4")
                     boxes[int(rng.integers(4))].append(array)  # another thread frees it
@@ -586,7 +586,8 @@ def test_threads_free_and_make_shared_arrays_at_once(make_engine):
     for thread in threads:
         thread.join()
     assert errors == []
-    del boxes
+    for box in boxes:
+        box.clear()
     assert used(engine) <= before + 1000
 
 
@@ -614,7 +615,7 @@ def test_memory_is_back_after_everything(make_engine):
 def test_a_hundred_thousand_small_arrays_live(make_engine):
     engine = make_engine(memory="256 MiB")
     fds = len(open_fds())
-    maps = len(open("/proc/self/maps").readlines())
+    mappings = count_mappings()
     results = list(engine.map(lambda i: np.full(3, i), range(50_000)))
     made = [engine.full(4, i) for i in range(40_000)]
     with engine.allocator():
@@ -624,7 +625,7 @@ def test_a_hundred_thousand_small_arrays_live(make_engine):
     for i, array in enumerate(made):
         assert array[3] == i
     assert len(open_fds()) <= fds
-    assert len(open("/proc/self/maps").readlines()) < maps + 200
+    assert count_mappings() < mappings + 200
     assert list(engine.map(np.sum, made[::1000])) == [a.sum() for a in made[::1000]]
 
 

@@ -165,6 +165,117 @@ def test_what_an_exiting_process_had_leased_is_not_delivered_again(ring):
     assert ring.try_lease() is None
 
 
+# --- what has escaped is found out ------------------------------------------------------------------
+
+
+def escape_before_close(ring, keep):
+    with ring.lease() as frame:
+        keep.append(frame)
+        ring.close()
+
+
+def escape_while_the_cache_is_emptied(ring, keep):
+    with ring.lease() as frame:
+        keep.append(frame[1:])
+        ring._views.clear()  # as happens after a thousand different messages
+    ring.send(message(5))
+
+
+def escape_without_a_name(ring, keep):
+    with (lease := ring.lease()):
+        keep.append(lease.array)
+
+
+def escape_by_a_forgotten_lease(ring, keep):
+    keep.append(ring.lease().array)
+
+
+def escape_by_release(ring, keep):
+    lease = ring.lease()
+    keep.append(lease.array)
+    lease.release()
+
+
+@pytest.mark.parametrize(
+    "escape",
+    [
+        escape_before_close,
+        escape_while_the_cache_is_emptied,
+        escape_without_a_name,
+        escape_by_a_forgotten_lease,
+        escape_by_release,
+    ],
+)
+def test_memory_of_an_escaped_view_is_not_used_again(escape):
+    with Ring(8, "4 MiB") as ring:
+        ring.send(message(3))
+        keep = []
+        escape(ring, keep)
+        expected = keep[0].copy()
+        assert pins(ring) == 1
+        if not ring.closed:
+            overwrite(ring)
+        np.testing.assert_array_equal(keep[0], expected)
+        assert keep[0][-1] == 1002
+
+
+def test_two_threads_resolve_the_same_reference():
+    from shmengine.arena import Arena
+    from shmengine.region import Region, RegionConfig
+
+    region = Region.create(RegionConfig(arena_bytes=4 << 20, capacities=(8,)))
+    arena = Arena(region)
+    array = arena.empty(1000)
+    reference = arena.share(array)
+    gate = threading.Barrier(2)
+
+    def resolve():
+        gate.wait()
+        for _ in range(300):
+            arena.resolve(reference)
+
+    threads = [threading.Thread(target=resolve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert arena.held_bytes == 0
+    assert region.counters().pins == 1
+    del array
+    assert region.counters().pins == 0
+    region.close()
+
+
+def test_an_array_born_in_a_region_outlives_it():
+    from shmengine.arena import Arena
+    from shmengine.region import Region, RegionConfig
+
+    region = Region.create(RegionConfig(arena_bytes=4 << 20, capacities=(8,)))
+    heir = Region.attach(os.dup(region.fd))
+    array = Arena(region).empty(100_000)
+    array[:] = 1
+    del region
+    gc.collect()
+    third = Region.attach(os.dup(heir.fd))  # would inherit the place and the memory of one who left
+    while (other := try_empty(Arena(third))) is not None:
+        other[:] = 2
+        heir.others = [*getattr(heir, "others", []), other]
+    assert array.min() == array.max() == 1
+    del heir.others, other
+    del array
+    third.close()
+    heir.close()
+
+
+def try_empty(arena):
+    from shmengine.errors import MemoryBudgetExceeded
+
+    try:
+        return arena.empty(10_000)
+    except MemoryBudgetExceeded:
+        return None
+
+
 # --- read-only is real ---------------------------------------------------------------------------
 
 VIEWS = {

@@ -16,7 +16,6 @@ import pytest
 
 from shmengine.errors import Closed, Full, SerializationError, ShmError
 from shmengine.queues import JoinableQueue, Queue
-from tests.helpers import poll_until
 
 METHODS = ["fork", "spawn", "forkserver"]
 FOREVER = 30
@@ -474,8 +473,10 @@ def test_a_queue_unpickled_where_it_was_made_is_the_same_region(kind):
 def test_close_ends_a_wait_in_another_thread():
     q = Queue(memory="4 MiB")
     caught = []
+    started = threading.Event()
 
     def wait():
+        started.set()
         try:
             q.get()
         except Closed as error:
@@ -483,7 +484,7 @@ def test_close_ends_a_wait_in_another_thread():
 
     thread = threading.Thread(target=wait)
     thread.start()
-    poll_until(lambda: q._region.counters().pins == 0 and thread.is_alive())
+    started.wait()
     q.close()
     thread.join()
     assert "is closed" in str(caught[0])

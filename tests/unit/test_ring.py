@@ -316,16 +316,22 @@ def test_a_lease_may_be_released_inside_its_with_block(ring):
     assert_memory_is_whole(ring)
 
 
+def forge(ring, block, key):
+    view = np.zeros(2)[:1]
+    ring._views[key] = (view.base, view)
+    return Lease(ring, block, view, key)
+
+
 def test_a_copy_of_a_lease_cannot_release_what_another_has_by_now(ring):
     from shmengine._native import ffi
 
     ring.send([1])
     lease = ring.lease()
     block = ffi.new("shmr_block *", lease._block[0])
-    forged = Lease(ring, block, np.zeros(2)[:1], lease._key)
     lease.release()
     ring.send([2])
     second = ring.lease()
+    forged = forge(ring, block, lease._key)
     with pytest.raises(LeaseError, match="no longer"):
         forged.release()
     assert second.array[0] == 2
@@ -336,7 +342,7 @@ def test_a_lease_of_another_ring_is_refused(ring):
     with Ring(4, "8 MiB") as other:
         ring.send([1])
         lease = ring.lease()
-        forged = Lease(other, lease._block, np.zeros(2)[:1], lease._key)
+        forged = forge(other, lease._block, lease._key)
         with pytest.raises(LeaseError, match="not, or no longer"):
             forged.release()
         lease.release()
