@@ -23,7 +23,7 @@ $(stamp): pyproject.toml $(native)
 	@test -x $(python) || $(PYTHON) -m venv $(venv)
 	@$(python) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "shmengine needs Python 3.11 or newer")'
 	@echo "setting up $(venv) and building the C core ..."
-	@$(python) -m pip install --quiet --disable-pip-version-check 'setuptools>=77' 'cffi>=2'
+	@$(python) -m pip install --quiet --disable-pip-version-check 'setuptools>=77' 'cffi>=2' 'numpy>=2'
 	@rm -f shmengine/_native/*.so
 	@$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test,demo]'
 	@touch $@

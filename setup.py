@@ -9,7 +9,8 @@ from __future__ import annotations
 import platform
 import sys
 
-from setuptools import setup
+import numpy
+from setuptools import Extension, setup
 
 MACHINES = ("x86_64", "aarch64")
 
@@ -19,4 +20,15 @@ if sys.platform != "linux" or platform.machine() not in MACHINES:
         f"{platform.machine()}. What there is to port: csrc (waiting, regions)."
     )
 
-setup(cffi_modules=["shmengine/_native/build.py:ffi"])
+setup(
+    cffi_modules=["shmengine/_native/build.py:ffi"],
+    ext_modules=[
+        Extension(
+            "shmengine._native._handles",
+            ["csrc/handles.c"],
+            include_dirs=["csrc", numpy.get_include()],
+            depends=["csrc/shmr.h", "csrc/shmr_status.h"],
+            extra_compile_args=["-std=c11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
+        )
+    ],
+)

@@ -148,6 +148,8 @@ int shmr_progress(shmr *h, uint32_t slot, uint64_t *tag, uint64_t *index, uint64
 void shmr_deny(shmr *h, uint32_t slot);
 /* Give whole free extents back to the pool. */
 void shmr_trim(shmr *h);
+/* From now on this process leaves so many extents of the region to others, who need some to answer it. */
+void shmr_leave_extents(shmr *h, uint32_t count);
 /* End this process, at once, when the process behind `pidfd` ends: a thread that needs no interpreter. */
 int shmr_watch_parent(int pidfd);
 

@@ -407,7 +407,10 @@ static void give_extent(shmr *h, uint32_t i) {
 int shmr_arena_grow(shmr *h, uint64_t bytes) {
     uint32_t need = (uint32_t)((bytes + SHMR_EXTENT - 1) / SHMR_EXTENT);
     if (need == 0) need = 1;
-    if (need > h->g.extents) return shmr_fail(SHMR_TOO_LARGE, 0, "one block is larger than the memory budget");
+    uint64_t owned = h->arena.owned_bytes / SHMR_EXTENT, leave = h->arena.leave;
+    if (need + leave > h->g.extents) return shmr_fail(SHMR_TOO_LARGE, 0, "one block is larger than the memory budget");
+    if (owned + need + leave > h->g.extents)
+        return shmr_fail(SHMR_NO_MEMORY, 0, "the rest of the memory budget is for other processes");
     /* Warm ones first, then ones that still have to be reserved. */
     for (int pass = 0; pass < 2; pass++) {
         uint32_t row = 0;

@@ -46,11 +46,34 @@ bool shmr_add_group(shmr *h, uint32_t group) {
     return true;
 }
 
+/* Whoever adopts the dead would own all groups in the end, and nobody else could allocate. */
+void shmr_trim_groups(shmr *h) {
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < h->my_group_count; i++) {
+        uint32_t group = h->my_groups[i];
+        bool used = false;
+        for (uint32_t k = 0; k < SHMR_GROUP && !used; k++) used = h->record_flags[group * SHMR_GROUP + k] & SHMR_MINE;
+        uint64_t mine = GROUP_RESERVED | (h->self + 1);
+        if (used || !shmr_cas_seq_cst(&shmr_group_at(h, group)->owner, &mine, GROUP_RESERVED)) /* S3 R7 */
+            h->my_groups[kept++] = group;
+    }
+    if (kept == h->my_group_count) return;
+    h->my_group_count = kept;
+    uint32_t left = 0;
+    for (uint32_t i = 0; i < h->free_record_count; i++) {
+        uint32_t block = h->free_records[i];
+        if ((uint32_t)shmr_load_relaxed(&shmr_group_at(h, block / SHMR_GROUP)->owner) == h->self + 1) /* own word */
+            h->free_records[left++] = block;
+    }
+    h->free_record_count = left;
+    shmr_notify_all(h, shmr_header_of(h)->extent_waiters);
+}
+
 static int take_group(shmr *h) {
     for (uint32_t n = 0; n < h->g.groups; n++) {
         uint32_t i = (h->group_hint + n) % h->g.groups;
         shmr_word *word = &shmr_group_at(h, i)->owner;
-        uint64_t seen = shmr_load_acquire(word); /* A7 */
+        uint64_t seen = shmr_load_seq_cst(word); /* S3 A7: the look after registering */
         if ((uint32_t)seen) continue;
         if (!shmr_cas_acq_rel(word, &seen, seen | (h->self + 1))) continue; /* A7 */
         if (!(seen & GROUP_RESERVED)) {

@@ -102,6 +102,7 @@ void shmr_set_progress(shmr *h, uint64_t tag, uint64_t index);
 int shmr_progress(shmr *h, uint32_t slot, uint64_t *tag, uint64_t *index, uint64_t *since_ns, uint64_t *starving);
 void shmr_deny(shmr *h, uint32_t slot);
 void shmr_trim(shmr *h);
+void shmr_leave_extents(shmr *h, uint32_t count);
 int shmr_watch_parent(int pidfd);
 void *shmr_numpy_handler(shmr *h, uint64_t threshold, uint64_t limit);
 uint32_t shmr_crc32c(uint32_t crc, const void *bytes, uint64_t length);

@@ -73,6 +73,7 @@ struct shmr_arena {
     struct shmr_quick quick[SHMR_QUICK];
     struct shmr_slab *partial[SHMR_CLASSES], *slabs;
     uint64_t used_bytes, owned_bytes;
+    uint32_t leave; /* extents of the region that this process must not take */
 };
 
 #define SHMR_MINE 1u /* record_flags: allocated by this process and not yet reclaimed */
@@ -209,6 +210,7 @@ void shmr_freed_by_me(shmr *h, uint32_t block);                     /* after sta
 int shmr_hold_locked(shmr *h, uint32_t block, uint32_t generation); /* (L) */
 void shmr_drop_locked(shmr *h, uint32_t block);                     /* (L) */
 bool shmr_add_group(shmr *h, uint32_t group);                       /* (L) */
+void shmr_trim_groups(shmr *h);                                     /* (L) give whole free ones back */
 uint64_t shmr_take_allocation(shmr *h, uint64_t bytes);             /* (L) with all the tricks short of waiting */
 uint32_t shmr_descriptor_check(const shmr_block *block);
 int shmr_read_descriptor(shmr *h, uint32_t id, uint64_t state, shmr_block *out);

@@ -389,6 +389,7 @@ static void clear_up(shmr *h, struct recovery *rec) {
         if (shmr_slots_have(&rec->slots, i)) clear_holder_bits(h, i);
     shmr_sweep(h);
     shmr_arena_trim(h);
+    shmr_trim_groups(h);
     pthread_mutex_unlock(&h->lock);
     for (uint32_t i = 0; i < h->g.config.participants; i++)
         if (shmr_slots_have(&rec->slots, i)) clear_waiting(h, i);

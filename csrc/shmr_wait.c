@@ -152,12 +152,13 @@ static int sleep_until(shmr *h, int doorbell, int64_t end) {
     return sem_clockwait(&shmr_doorbell_at(h, (uint32_t)doorbell)->bell, CLOCK_MONOTONIC, &t) == 0 ? 0 : errno;
 }
 
-/* Give back whole free extents if somebody is short of them: called on every wake-up. */
+/* Give back whole free extents and groups if somebody is short of them: called on every wake-up. */
 static void relieve(shmr *h) {
     if (!shmr_any_waiter(shmr_header_of(h)->extent_waiters)) return;
     pthread_mutex_lock(&h->lock);
     shmr_drain_freed(h);
     shmr_arena_trim(h);
+    shmr_trim_groups(h);
     pthread_mutex_unlock(&h->lock);
 }
 
@@ -166,6 +167,13 @@ void shmr_trim(shmr *h) {
     pthread_mutex_lock(&h->lock);
     shmr_sweep(h);
     shmr_arena_trim(h);
+    shmr_trim_groups(h);
+    pthread_mutex_unlock(&h->lock);
+}
+
+void shmr_leave_extents(shmr *h, uint32_t count) {
+    pthread_mutex_lock(&h->lock);
+    h->arena.leave = count;
     pthread_mutex_unlock(&h->lock);
 }
 

@@ -23,7 +23,7 @@ from shmengine._native.status import CLOSED, FORKED, INTERRUPTED, OK, TIMEOUT, W
 from shmengine.codec import Encoded, decode, encode
 from shmengine.config import format_bytes, parse_bytes
 from shmengine.leases import new_block
-from shmengine.region import Region, RegionConfig, RegionToken
+from shmengine.region import Region, RegionConfig, RegionToken, call_at_process_end
 from shmengine.ring import Attached, read_config
 
 __all__ = ["JoinableQueue", "Queue"]
@@ -357,7 +357,8 @@ class JoinableQueue(Queue[T]):
     def _forget(self) -> None:
         self._outstanding: deque[Any] = deque()  # messages got here and not done yet
         # After the region's own finalizer, so that it runs before that one at exit.
-        weakref.finalize(self, _give_back, self._region, self._outstanding)
+        finalizer = weakref.finalize(self, _give_back, self._region, self._outstanding)
+        call_at_process_end(finalizer, 1)
 
     def _got(self, message: Any) -> None:
         self._outstanding.append(message)

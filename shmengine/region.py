@@ -12,6 +12,7 @@ import contextlib
 import os
 import secrets
 import stat
+import sys
 import threading
 import time
 import weakref
@@ -140,6 +141,7 @@ class Region:
         self._finalizer = weakref.finalize(
             self, _end, weakref.ref(self), handle, self._fd, self._names, self.pid
         )
+        call_at_process_end(self._finalizer)
 
     # --- making and finding ------------------------------------------------------------------
 
@@ -292,6 +294,24 @@ class Region:
         while self._names:
             _unlink(self._names.pop())
             self.name = None
+
+
+def call_at_process_end(finalizer: weakref.finalize[Any, Any], priority: int = 0) -> None:
+    """Have a finalizer called in forked children of `multiprocessing` too, which end without `atexit`.
+
+    Without that, everybody who ends would look as if killed.
+    """
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process() is not None:
+        from multiprocessing import util
+
+        util.Finalize(None, _finalize_unless_busy, (finalizer,), exitpriority=priority)
+
+
+def _finalize_unless_busy(finalizer: weakref.finalize[Any, Any]) -> None:
+    # At this moment threads have not been joined yet; then the end does look like a death after all.
+    if all(thread.daemon or thread is threading.current_thread() for thread in threading.enumerate()):
+        finalizer()
 
 
 class _Descriptor:

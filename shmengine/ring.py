@@ -9,11 +9,12 @@ the dead had leased is delivered again.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
 import threading
+import weakref
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -31,8 +32,8 @@ from shmengine._native.status import (
 )
 from shmengine.arrays import ArraySpec, decode_spec, encode_spec
 from shmengine.config import format_bytes, parse_bytes
-from shmengine.errors import ArrayError, Closed, Corrupt, LayoutMismatch, LeaseError
-from shmengine.leases import Claim, Lease, new_block, release_with
+from shmengine.errors import ArrayError, Closed, Corrupt, LayoutMismatch, LeaseError, WouldBlock
+from shmengine.leases import Claim, End, Layout, Lease, new_block, release_with
 from shmengine.region import Region, RegionConfig, RegionToken
 from shmengine.stats import RingStats
 
@@ -45,41 +46,6 @@ KIND_ARRAY_PREFIX = 2  # the spec is longer than a descriptor holds: it begins t
 SPEC_BYTES = 128
 MAX_CACHED = 1024
 NO_REFS = ffi.NULL
-
-
-def _references_of_an_element() -> int:
-    pair = (object(), None)
-    return sys.getrefcount(pair[0])
-
-
-# What getrefcount says of an array that only the cache has.
-ENTRY_REFERENCES = _references_of_an_element()
-TARGET_REFERENCES = ENTRY_REFERENCES + 1  # its flags know it too
-
-
-class Layout(NamedTuple):
-    """Everything that follows from a shape and a dtype."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    spec: bytes
-    prefix: int  # bytes of payload before the array
-    nbytes: int  # bytes of the array
-    need: int  # both together
-    targets: dict[int, tuple[Array, Any]]  # writable arrays by place, and their flags
-    spare: list[Claim]  # handles that can be used again
-
-    def new_block(self) -> Any:
-        """Return a block that is ready to be claimed and committed with an array of this layout."""
-        block = new_block()
-        block.length = self.need
-        if self.prefix:
-            block.kind = KIND_ARRAY_PREFIX
-        else:
-            block.kind = KIND_ARRAY
-            block.spec_bytes = len(self.spec)
-            ffi.memmove(block.spec, self.spec, len(self.spec))
-        return block
 
 
 class Attached:
@@ -184,13 +150,14 @@ class Ring(Attached):
             raise ValueError(f"a ring's name is a short file name without '/', not {name!r}")
         self._setup(_open_region(_config(capacity, size), name), check)
 
+    _end: Any  # End, or _NoEnd
+
     def _setup(self, region: Region, check: str) -> None:
         self._attach(region)
         self._check = check
         self._payload_check = int(check == "payload")
-        self._layouts: dict[Any, Layout] = {}
-        self._views: dict[Any, tuple[Any, Array]] = {}  # read-only arrays by place and spec, with their roots
-        self._leases: list[Lease] = []  # handles that can be used again
+        self._forget()
+        _rings.add(self)
 
     # --- producing -------------------------------------------------------------------------------
 
@@ -218,25 +185,7 @@ class Ring(Attached):
         ArrayError
             No array of this dtype can be carried.
         """
-        try:
-            layout = self._layouts[shape, dtype]
-        except (KeyError, TypeError):
-            layout = self._layout(shape, dtype)
-        try:
-            claim = layout.spare.pop()
-        except IndexError:
-            claim = Claim(self, layout)
-        claim._timeout = timeout
-        block = claim._block
-        # At once, or else slowly: the clock is read only by those who wait.
-        if self._closed or lib.shmr_claim(self._h, layout.need, NO_REFS, 0, -1, 0, block):
-            self._claim_slowly(block, layout.need, timeout)
-        target = layout.targets.get(block.offset)
-        if target is None or sys.getrefcount(target[0]) > TARGET_REFERENCES:
-            target = self._target(layout, block.offset)
-        claim._array, flags = target
-        flags.writeable = True
-        claim._flags = flags
+        claim: Claim = self._end.claim(shape, dtype, timeout)
         return claim
 
     def try_claim(self, shape: int | tuple[int, ...], dtype: Any = float) -> Claim | None:
@@ -248,31 +197,28 @@ class Ring(Attached):
         except _Nothing:
             return None
 
-    def _claim_slowly(self, block: Any, need: int, timeout: float | None) -> None:
+    # What the handles (csrc/handles.c) leave to us: whatever waits, and whatever is seen for the first time.
+
+    _deadline = staticmethod(deadline_of)
+
+    def _claim_slowly(self, address: int, need: int, timeout: float | None) -> None:
         deadline = deadline_of(timeout)
-        if self._closed:
-            raise self._refusal()
+        block = ffi.cast("shmr_block *", address)
         while (status := lib.shmr_claim(self._h, need, NO_REFS, 0, -1, deadline, block)) != OK:
-            if status == FORKED:
-                self._rejoin()
-            elif status != INTERRUPTED:
+            if status != INTERRUPTED:
                 self._refuse(status, "claim from this ring", timeout, need)
 
-    def _target(self, layout: Layout, offset: int) -> tuple[Array, Any]:
-        root = self._region.root(offset, layout.need, writable=True)
+    def _target(self, layout: Layout, offset: int) -> Array:
+        """Return the writable array of this layout at this offset."""
+        root = self._region.root(offset, layout.prefix + layout.nbytes, writable=True)
         if layout.prefix:
             root[: 4 + len(layout.spec)] = np.frombuffer(
                 len(layout.spec).to_bytes(4, "little") + layout.spec, np.uint8
             )
-        array = arrays.view(root, ArraySpec(layout.dtype, layout.shape), layout.prefix)
-        target = array, array.flags
-        if not layout.prefix:
-            if len(layout.targets) >= MAX_CACHED:
-                layout.targets.clear()
-            layout.targets[offset] = target
-        return target
+        return arrays.view(root, ArraySpec(layout.dtype, layout.shape), layout.prefix)
 
     def _layout(self, shape: Any, dtype: Any) -> Layout:
+        """Return the layout of a shape and a dtype that were not asked for before."""
         try:
             spec = ArraySpec(np.dtype(dtype), _shape(shape))
             raw = encode_spec(spec)
@@ -281,14 +227,29 @@ class Ring(Attached):
                 raise
             raise ArrayError(f"no array has shape {shape!r} and dtype {dtype!r}: {error}") from error
         prefix = 0 if len(raw) <= SPEC_BYTES else -(-(4 + len(raw)) // 64) * 64
-        layout = Layout(spec.dtype, spec.shape, raw, prefix, spec.nbytes, prefix + spec.nbytes, {}, [])
-        try:
-            if len(self._layouts) >= MAX_CACHED:
-                self._layouts.clear()
-            self._layouts[shape, dtype] = layout
-        except TypeError:
-            pass  # a list as shape, or another unhashable spelling: not remembered
+        layout = Layout(spec.dtype, spec.shape, raw, prefix, spec.nbytes)
+        layouts = self._end.layouts
+        with contextlib.suppress(
+            TypeError
+        ):  # a list as shape, or another unhashable spelling: not remembered
+            if len(layouts) >= MAX_CACHED:
+                layouts.clear()
+            layouts[shape, dtype] = layout
         return layout
+
+    def _commit_slowly(self, address: int, timeout: float | None) -> None:
+        block = ffi.cast("shmr_block *", address)
+        try:
+            status = self._commit(block, deadline_of(timeout))
+        except BaseException:  # a signal's handler, while we waited
+            lib.shmr_abort(self._h, block)
+            raise
+        if status == OK:
+            return
+        lib.shmr_abort(self._h, block)
+        if status == WOULD_BLOCK:
+            raise WouldBlock("commit to this ring: it is full; the claim was aborted")
+        fail(status, "commit to this ring (the claim was aborted)", seconds=timeout)
 
     def _commit(self, block: Any, deadline: int) -> int:
         while True:
@@ -350,27 +311,7 @@ class Ring(Attached):
         Corrupt
             The message failed a check; it is discarded, the ring goes on.
         """
-        try:
-            lease = self._leases.pop()
-        except IndexError:
-            lease = Lease(self)
-        block = lease._block
-        if self._closed or lib.shmr_lease(self._h, 0, self._payload_check, 0, block):
-            self._lease_slowly(block, timeout)
-        lease._key = key = (block.offset, lease._spec[: block.spec_bytes])
-        entry = self._views.get(key)
-        # A name that still holds the array of an earlier lease would look like an escape of this one.
-        if (
-            entry is None
-            or sys.getrefcount(entry[1]) > ENTRY_REFERENCES
-            or sys.getrefcount(entry[0]) > ENTRY_REFERENCES + 1
-        ):
-            entry = self._read(block, key[1])
-            if len(self._views) >= MAX_CACHED:
-                self._views.clear()
-            self._views[key] = entry
-        lease._array = entry[1]
-        lease._asked = False
+        lease: Lease = self._end.lease(timeout)
         return lease
 
     def try_lease(self) -> Lease | None:
@@ -380,18 +321,21 @@ class Ring(Attached):
         except _Nothing:
             return None
 
-    def _lease_slowly(self, block: Any, timeout: float | None) -> None:
+    def _lease_slowly(self, address: int, timeout: float | None, status: int) -> None:
+        if status not in (WOULD_BLOCK, INTERRUPTED):
+            self._refuse(status, "lease from this ring", timeout, 0)
+        self._take(ffi.cast("shmr_block *", address), timeout)
+
+    def _take(self, block: Any, timeout: float | None) -> None:
         deadline = deadline_of(timeout)
-        if self._closed:
-            raise self._refusal()
         while (status := lib.shmr_lease(self._h, 0, self._payload_check, deadline, block)) != OK:
-            if status == FORKED:
-                self._rejoin()
-            elif status != INTERRUPTED:
+            if status != INTERRUPTED:
                 self._refuse(status, "lease from this ring", timeout, 0)
 
-    def _read(self, block: Any, raw: bytes) -> tuple[Any, Array]:
+    def _read(self, address: int) -> tuple[Any, Array]:
         """Return the root and the array of a leased message; a message that is no array is given back."""
+        block = ffi.cast("shmr_block *", address)
+        raw = ffi.buffer(block.spec, block.spec_bytes)[:]
         root = self._region.root(block.offset, block.length)
         try:
             start = 0
@@ -424,11 +368,19 @@ class Ring(Attached):
         Timeout, Closed, PeerLost, Corrupt
             As for `lease`.
         """
+        self._handle()
         block = new_block()
-        self._lease_slowly(block, timeout)
-        root, array = self._read(block, ffi.buffer(block.spec, block.spec_bytes)[:])
+        self._take(block, timeout)
+        root, array = self._read(int(ffi.cast("uintptr_t", block)))
         release_with(root, self._region, block)
         return array
+
+    def _release_late(self, array: Array, raw: bytes) -> None:
+        """A lease has ended whose array is still in use: the block is released with the last view."""
+        block = new_block()
+        ffi.memmove(block, raw, len(raw))
+        lib.shmr_count_late_release(self._h)
+        release_with(array.base, self._region, block)
 
     # --- everything else ---------------------------------------------------------------------------
 
@@ -473,7 +425,8 @@ class Ring(Attached):
     def close(self) -> None:
         """End this process's part in the ring; arrays that are alive stay valid. Others go on."""
         if not self._closed:
-            self._forget()
+            self._end.forget()
+            self._end = _NoEnd(self)
             self._detach()
 
     def __enter__(self) -> Self:
@@ -494,9 +447,13 @@ class Ring(Attached):
         return _from_token, (type(self), self._region.token(), self._check)
 
     def _forget(self) -> None:
-        self._views = {}
-        self._leases = []
-        self._layouts = {}
+        handle = int(ffi.cast("uintptr_t", self._h))
+        self._end = End(self, self._region, handle, bool(self._payload_check))
+
+    def _after_fork(self) -> None:
+        """In a forked child: the first use joins anew."""
+        if not self._closed:
+            self._end = _NoEnd(self)
 
     def _refusal(self) -> Closed:
         return Closed("this ring is closed")
@@ -512,6 +469,41 @@ class Ring(Attached):
         if status == TIMEOUT:
             what += f" ({self.approx_fill()} of {self._capacity} slots are full)"
         fail(status, what, seconds=seconds)
+
+
+class _NoEnd:
+    """Stands for the end of a ring that is closed, or has to be joined first (after a fork)."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = weakref.ref(ring)
+
+    def _real(self) -> End:
+        ring = self._ring()
+        if ring is None:
+            raise Closed("this ring is closed")
+        ring._handle()  # joins, and makes an end; or raises
+        end: End = ring._end
+        return end
+
+    def claim(self, shape: Any, dtype: Any, timeout: float | None) -> Claim:
+        return self._real().claim(shape, dtype, timeout)
+
+    def lease(self, timeout: float | None) -> Lease:
+        return self._real().lease(timeout)
+
+    def forget(self) -> None:
+        """Nothing is kept here."""
+
+
+_rings: weakref.WeakSet[Ring] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for ring in list(_rings):
+        ring._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Nothing(Exception):

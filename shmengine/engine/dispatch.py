@@ -15,6 +15,7 @@ for room.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import sys
@@ -31,7 +32,7 @@ from shmengine._native import ffi, lib
 from shmengine._native.status import CLOSED, INTERRUPTED, ITEM_WAITS, OK, TIMEOUT, WOULD_BLOCK, fail
 from shmengine.arena import Arena
 from shmengine.engine.backend import TaskOptions, annotate, timed_out
-from shmengine.errors import ArrayError, Closed, MemoryBudgetExceeded, RemoteError, WorkerDied
+from shmengine.errors import ArrayError, Closed, MemoryBudgetExceeded, RemoteError, ShmError, WorkerDied
 from shmengine.leases import release_with
 from shmengine.region import Region
 from shmengine.stats import EngineStats
@@ -84,6 +85,7 @@ class Job:
         "bytes_in_flight",
         "deliver",
         "function",
+        "future_bytes",
         "in_flight",
         "keep",
         "options",
@@ -107,6 +109,7 @@ class Job:
         self.abandoned = False
         self.begin: Callable[[], bool] = _always  # False: cancelled meanwhile
         self.in_flight = 0  # batches
+        self.future_bytes = 0  # of the arguments of a future that runs
         self.bytes_in_flight = 0
         self.task_ns = 0.0  # what a task takes, smoothed; 0: not known
         self.result_bytes = 0.0  # of one task, smoothed
@@ -131,6 +134,8 @@ class Dispatcher:
         self.workers = workers
         self.retries = retries
         self.payload_check = payload_check
+        # Whatever main keeps, each worker finds room for an answer, if only to say that there is none.
+        lib.shmr_leave_extents(self.handle, workers)
         c = region.counters()
         self.budget = int(c.budget)
         self.closed = False
@@ -143,6 +148,7 @@ class Dispatcher:
         self.turn = threading.Condition()  # who drains
         self.drainer: int | None = None
         self.running_futures = 0
+        self.future_bytes = 0  # of their arguments
         self.future_limit = BATCHES_PER_WORKER * workers + 1
         self.pending: deque[Batch] = deque()  # futures that nobody has begun
         self.outbox: deque[Batch] = deque()  # due, to be sent by the next thread that is not draining
@@ -360,8 +366,10 @@ class Dispatcher:
         try:
             while self.outbox:
                 batch = self.outbox.popleft()
-                if batch.job.abandoned or not batch.job.begin():
-                    self.next_future(batch)
+                if batch.job.abandoned:
+                    continue
+                if not batch.job.begin():
+                    self.end_future(batch.job.future_bytes)
                     continue
                 try:
                     self.dispatch(batch)
@@ -492,7 +500,7 @@ class Dispatcher:
         future: Future[Any] = Future()
 
         def deliver(_: Task, value: Any, error: BaseException | None) -> None:
-            self.next_future(None)
+            self.end_future(nbytes)  # not the job: that would be a cycle, and keep the result
             if error is None:
                 future.set_result(value)
             else:
@@ -503,29 +511,42 @@ class Dispatcher:
         job.begin = future.set_running_or_notify_cancel
         batch = Batch(job, [Task(0, tuple(args), dict(kwargs) or None)])
         encoded = self.encode_batch(batch)  # here, so that what cannot be pickled is raised here
+        nbytes = job.future_bytes = encoded.nbytes
         with self.lock:
-            start = self.running_futures < self.future_limit
-            if start:
-                self.running_futures += 1
-            else:
+            start = self.may_start(job)
+            if not start:
                 self.pending.append(batch)
+            elif self.drainer == threading.get_ident():  # in a callback, whose future still holds its result
+                start = False
+                self.outbox.append(batch)
         if start:
             future.set_running_or_notify_cancel()
             try:
                 self.dispatch(batch, encoded)
             except BaseException:
-                self.next_future(None)
+                self.end_future(nbytes)
                 raise
         self.collect()
         return future
 
-    def next_future(self, _: Batch | None) -> None:
-        """A future has ended: the next one that waits may be sent."""
+    def may_start(self, job: Job) -> bool:
+        """Count a future as running unless enough of them are, by number or by bytes (lock held)."""
+        if self.running_futures and (
+            self.running_futures >= self.future_limit
+            or self.future_bytes + job.future_bytes > self.budget // 4
+        ):
+            return False
+        self.running_futures += 1
+        self.future_bytes += job.future_bytes
+        return True
+
+    def end_future(self, nbytes: int) -> None:
+        """A future has ended: those that wait may be sent, as far as there is room for them."""
         with self.lock:
-            if self.pending:
+            self.running_futures -= 1
+            self.future_bytes -= nbytes
+            while self.pending and self.may_start(self.pending[0].job):
                 self.outbox.append(self.pending.popleft())
-            else:
-                self.running_futures -= 1
 
     def collect(self) -> None:
         """Make sure that somebody drains for the futures."""
@@ -546,6 +567,12 @@ class Dispatcher:
                     self.deny_if_stuck()
             except Closed:
                 return
+            except ShmError as error:
+                self.fail_all(functools.partial(_same, error))
+                return
+            except BaseException:
+                # A callback's, or a failure to send a future that has been told: others go on.
+                threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), threading.current_thread()]))
 
     # --- death -----------------------------------------------------------------------------------
 
@@ -714,6 +741,10 @@ class Dispatcher:
 
 def _smoothed(before: float, value: float) -> float:
     return value if before == 0 else 0.75 * before + 0.25 * value
+
+
+def _same(error: BaseException) -> BaseException:
+    return error
 
 
 def _initializer_error(cause: BaseException) -> RemoteError:

@@ -168,7 +168,7 @@ static inline void check_whole(shmr *h) {
     for (uint32_t e = 0; e < h->g.extents; e++) CHECK_EQ((uint32_t)shmr_load_seq_cst(shmr_extent_at(h, e)), 0);
     for (uint32_t r = 0; r < h->g.config.rings; r++) {
         struct shmr_ring *q = shmr_ring_at(h, r);
-        shmr_block none;
+        shmr_block none = {0};
         int status = shmr_lease(h, r, 1, NOT_AT_ALL, &none);
         CHECK(status == SHMR_WOULD_BLOCK || status == SHMR_CLOSED);
         CHECK(!shmr_any_waiter(q->item_waiters));
@@ -182,7 +182,7 @@ static inline void check_whole(shmr *h) {
 
 /* Commit a message of `bytes` whose tag and first bytes are `tag`. */
 static inline int send_message(shmr *h, uint32_t ring, uint64_t bytes, uint64_t tag, int64_t deadline) {
-    shmr_block b;
+    shmr_block b = {0};
     int status = shmr_claim(h, bytes < 8 ? 8 : bytes, NULL, 0, -1, deadline, &b);
     if (status != SHMR_OK) return status;
     b.length = bytes < 8 ? 8 : bytes;
@@ -195,7 +195,7 @@ static inline int send_message(shmr *h, uint32_t ring, uint64_t bytes, uint64_t 
 
 /* Lease, check and release one message; its tag in *tag. */
 static inline int receive_message(shmr *h, uint32_t ring, uint64_t *tag, int64_t deadline) {
-    shmr_block b;
+    shmr_block b = {0};
     int status = shmr_lease(h, ring, 1, deadline, &b);
     if (status != SHMR_OK) return status;
     uint64_t inside;

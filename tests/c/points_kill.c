@@ -43,7 +43,7 @@ static void send_from_parent(void) {
 /* ---- the scripts -------------------------------------------------------------------------------------------------------- */
 
 static void work(shmr *p) {
-    shmr_block b;
+    shmr_block b = {0};
     OK(shmr_lease(p, 0, 1, NOT_AT_ALL, &b));
     OK(shmr_commit(p, 1, 1, -1, NOT_AT_ALL, &b));
     tell(&told->released[FORWARDED]);
@@ -85,10 +85,10 @@ static void clear_up(void) {
 /* Waiting, with nobody to wake it: registers, and leaves again. */
 static void wait_in_vain(void) {
     shmr *p = attach_region(fd);
-    shmr_block b;
+    shmr_block b = {0};
     OK(shmr_claim(p, 18 * MIB, NULL, 0, -1, NOT_AT_ALL, &b));
     steps_left = armed;
-    shmr_block none;
+    shmr_block none = {0};
     CHECK_STATUS(shmr_lease(p, 1, 1, shmr_now() + 100000, &none), SHMR_TIMEOUT);
     CHECK_STATUS(shmr_claim(p, 18 * MIB, NULL, 0, 1, shmr_now() + 100000, &none), SHMR_TIMEOUT);
     OK(shmr_abort(p, &b));
@@ -120,7 +120,7 @@ static bool wait_for_end(pid_t child) {
 
 static void drain_and_check(bool parent_sent) {
     uint64_t from_parent[FROM_PARENT] = {0}, from_child[FROM_CHILD] = {0}, corrupt = 0;
-    shmr_block b;
+    shmr_block b = {0};
     for (uint32_t ring = 0; ring < 2; ring++)
         for (;;) {
             int status = shmr_lease(h, ring, 1, NOT_AT_ALL, &b);
@@ -187,7 +187,7 @@ static void a_worker_dies(void) {
 /* A victim with a bit of everything in hand, whose recoverer dies; the parent finishes. */
 static void everything_in_hand(void) {
     shmr *p = attach_region(fd);
-    shmr_block b;
+    shmr_block b = {0};
     shmr_ref ref;
     for (int i = 0; i < 2 && shmr_lease(p, 0, 1, NOT_AT_ALL, &b) == SHMR_OK; i++) {
         if (!b.references) continue;
@@ -198,6 +198,7 @@ static void everything_in_hand(void) {
     OK(send_payload(p, 1, VICTIM, SHARED, 40000, true, NOT_AT_ALL));
     OK(shmr_claim(p, 200000, NULL, 0, -1, NOT_AT_ALL, &b));
     OK(shmr_claim(p, 64, NULL, 0, -1, NOT_AT_ALL, &b));
+    b.kind = 0; /* what was leased before may have been a frame */
     b.length = 64;
     fill_payload(bytes_of(p, &b), 64, VICTIM, LARGE);
     commit_without_slot(p, &b, 1);
@@ -258,7 +259,7 @@ static void an_heir_dies(void) {
         shmr_check_deaths(h);
         shmr_adopt_orphans(h);
         uint64_t sent = 0;
-        shmr_block b;
+        shmr_block b = {0};
         for (uint32_t ring = 0; ring < 2; ring++)
             while (shmr_lease(h, ring, 1, NOT_AT_ALL, &b) == SHMR_OK) {
                 check_message(h, &b);

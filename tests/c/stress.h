@@ -59,7 +59,7 @@ static inline void *common_memory(size_t bytes) {
 /* Send number `number`: plainly, or as a frame that names a published block with the payload. */
 static inline int send_payload(shmr *h, uint32_t ring, uint64_t producer, uint64_t number, uint64_t length,
                                bool by_reference, int64_t deadline) {
-    shmr_block b;
+    shmr_block b = {0};
     shmr_ref ref;
     int status = shmr_claim(h, length, NULL, 0, -1, deadline, &b);
     if (status != SHMR_OK) return status;

@@ -60,7 +60,7 @@ static void note_arrival(const shmr_block *b, const struct payload *m) {
 
 /* One message of `ring`; some of ring 0 are sent on to ring 1 instead, in place. */
 static int consume_one(shmr *p, uint32_t ring, uint64_t *seed, int64_t deadline) {
-    shmr_block b;
+    shmr_block b = {0};
     int status = shmr_lease(p, ring, 1, deadline, &b);
     if (status != SHMR_OK) {
         CHECK(status == SHMR_TIMEOUT || status == SHMR_WOULD_BLOCK);

@@ -32,7 +32,7 @@ static void consume(shmr *p, uint64_t id, uint32_t ring) {
     uint64_t next[PEOPLE_MAX] = {0};
     (void)id;
     for (;;) {
-        shmr_block b;
+        shmr_block b = {0};
         int status = shmr_lease(p, ring, 1, FOR_EVER, &b);
         if (status == SHMR_CLOSED) return;
         CHECK_STATUS(status, SHMR_OK);

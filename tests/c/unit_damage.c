@@ -146,7 +146,7 @@ static void attaching_validates(void) {
 
 static void a_closed_handle(void) {
     shmr *h = open_ring(8, 0), *other = attach_region(fd);
-    shmr_block b;
+    shmr_block b = {0};
     OK(send_message(h, 0, 8, 1, NOT_AT_ALL));
     OK(shmr_lease(other, 0, 1, NOT_AT_ALL, &b));
     uint32_t slot = shmr_self(other);
@@ -189,7 +189,7 @@ static void a_forked_child_has_no_handle(void) {
 
 static void a_damaged_payload(void) {
     shmr *h = open_ring(8, 0);
-    shmr_block b, got;
+    shmr_block b = {0}, got = {0};
     uint64_t tag = 0;
     for (int checked = 0; checked < 2; checked++) {
         b = claim(h, 100000);
@@ -313,7 +313,7 @@ static void a_producer_is_replaced(void) {
 static void attempts_do_not_break_the_sequence(void) {
     shmr *h = open_ring(8, 0), *worker = attach_region(fd);
     uint64_t tag = 0;
-    shmr_block b;
+    shmr_block b = {0};
     for (uint64_t k = 0; k < 6; k++) {
         OK(send_message(h, 0, 8, k, NOT_AT_ALL));
         OK(shmr_lease(worker, 0, 1, NOT_AT_ALL, &b));

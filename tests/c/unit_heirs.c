@@ -148,7 +148,7 @@ static void who_left_is_inherited(void) {
 static void who_left_is_adopted_for_space(void) {
     open_region();
     uint32_t slot = 0;
-    shmr_block b, kept;
+    shmr_block b = {0}, kept = {0};
     leave_with_messages(&slot);
     OK(shmr_lease(h, 0, 1, NOT_AT_ALL, &kept));
     for (int k = 0; k < 2; k++) OK(receive_message(h, 0, NULL, NOT_AT_ALL));
@@ -168,7 +168,7 @@ static void a_full_table_gives_the_places_of_the_dead(void) {
     shmr *heir = attach_region(fd);
     CHECK_EQ(shmr_self(heir), 1);
     CHECK_EQ(counters_of(h).deaths, 1);
-    shmr_block b;
+    shmr_block b = {0};
     OK(shmr_lease(heir, 0, 1, NOT_AT_ALL, &b));
     CHECK_EQ(b.tag, 6);
     CHECK_EQ(b.attempts, 1);
@@ -188,7 +188,7 @@ static void a_full_table_gives_the_places_of_the_dead(void) {
 static void leaving_by_force(void) {
     open_region();
     shmr *other = attach_region(fd);
-    shmr_block leased, claimed, b;
+    shmr_block leased = {0}, claimed = {0}, b = {0};
     shmr_ref ref, held;
     OK(send_message(h, 0, 8, 1, NOT_AT_ALL));
     OK(shmr_lease(other, 0, 1, NOT_AT_ALL, &leased));
@@ -250,7 +250,7 @@ static void break_off(uint32_t a, uint32_t d, int how_far) {
 }
 
 static void drain(uint32_t *messages) {
-    shmr_block b;
+    shmr_block b = {0};
     shmr_ref ref, held;
     *messages = 0;
     for (uint32_t ring = 0; ring < 2; ring++)

@@ -69,7 +69,7 @@ static void half_reserved_memory_is_nobodys(void) {
         uint64_t word = shmr_load_relaxed(shmr_extent_at(h, e));
         CHECK(word == 0 || word & SHMR_EXTENT_WARM);
     }
-    shmr_block b;
+    shmr_block b = {0};
     OK(shmr_claim(h, 32 * MIB, NULL, 0, -1, NOT_AT_ALL, &b)); /* all of it can be had */
     memset(bytes_of(h, &b), 1, 32 * MIB);
     OK(shmr_abort(h, &b));
@@ -164,7 +164,7 @@ static void a_late_message_of_an_earlier_life(void) {
 static void leased_goes_back(void) {
     open_region();
     struct report r;
-    shmr_block b;
+    shmr_block b = {0};
     OK(send_message(h, 0, 8, 1, NOT_AT_ALL));
     OK(send_message(h, 0, 8, 2, NOT_AT_ALL));
     for (uint32_t attempts = 1; attempts <= 4; attempts++) {
@@ -266,7 +266,7 @@ static void released_without_telling(void) {
 static void held_by_the_dead(void) {
     open_region();
     struct report r;
-    shmr_block b;
+    shmr_block b = {0};
     shmr_ref ref;
     OK(shmr_claim(h, 70000, NULL, 0, -1, NOT_AT_ALL, &b));
     b.length = 70000;
@@ -286,7 +286,7 @@ static void held_by_the_dead(void) {
 static void shared_by_the_dead(void) {
     open_region();
     struct report r;
-    shmr_block b;
+    shmr_block b = {0};
     shmr_ref found, held;
     for (int when = 0; when < 3; when++) { /* the death is noticed: before the lease, before the hold, after it */
         kill_victim(script_publish_and_send, &r);
@@ -312,7 +312,7 @@ static void shared_by_the_dead(void) {
 static void adopted_memory_is_not_reused_early(void) {
     open_region();
     struct report r;
-    shmr_block kept[3], b;
+    shmr_block kept[3] = {0}, b = {0};
     kill_victim(script_commit, &r);
     for (int k = 0; k < 3; k++) OK(shmr_lease(h, 0, 1, NOT_AT_ALL, &kept[k]));
     CHECK_EQ(shmr_check_deaths(h), 1);
@@ -413,7 +413,7 @@ static void script_rubbish_places(shmr *v, struct report *r) {
 /* Records that the dead left behind must not lead into memory that is not theirs. */
 static void rubbish_places(void) {
     open_region();
-    shmr_block mine, other;
+    shmr_block mine = {0}, other = {0};
     OK(shmr_claim(h, MIB, NULL, 0, -1, NOT_AT_ALL, &mine));
     CHECK_EQ(mine.offset, h->g.arena_at); /* where the rubbish points to */
     memset(bytes_of(h, &mine), 7, MIB);
@@ -428,6 +428,55 @@ static void rubbish_places(void) {
     for (uint64_t k = 0; k < MIB; k += 4096) CHECK_EQ(bytes_of(h, &mine)[k], 7);
     OK(shmr_abort(h, &other));
     OK(shmr_abort(h, &mine));
+    close_whole();
+}
+
+static void script_one_message(shmr *v, struct report *r) {
+    (void)r;
+    OK(send_message(v, 0, 100, 1, NOT_AT_ALL));
+}
+
+/* More deaths than there are groups of records, each with a message left: the recoverer must not keep the groups. */
+static void records_go_round(void) {
+    shmr_config config = small_config();
+    config.blocks = 3 * SHMR_GROUP;
+    h = create_region(&config, &fd);
+    struct report r;
+    for (uint64_t k = 0; k < 8; k++) {
+        kill_victim(script_one_message, &r);
+        CHECK_EQ(shmr_check_deaths(h), 1);
+        uint64_t tag = 0;
+        OK(receive_message(h, 0, &tag, NOT_AT_ALL));
+        CHECK_EQ(tag, 1);
+        shmr_trim(h); /* as whoever sleeps does when somebody is short of memory */
+    }
+    close_whole();
+}
+
+/* All records of a group that nobody owns are rubbish: it is of no use, and of no harm. */
+static void a_group_of_rubbish(void) {
+    shmr_config config = small_config();
+    config.blocks = 2 * SHMR_GROUP;
+    h = create_region(&config, &fd);
+    static shmr_block all[SHMR_GROUP + 1];
+    uint64_t count = 0;
+    while (count < SHMR_GROUP && shmr_claim(h, 64, NULL, 0, -1, NOT_AT_ALL, &all[count]) == SHMR_OK) count++;
+    CHECK_EQ(count, SHMR_GROUP);
+    OK(shmr_claim(h, 64, NULL, 0, -1, NOT_AT_ALL, &all[SHMR_GROUP]));
+    uint32_t group = all[SHMR_GROUP].block / SHMR_GROUP;
+    OK(shmr_abort(h, &all[SHMR_GROUP]));
+    shmr_trim(h);
+    CHECK_EQ((uint32_t)shmr_load_relaxed(&shmr_group_at(h, group)->owner), 0);
+    for (uint32_t i = 0; i < SHMR_GROUP; i++) {
+        shmr_word *state = &shmr_record_at(h, group * SHMR_GROUP + i)->state;
+        shmr_store_relaxed(state, shmr_load_relaxed(state) | SHMR_LEASED);
+    }
+    CHECK_STATUS(shmr_claim(h, 64, NULL, 0, -1, NOT_AT_ALL, &all[SHMR_GROUP]), SHMR_WOULD_BLOCK);
+    for (uint32_t i = 0; i < SHMR_GROUP; i++) {
+        shmr_word *state = &shmr_record_at(h, group * SHMR_GROUP + i)->state;
+        shmr_store_relaxed(state, shmr_load_relaxed(state) & ~UINT64_C(15));
+    }
+    while (count) OK(shmr_abort(h, &all[--count]));
     close_whole();
 }
 
@@ -474,6 +523,8 @@ int main(void) {
     RUN(no_descriptors_left);
     RUN(descriptors_closed_under_us);
     RUN(rubbish_places);
+    RUN(records_go_round);
+    RUN(a_group_of_rubbish);
     RUN(identity);
     return summary("unit_recover");
 }

@@ -185,7 +185,7 @@ static void generations_wrap(void) {
 
 static void forwarding(void) {
     shmr *h = open_ring(4, 0), *worker = attach_region(fd);
-    shmr_block b, result;
+    shmr_block b = {0}, result = {0};
     uint64_t tag = 0;
     for (uint64_t k = 0; k < 20; k++) {
         OK(send_message(h, 0, 5000, k, NOT_AT_ALL));
@@ -293,7 +293,7 @@ static void every_record(void) {
     config.blocks = 512;
     shmr *h = create_region(&config, &fd);
     static shmr_block blocks[512];
-    shmr_block more;
+    shmr_block more = {0};
     for (int turn = 0; turn < 3; turn++) {
         for (int i = 0; i < 512; i++) blocks[i] = claim(h, 64);
         CHECK_STATUS(shmr_claim(h, 64, NULL, 0, -1, NOT_AT_ALL, &more), SHMR_WOULD_BLOCK);
@@ -307,7 +307,7 @@ static void every_record(void) {
 /* What others release comes back to who allocated it, by the hint alone and without it. */
 static void memory_comes_back(void) {
     shmr *h = open_ring(8, 0), *other = attach_region(fd);
-    shmr_block b, kept[8];
+    shmr_block b = {0}, kept[8] = {0};
     for (int turn = 0; turn < 50; turn++) { /* 50 x 8 x 4 MiB through a budget of 32 */
         for (int i = 0; i < 8; i++) {
             b = claim(h, 4 * MIB);

@@ -30,7 +30,7 @@ static void close_whole(void) {
 }
 
 static shmr_ref publish(shmr *p, uint64_t bytes, char fill) {
-    shmr_block b;
+    shmr_block b = {0};
     shmr_ref ref = {0};
     OK(shmr_claim(p, bytes, NULL, 0, -1, NOT_AT_ALL, &b));
     b.length = bytes;
@@ -43,7 +43,7 @@ static shmr_ref publish(shmr *p, uint64_t bytes, char fill) {
 
 /* Commit a frame that names `count` blocks. */
 static uint32_t send_frame(shmr *p, uint32_t ring, const shmr_ref *refs, uint32_t count) {
-    shmr_block b;
+    shmr_block b = {0};
     OK(shmr_claim(p, 100, refs, count, -1, NOT_AT_ALL, &b));
     b.length = 100;
     memset(bytes_of(p, &b), 1, 100);
@@ -112,7 +112,7 @@ static void old_references(void) {
     OK(shmr_drop(h, young.block, young.generation));
     OK(shmr_drop(other, young.block, young.generation));
     /* A message is not a shared block, whatever its state. */
-    shmr_block b;
+    shmr_block b = {0};
     OK(shmr_claim(h, 100, NULL, 0, -1, NOT_AT_ALL, &b));
     shmr_block copy = b;
     CHECK_STATUS(shmr_hold(other, b.block, shmr_state_generation(b.state), &held), SHMR_STALE);
@@ -131,7 +131,7 @@ static void frames_keep_alive_what_they_name(void) {
         for (int i = 0; i < 3; i++) refs[i] = publish(h, 40000 + 1000 * (uint64_t)i, (char)(10 + i));
         uint64_t bytes = counters_of(h).used;
         if (outcome == 0) { /* aborted: never sent */
-            shmr_block b;
+            shmr_block b = {0};
             OK(shmr_claim(h, 100, refs, 3, -1, NOT_AT_ALL, &b));
             CHECK_EQ(b.references, 3);
             for (int i = 0; i < 3; i++) OK(shmr_drop(h, refs[i].block, refs[i].generation));
@@ -142,7 +142,7 @@ static void frames_keep_alive_what_they_name(void) {
         }
         send_frame(h, 0, refs, 3);
         for (int i = 0; i < 3; i++) OK(shmr_drop(h, refs[i].block, refs[i].generation));
-        shmr_block b;
+        shmr_block b = {0};
         OK(shmr_lease(worker, 0, 1, NOT_AT_ALL, &b));
         CHECK_EQ(b.references, 3);
         CHECK_EQ(b.length, 100);
@@ -183,7 +183,7 @@ static void a_frame_names_only_what_its_sender_holds(void) {
     open_shared();
     shmr *other = attach_region(fd);
     shmr_ref ref = publish(h, 100, 1), held;
-    shmr_block b;
+    shmr_block b = {0};
     CHECK_STATUS(shmr_claim(other, 10, &ref, 1, -1, NOT_AT_ALL, &b), SHMR_STALE);
     OK(shmr_hold(other, ref.block, ref.generation, &held));
     send_frame(other, 0, &ref, 1); /* what it received it may send on */
@@ -207,7 +207,7 @@ static void many_references(void) {
     for (int i = 0; i < 2000; i++) refs[i] = ref;
     send_frame(h, 0, refs, 2000);
     OK(shmr_drop(h, ref.block, ref.generation));
-    shmr_block b;
+    shmr_block b = {0};
     OK(shmr_lease(h, 0, 1, NOT_AT_ALL, &b));
     OK(shmr_references(h, &b, found, 2000));
     for (int i = 0; i < 2000; i++) CHECK(found[i].block == ref.block && found[i].generation == ref.generation);
@@ -235,7 +235,7 @@ static void sharing_what_was_published(void) {
         CHECK_EQ(counters_of(h).used, 0);
     }
     /* What is being written, or under way, or read, is not shared; nor is memory outside. */
-    shmr_block b;
+    shmr_block b = {0};
     shmr_ref found;
     OK(shmr_claim(h, 50000, NULL, 0, -1, NOT_AT_ALL, &b));
     b.length = 50000;
@@ -336,7 +336,7 @@ static void numpy_memory(void) {
     OK(shmr_share(h, shorter, 1000000, &again));
     CHECK(ref.block == again.block && ref.generation == again.generation);
     send_frame(h, 0, &ref, 1);
-    shmr_block b;
+    shmr_block b = {0};
     OK(shmr_lease(other, 0, 1, NOT_AT_ALL, &b));
     OK(shmr_hold(other, ref.block, ref.generation, &held));
     OK(shmr_release(other, &b));

@@ -86,7 +86,7 @@ static shmr_word *space(shmr *p) { return shmr_participant_at(p, p->self)->space
 
 static void deadlines(void) {
     open_region();
-    shmr_block b, full;
+    shmr_block b = {0}, full = {0};
     OK(shmr_claim(h, 30 * MIB, NULL, 0, -1, NOT_AT_ALL, &full));
     for (int64_t wait = 0; wait <= 300; wait += 100) { /* shorter and longer than a slice */
         int64_t end = shmr_now() + wait * MS;
@@ -153,7 +153,7 @@ static void by_a_slot(void) {
 static void by_space(void) {
     open_region();
     for (int turn = 0; turn < 30; turn++) {
-        shmr_block first, second, leased;
+        shmr_block first = {0}, second = {0}, leased = {0};
         OK(shmr_claim(h, 16 * MIB, NULL, 0, -1, NOT_AT_ALL, &first));
         OK(shmr_claim(h, 16 * MIB, NULL, 0, -1, NOT_AT_ALL, &second));
         OK(shmr_commit(h, 0, 0, -1, NOT_AT_ALL, &first));
@@ -184,7 +184,7 @@ static void by_space(void) {
 /* A dropped reference gives space, too. */
 static void by_a_drop(void) {
     open_region();
-    shmr_block b;
+    shmr_block b = {0};
     shmr_ref ref, held;
     OK(shmr_claim(h, 30 * MIB, NULL, 0, -1, NOT_AT_ALL, &b));
     OK(shmr_publish(h, &b, &ref));
@@ -203,7 +203,7 @@ static void by_a_drop(void) {
 static void by_who_sleeps_on_free_memory(void) {
     open_region();
     for (int turn = 0; turn < 5; turn++) {
-        shmr_block b;
+        shmr_block b = {0};
         OK(shmr_claim(other, 28 * MIB, NULL, 0, -1, NOT_AT_ALL, &b));
         OK(shmr_abort(other, &b));
         CHECK_EQ(counters_of(other).owned, 28 * MIB);
@@ -224,7 +224,7 @@ static void by_who_sleeps_on_free_memory(void) {
 /* Two who are both short hold free extents that only together are enough: neither keeps the other waiting. */
 static void by_who_waits_for_memory_too(void) {
     open_region();
-    shmr_block a[8], b[8];
+    shmr_block a[8] = {0}, b[8] = {0};
     for (int i = 0; i < 8; i++) { /* by turns, so that each has pieces everywhere */
         OK(shmr_claim(h, 2 * MIB, NULL, 0, -1, NOT_AT_ALL, &a[i]));
         OK(shmr_claim(other, 2 * MIB, NULL, 0, -1, NOT_AT_ALL, &b[i]));
@@ -310,7 +310,7 @@ static void too_few_doorbells(void) {
 
 static void an_item_interrupts(void) {
     open_region();
-    shmr_block b, full;
+    shmr_block b = {0}, full = {0};
     OK(shmr_claim(h, 30 * MIB, NULL, 0, -1, NOT_AT_ALL, &full));
     OK(send_message(other, 1, 8, 1, NOT_AT_ALL));
     CHECK_STATUS(shmr_claim(h, 10 * MIB, NULL, 0, 1, FOR_EVER, &b), SHMR_ITEM_WAITS);
@@ -337,7 +337,7 @@ static void an_item_interrupts(void) {
 
 static void denied(void) {
     open_region();
-    shmr_block full;
+    shmr_block full = {0};
     OK(shmr_claim(other, 30 * MIB, NULL, 0, -1, NOT_AT_ALL, &full));
     struct waiter w = {.bytes = 10 * MIB};
     start(&w, h, CLAIM, FOR_EVER);
@@ -379,7 +379,7 @@ static void closing_a_ring(void) {
 
 static void closing_a_handle(void) {
     open_region();
-    shmr_block full;
+    shmr_block full = {0};
     OK(shmr_claim(h, 30 * MIB, NULL, 0, -1, NOT_AT_ALL, &full));
     struct waiter reader = {0}, claimer = {.bytes = 10 * MIB};
     start(&reader, other, LEASE, FOR_EVER);
@@ -434,7 +434,7 @@ static void the_last_peer_dies(void) {
         open_with(alone ? SHMR_WAIT_ALONE : 0, 64);
         leave_region(other);
         other = NULL;
-        shmr_block b;
+        shmr_block b = {0};
         CHECK_STATUS(shmr_lease(h, 0, 0, shmr_now() + 5 * MS, &b), SHMR_TIMEOUT); /* nobody there yet: not lost */
         pid_t one = start_peer(), two = start_peer();
         struct waiter w = {0};

@@ -60,7 +60,7 @@ static inline void script_claim(shmr *v, struct report *r) {
     OK(shmr_claim(v, 100000, NULL, 0, -1, NOT_AT_ALL, &r->block));
     const uint64_t sizes[] = {1, 700, 20000, 32768, 40000, 300000, 3 * MIB};
     for (int i = 0; i < 7; i++) {
-        shmr_block b;
+        shmr_block b = {0};
         OK(shmr_claim(v, sizes[i], NULL, 0, -1, NOT_AT_ALL, &b));
     }
 }
@@ -109,7 +109,7 @@ static inline void script_hold(shmr *v, struct report *r) {
 }
 
 static inline void script_publish_and_send(shmr *v, struct report *r) {
-    shmr_block b;
+    shmr_block b = {0};
     OK(shmr_claim(v, 50000, NULL, 0, -1, NOT_AT_ALL, &b));
     b.length = 50000;
     memset(bytes_of(v, &b), 9, 50000);

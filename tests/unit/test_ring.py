@@ -16,6 +16,9 @@ import time
 import numpy as np
 import pytest
 
+from shmengine._native import ffi, lib
+from shmengine._native.status import OK, STALE
+from shmengine.arrays import ArraySpec, encode_spec
 from shmengine.errors import (
     ArrayError,
     Closed,
@@ -27,7 +30,6 @@ from shmengine.errors import (
     Timeout,
     WouldBlock,
 )
-from shmengine.leases import Lease
 from shmengine.region import Region, _path
 from shmengine.ring import Ring
 from tests.helpers import shm_names
@@ -316,36 +318,29 @@ def test_a_lease_may_be_released_inside_its_with_block(ring):
     assert_memory_is_whole(ring)
 
 
-def forge(ring, block, key):
-    view = np.zeros(2)[:1]
-    ring._views[key] = (view.base, view)
-    return Lease(ring, block, view, key)
+def test_the_core_refuses_stale_and_foreign_blocks(ring):
+    def new_block():
+        return ffi.new("shmr_block *")
 
-
-def test_a_copy_of_a_lease_cannot_release_what_another_has_by_now(ring):
-    from shmengine._native import ffi
-
+    handle, block = ring._region.handle, new_block()
     ring.send([1])
-    lease = ring.lease()
-    block = ffi.new("shmr_block *", lease._block[0])
-    lease.release()
-    ring.send([2])
-    second = ring.lease()
-    forged = forge(ring, block, lease._key)
-    with pytest.raises(LeaseError, match="no longer"):
-        forged.release()
-    assert second.array[0] == 2
-    second.release()
-
-
-def test_a_lease_of_another_ring_is_refused(ring):
+    assert lib.shmr_lease(handle, 0, 0, 0, block) == OK
+    copy = ffi.new("shmr_block *", block[0])
     with Ring(4, "8 MiB") as other:
-        ring.send([1])
-        lease = ring.lease()
-        forged = forge(other, lease._block, lease._key)
-        with pytest.raises(LeaseError, match="not, or no longer"):
-            forged.release()
-        lease.release()
+        assert lib.shmr_release(other._region.handle, copy) == STALE
+        assert lib.shmr_commit(other._region.handle, 0, 0, -1, 0, copy) == STALE
+    copy = ffi.new("shmr_block *", block[0])
+    assert lib.shmr_release(handle, block) == OK
+    assert lib.shmr_release(handle, block) == STALE
+    ring.send([2])
+    again = new_block()
+    assert lib.shmr_lease(handle, 0, 0, 0, again) == OK
+    assert again.block == copy.block  # the same memory, another lease
+    assert lib.shmr_release(handle, copy) == STALE
+    assert lib.shmr_abort(handle, copy) == STALE
+    assert lib.shmr_commit(handle, 0, 0, -1, 0, copy) == STALE
+    assert lib.shmr_release(handle, again) == OK
+    assert_memory_is_whole(ring)
 
 
 def test_forgotten_claims_and_leases_end_themselves(ring):
@@ -558,13 +553,17 @@ def test_many_threads(ring):
 # --- checks ----------------------------------------------------------------------------------------
 
 
+def commit_ones(ring):
+    """Commit 1000 bytes; where they are in the region's memory."""
+    with ring.claim(1000, "u1") as frame:
+        frame[:] = 1
+        start = np.frombuffer(ring._region.readable, "u1", 1).ctypes.data
+        return frame.ctypes.data - start
+
+
 def test_payload_check_finds_a_flipped_bit():
     with Ring(4, "8 MiB", check="payload") as ring:
-        claim = ring.claim(1000, "u1")
-        address = claim.array
-        address[:] = 1
-        claim.commit()
-        ring._region.memory[claim._block.offset + 500] = 0
+        ring._region.memory[commit_ones(ring) + 500] = 0
         ring.send([2])
         with pytest.raises(Corrupt, match="payload"):
             ring.lease()
@@ -573,19 +572,14 @@ def test_payload_check_finds_a_flipped_bit():
 
 
 def test_frame_check_does_not_look_at_the_payload(ring):
-    claim = ring.claim(1000, "u1")
-    claim.array[:] = 1
-    claim.commit()
-    ring._region.memory[claim._block.offset + 500] = 0
+    ring._region.memory[commit_ones(ring) + 500] = 0
     assert ring.receive().sum() == 999
 
 
 def test_frame_check_finds_a_changed_descriptor(ring):
-    claim = ring.claim(7, "u1")
-    claim.commit()
-    raw = bytes(ring._region.memory[: 1 << 22])
-    spec = bytes(claim._block.spec)[: claim._block.spec_bytes]
-    at = raw.index(spec)
+    commit_ones(ring)
+    spec = encode_spec(ArraySpec(np.dtype("u1"), (1000,)))
+    at = bytes(ring._region.memory[: 1 << 22]).index(spec)
     ring._region.memory[at] ^= 0xFF
     with pytest.raises(Corrupt):
         ring.lease()
@@ -594,8 +588,6 @@ def test_frame_check_finds_a_changed_descriptor(ring):
 
 
 def test_a_message_that_is_no_array(ring):
-    from shmengine._native import ffi, lib
-
     block = ffi.new("shmr_block *")
     assert lib.shmr_claim(ring._region.handle, 10, ffi.NULL, 0, -1, 0, block) == 0
     block.length, block.kind = 10, 77
