@@ -2,7 +2,8 @@
 /* Claims and leases as Python objects: the short way between `with ring.claim(...)` and the core.
  *
  * A cffi call costs as much as the core's work for a whole message, and a Python frame as much again, so what
- * happens for every message is here, and nothing else: it never waits, never releases the GIL, and whatever
+ * happens for every message is here, and nothing else: it never waits
+ * (but for some microseconds of spinning, where that has been gaining), never releases the GIL, and whatever
  * does not succeed at once goes to Python (Ring._claim_slowly and its siblings), which waits through cffi.
  *
  *   End     one process's end of a ring: its layouts, its read-only arrays by place, handles to use again
@@ -122,6 +123,11 @@ static PyObject *ring_of(End *end) {
 
 static PyObject *address(shmr_block *block) { return PyLong_FromVoidPtr(block); }
 
+/* Whoever may wait spins a little first: a partner on another core answers within a microsecond. */
+static int64_t brief(PyObject *timeout) {
+    return timeout != Py_None && PyFloat_AsDouble(timeout) == 0 ? 0 : SHMR_BRIEFLY;
+}
+
 static int ended(const char *what, const char *how) {
     PyErr_Format(lease_error, "this %s has ended: it was %s", what, how);
     return -1;
@@ -156,7 +162,7 @@ static int claim_commit_now(Claim *self) {
     Py_CLEAR(self->array);
     int status = SHMR_WOULD_BLOCK;
     if (!self->end->payload_check) /* a checksum takes long: without the GIL then */
-        status = core.commit(self->end->handle, 0, 0, -1, 0, &self->block);
+        status = core.commit(self->end->handle, 0, 0, -1, brief(self->timeout), &self->block);
     if (status == SHMR_OK) return 0;
     PyObject *done = PyObject_CallMethod(self->ring, "_commit_slowly", "NO", address(&self->block), self->timeout);
     Py_XDECREF(done);
@@ -498,7 +504,7 @@ static PyObject *end_lease(End *self, PyObject *timeout) {
     shmr_block *block = &lease->block;
     int status = SHMR_WOULD_BLOCK;
     if (!self->payload_check) /* a checksum takes long: without the GIL then */
-        status = core.lease(self->handle, 0, 0, 0, block);
+        status = core.lease(self->handle, 0, 0, brief(timeout), block);
     if (status != SHMR_OK) {
         PyObject *done = PyObject_CallMethod(ring, "_lease_slowly", "NOi", address(block), timeout, status);
         if (!done) {

@@ -3,7 +3,7 @@
  *
  * Unless a function says otherwise: it may be called by any thread, does not wait, returns a status code of
  * shmr_status.h and changes nothing when it fails. Deadlines are CLOCK_MONOTONIC nanoseconds; -1 is for ever
- * and 0 is not at all. Blocks are named by the caller's `shmr_block`, which carries the full state word that
+ * 0 is not at all, and SHMR_BRIEFLY spins for some microseconds, if that has been gaining. Blocks are named by the caller's `shmr_block`, which carries the full state word that
  * the next transition expects: a stale or doubled call fails with STALE.
  */
 #ifndef SHMR_H
@@ -26,6 +26,8 @@ typedef struct {
     uint64_t flags;        /* of the two below */
     uint64_t capacity[8];  /* messages committed and not yet leased, a ring */
 } shmr_config;
+
+#define SHMR_BRIEFLY (-2) /* a deadline: for those who hold something dear, like an interpreter */
 
 #define SHMR_CREATOR_RECOVERS 1 /* only the creator clears up after the dead */
 #define SHMR_WAIT_ALONE 2       /* keep waiting when the last other participant has died */

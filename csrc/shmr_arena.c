@@ -21,6 +21,7 @@
 enum { RUN_NONE = 0, RUN_FREE = 1, RUN_USED = 2, RUN_QUICK = 3 };
 
 #define SMALL_MAX 32768u
+#define LARGE_MIN 131072u
 #define UNUSED UINT32_MAX /* in a slab's records */
 #define PAGES_PER_EXTENT (SHMR_EXTENT / SHMR_PAGE)
 
@@ -128,8 +129,12 @@ static uint64_t use_run(struct shmr_arena *a, uint32_t page, uint32_t pages) {
     return (uint64_t)page * SHMR_PAGE;
 }
 
+static struct shmr_quick *quick_of(struct shmr_arena *a, uint32_t pages) {
+    return &a->quick[(pages * 0x9e3779b1u) >> 26];
+}
+
 static uint64_t take_quick(struct shmr_arena *a, uint32_t pages) {
-    struct shmr_quick *q = &a->quick[(pages * 0x9e3779b1u) >> 26];
+    struct shmr_quick *q = quick_of(a, pages);
     if (q->pages != pages || !q->first) return SHMR_NOWHERE;
     uint32_t page = q->first - 1;
     q->first = a->next[page];
@@ -160,7 +165,7 @@ static void release_run(shmr *h, uint32_t page) {
     uint32_t pages = run_length(a->run[page]);
     a->used_bytes -= (uint64_t)pages * SHMR_PAGE;
     mark_steps(a, page, pages, false);
-    struct shmr_quick *q = &a->quick[(pages * 0x9e3779b1u) >> 26];
+    struct shmr_quick *q = quick_of(a, pages);
     if (q->pages != pages) {
         flush_quick_list(h, q);
         q->pages = pages;
@@ -331,6 +336,16 @@ static void release_small(shmr *h, struct shmr_slab *s, uint64_t offset, uint64_
 }
 
 /* ---- the interface ----------------------------------------------------------------------------------------------- */
+
+/* Of blocks that fit into a cache a few may go round, and what was released is looked at in one go; of a large one
+ * the warmest is worth asking each time. */
+bool shmr_arena_has_warm(shmr *h, uint64_t bytes) {
+    if (bytes <= SMALL_MAX) return h->arena.partial[class_of(bytes)];
+    if (bytes > LARGE_MIN) return false;
+    uint32_t pages = (uint32_t)((bytes + SHMR_PAGE - 1) / SHMR_PAGE);
+    const struct shmr_quick *q = quick_of(&h->arena, pages);
+    return q->pages == pages && q->first;
+}
 
 uint64_t shmr_arena_allocate(shmr *h, uint64_t bytes) {
     uint64_t offset;

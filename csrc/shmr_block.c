@@ -182,7 +182,7 @@ void shmr_freed_by_me(shmr *h, uint32_t block) {
 /* ---- memory for a block ---------------------------------------------------------------------------------------------- */
 
 uint64_t shmr_take_allocation(shmr *h, uint64_t bytes) {
-    if (bytes > 65536) shmr_drain_freed(h); /* large blocks: the warmest one first */
+    if (!shmr_arena_has_warm(h, bytes)) shmr_drain_freed(h); /* what others have released is warmer than what is new */
     uint64_t offset = shmr_arena_allocate(h, bytes);
     if (offset != SHMR_NOWHERE) return offset;
     shmr_drain_freed(h);

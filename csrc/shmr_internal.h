@@ -139,7 +139,8 @@ struct shmr {
     pthread_mutex_t doorbell_lock;
     uint32_t doorbells[SHMR_MAX_DOORBELLS];
     uint32_t doorbell_count;
-    struct shmr_spin spin[SHMR_SPIN_KINDS];
+    struct shmr_spin spin[2 * SHMR_SPIN_KINDS]; /* before sleeping; and briefly */
+    shmr_word first_seen[SHMR_MAX_RINGS];       /* private copies of the lease cursors, never ahead of them */
 
     pthread_mutex_t death_lock;
     int *pidfds; /* a slot: pidfd, -1 not open */
@@ -194,6 +195,7 @@ int shmr_reserve_extent(const shmr *h, uint32_t extent);
 int shmr_arena_init(shmr *h);
 void shmr_arena_fini(shmr *h);
 uint64_t shmr_arena_room(uint64_t bytes);                           /* bytes that an allocation really takes */
+bool shmr_arena_has_warm(shmr *h, uint64_t bytes);                  /* a block of the size that was in use before */
 uint64_t shmr_arena_allocate(shmr *h, uint64_t bytes);              /* offset, or SHMR_NOWHERE */
 void shmr_arena_release(shmr *h, uint64_t offset, uint64_t room);
 uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t *room); /* of a used allocation */

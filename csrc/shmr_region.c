@@ -248,6 +248,7 @@ static int new_handle(int fd, const struct shmr_geometry *g, shmr **out) {
         if (i < g->config.rings) h->last_seq[i] = calloc(g->config.participants, sizeof(uint64_t));
     }
     struct stat s;
+    for (uint32_t i = 0; i < g->config.rings; i++) shmr_store_relaxed(&h->first_seen[i], g->config.start); /* ours */
     if (stat("/proc/self/ns/pid", &s) == 0) h->pid_namespace = s.st_ino;
     h->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
     int status = h->fd < 0 ? shmr_fail(SHMR_SYSTEM, errno, "dup of the region's descriptor") : SHMR_OK;

@@ -57,7 +57,12 @@ int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation, uin
     struct shmr_ring *q = shmr_ring_at(h, ring);
     for (uint32_t turn = 0; turn < TURNS_MAX; turn++) {
         uint64_t position = shmr_load_acquire(&q->commit_cursor);  /* A5 */
-        uint64_t first = shmr_load_seq_cst(&q->lease_cursor);      /* S5 A4: what lies before it is done with */
+        /* The cursor's line is the consumers': look only when our last knowledge of it says that the ring is full. */
+        uint64_t first = shmr_load_relaxed(&h->first_seen[ring]); /* ours alone; may lag */
+        if ((int64_t)(position - first) >= (int64_t)limit) {
+            first = shmr_load_seq_cst(&q->lease_cursor); /* S5 A4: what lies before it is done with */
+            shmr_store_relaxed(&h->first_seen[ring], first);
+        }
         if ((int64_t)(position - first) >= (int64_t)limit) {
             uint64_t state, slot = shmr_load_acquire(shmr_slot_at(h, ring, first)); /* A3 */
             if (shmr_slot_cycle(slot) == cycle_of(h, ring, first) && !is_waiting(h, ring, slot, &state)) {

@@ -24,6 +24,7 @@
 
 #define SLICE_NS 250000000
 #define SPIN_NS 50000
+#define BRIEFLY_NS 10000
 #define MISSES_MAX 3   /* after so many spins in vain: no more spinning */
 #define PROBE_EVERY 32 /* but try again now and then */
 
@@ -124,10 +125,11 @@ static bool any_ready(const shmr *h, const struct shmr_source *sources, int coun
  * as long as spinning has been gaining. True: worth an attempt. */
 static bool spin(shmr *h, const struct shmr_source *sources, int count, enum shmr_spin_kind kind,
                  int64_t deadline) {
-    struct shmr_spin *s = &h->spin[kind]; /* private; races between threads only cost a wrong guess */
+    bool brief = deadline == SHMR_BRIEFLY;
+    struct shmr_spin *s = &h->spin[kind + (brief ? SHMR_SPIN_KINDS : 0)]; /* private; races between threads only cost a wrong guess */
     uint64_t turn = shmr_add_relaxed(&s->turns, 1), misses = shmr_load_relaxed(&s->misses);
     if (misses >= MISSES_MAX && turn % PROBE_EVERY) return false;
-    int64_t end = shmr_now() + SPIN_NS;
+    int64_t end = shmr_now() + (brief ? BRIEFLY_NS : SPIN_NS);
     if (deadline > 0 && deadline < end) end = deadline;
     do {
         for (int i = 0; i < 16; i++) {
@@ -199,6 +201,7 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
         status = attempt(h, argument);
         if (status != SHMR_WOULD_BLOCK) return status;
     }
+    if (deadline == SHMR_BRIEFLY) return status;
     int doorbell = borrow_doorbell(h);
     bool watching_space = sources[0].waiters == shmr_participant_at(h, h->self)->space_waiters;
     bool by_slice = false, lost = false;

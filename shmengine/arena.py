@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ from shmengine._native.status import NOT_SHARED, OK, STALE, fail
 from shmengine.arrays import Array, Bytes, SharedReference, address_of, extent_of
 from shmengine.config import format_bytes
 from shmengine.errors import MemoryBudgetExceeded, StaleReference
-from shmengine.region import Region
+from shmengine.region import EXTENT_BYTES, Region
 
 __all__ = ["Arena"]
 
@@ -56,11 +58,6 @@ class Arena:
     region : Region
     limit : int, optional
         Bytes that arrays made by NumPy's handler may take; beyond it they are private. None: no limit.
-
-    Attributes
-    ----------
-    held_bytes : int
-        Bytes of blocks that views made by `resolve` keep alive.
     """
 
     def __init__(self, region: Region, limit: int | None = None) -> None:
@@ -74,8 +71,9 @@ class Arena:
         self._roots: dict[tuple[int, int, bool], weakref.ref[Any]] = {}
         self._watched: dict[int, weakref.ref[Any]] = {}  # by id: two threads may resolve the same at once
         self._lock = threading.Lock()
+        self._pins: dict[int, int] = {}  # an extent: how many roots and leases lie in it
+        self._unpinned: deque[tuple[int, int]] = deque()
         self._ref = threading.local()
-        self.held_bytes = 0
 
     # --- born shared -----------------------------------------------------------------------------
 
@@ -132,16 +130,32 @@ class Arena:
         """Tell whether the array's memory is this region's."""
         return self._low <= address_of(array) < self._high
 
-    def holding(self, nbytes: int) -> Callable[[], None]:
-        """Count bytes of a lease that views keep alive; call what is returned when they are gone."""
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of the extents that views made by `resolve`, and leases counted by `holding`, keep from being used."""
         with self._lock:
-            self.held_bytes += nbytes
+            self._settle()
+            return len(self._pins) * EXTENT_BYTES
 
-        def ended() -> None:
-            with self._lock:
-                self.held_bytes -= nbytes
+    def holding(self, offset: int, nbytes: int) -> Callable[[], None]:
+        """Count a lease that views keep alive; call what is returned when they are gone."""
+        self._pin(offset, nbytes)
+        return functools.partial(self._unpinned.append, (offset, nbytes))
 
-        return ended
+    def _pin(self, offset: int, nbytes: int) -> None:
+        with self._lock:
+            self._settle()
+            for extent in range(offset // EXTENT_BYTES, (offset + nbytes) // EXTENT_BYTES + 1):
+                self._pins[extent] = self._pins.get(extent, 0) + 1
+
+    def _settle(self) -> None:
+        """Take off what was unpinned: by finalizers, which may run anywhere and must not wait for the lock."""
+        while self._unpinned:
+            offset, nbytes = self._unpinned.popleft()
+            for extent in range(offset // EXTENT_BYTES, (offset + nbytes) // EXTENT_BYTES + 1):
+                self._pins[extent] -= 1
+                if not self._pins[extent]:
+                    del self._pins[extent]
 
     # --- by reference -----------------------------------------------------------------------------
 
@@ -185,17 +199,15 @@ class Arena:
             raise StaleReference("what this reference named has been freed")
         if status != OK:
             fail(status, "read an array by reference")
-        nbytes = ref.length
-        root = self.region.root(ref.offset, nbytes, writable=writable)
-        with self._lock:
-            self.held_bytes += nbytes
+        offset, nbytes = int(ref.offset), int(ref.length)
+        root = self.region.root(offset, nbytes, writable=writable)
+        self._pin(offset, nbytes)
 
         def drop(gone: weakref.ref[Any]) -> None:
             del self._watched[id(gone)]
             if self._roots.get(key) is gone:
                 del self._roots[key]
-            with self._lock:
-                self.held_bytes -= nbytes
+            self._unpinned.append((offset, nbytes))
             lib.shmr_drop(self._handle, block, generation)
 
         watcher = weakref.ref(root, drop)

@@ -33,8 +33,9 @@ from shmengine._native.status import CLOSED, INTERRUPTED, ITEM_WAITS, OK, TIMEOU
 from shmengine.arena import Arena
 from shmengine.engine.backend import TaskOptions, annotate, timed_out
 from shmengine.errors import ArrayError, Closed, MemoryBudgetExceeded, RemoteError, ShmError, WorkerDied
+from shmengine.filemap import forget_files
 from shmengine.leases import release_with
-from shmengine.region import Region
+from shmengine.region import EXTENT_BYTES, Region
 from shmengine.stats import EngineStats
 from shmengine.workers import messages
 from shmengine.workers.messages import BROKEN, EVENT, RESULT_RING, TASK, TASK_RING, VALUE, WHOLE_BATCH
@@ -282,6 +283,11 @@ class Dispatcher:
         """Send a batch; while there is no room, drain results."""
         if encoded is None:
             encoded = self.encode_batch(batch)
+        if encoded.nbytes > self.budget // 8 and len(batch.tasks) > 1:
+            half = len(batch.tasks) // 2
+            self.dispatch(Batch(batch.job, batch.tasks[:half]))
+            self.dispatch(Batch(batch.job, batch.tasks[half:]))
+            return
         with self.lock:
             number = next(self.ids)
             self.batches[number] = batch
@@ -410,9 +416,8 @@ class Dispatcher:
             self.after_death(number)
             return
         root = messages.frame_root(self.arena, block)
-        copied = (
-            self.arena.held_bytes > self.budget // 2
-        )  # what users keep must not stop the flow: from here on private memory
+        nanoseconds, inline, shared = messages.account_of(block)
+        copied = self.must_copy(inline + shared)
         with self.lock:
             batch = self.forget(number)
         payload: Any = None
@@ -422,7 +427,6 @@ class Dispatcher:
                 payload = messages.read_frame(root, self.arena.resolve, copy=copied)
             except BaseException as failure:
                 error = failure
-        nanoseconds, inline, shared = messages.account_of(block)
         self.bytes_shared += shared
         self.bytes_copied += inline + (inline + shared if copied else 0)
         # Views of the frame itself keep it leased; references are held on their own.
@@ -430,7 +434,7 @@ class Dispatcher:
             lib.shmr_release(self.handle, block)
             self.spare.append(block)
         else:
-            release_with(root, self.region, block, self.arena.holding(block.length))
+            release_with(root, self.region, block, self.arena.holding(block.offset, block.length))
         del root
         if kind == BROKEN:
             cause = codec.decode_exception(payload) if error is None else error
@@ -460,6 +464,12 @@ class Dispatcher:
                     self.conclude(job, task, value, None)
                 else:
                     self.conclude(job, task, None, codec.decode_exception(value))
+
+    def must_copy(self, nbytes: int) -> bool:
+        """Tell whether a result has to go to private memory, because what users keep must not stop the flow."""
+        kept = self.arena.pinned_bytes + nbytes
+        room = self.budget - (self.workers + 1) * EXTENT_BYTES  # for one of the same size from each worker
+        return kept > self.budget // 2 or kept + self.workers * nbytes > room
 
     def conclude(self, job: Job, task: Task, value: Any, error: BaseException | None) -> None:
         if error is None:
@@ -736,6 +746,7 @@ class Dispatcher:
             self.collector.join()
         while lib.shmr_lease(self.handle, RESULT_RING, 0, 0, block) == OK:
             lib.shmr_release(self.handle, block)
+        forget_files()  # that results have named
         self.region.close()
 
 

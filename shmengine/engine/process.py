@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -122,7 +123,12 @@ class ProcessBackend:
 
     def empty(self, shape: Any, dtype: Any, order: Literal["C", "F"]) -> np.ndarray:
         """Return an uninitialised array in shared memory."""
-        self._core.check_open()
+        for pause in (0.001, 0.01, 0.1):
+            self._core.check_open()
+            try:
+                return self._core.arena.empty(shape, dtype, order)
+            except MemoryBudgetExceeded:
+                time.sleep(pause)  # workers give arguments back a little after the result is here
         return self._core.arena.empty(shape, dtype, order)
 
     def is_shared(self, array: np.ndarray) -> bool:

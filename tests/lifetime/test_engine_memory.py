@@ -69,6 +69,11 @@ def held(engine):
     return int(region_counters(engine).held)
 
 
+def strides_of(array):
+    """Strides that mean something."""
+    return [stride for stride, length in zip(array.strides, array.shape, strict=True) if length > 1]
+
+
 def count_mappings():
     with open("/proc/self/maps") as file:
         return len(file.readlines())
@@ -104,14 +109,14 @@ def test_views_of_born_shared_arrays_go_out_for_free(engine, view, order):
     array = VIEWS[view](whole)
 
     def look(a):
-        return a.shape, a.strides, a.flags.writeable, float(np.sum(a, dtype="f8"))
+        return a.shape, strides_of(a), a.flags.writeable, float(np.sum(a, dtype="f8"))
 
     with Bytes(engine) as crossed:
         shape, strides, writeable, total = engine.submit(look, array).result()
     if not (view == "reshaped" and order == "F"):  # NumPy copies that one itself
         assert crossed.copied == 0
         assert crossed.shared >= array.nbytes > 0
-    assert (shape, strides, writeable) == (array.shape, array.strides, False)
+    assert (shape, strides, writeable) == (array.shape, strides_of(array), False)
     assert total == float(np.sum(array, dtype="f8"))
 
 
@@ -125,7 +130,7 @@ def test_results_and_their_views_come_back_for_free(engine, view):
         result = engine.submit(make, VIEWS[view]).result()
     assert crossed.copied == 0
     assert crossed.shared >= expected.nbytes
-    assert result.strides == expected.strides
+    assert strides_of(result) == strides_of(expected)
     assert np.array_equal(result, expected)
     assert is_shared(engine, result)
 
@@ -187,9 +192,9 @@ def test_allocator_gives_shared_arrays(engine, tmp_path):
         assert is_shared(engine, array), name
         assert type(array) is np.ndarray
         with Bytes(engine) as crossed:
-            back = engine.submit(lambda a: a[:1], array).result()
+            back = engine.submit(lambda a: a.flat[0], array).result()
         assert crossed.copied == 0, name
-        assert back[0] == array.ravel()[0]
+        assert back == array.flat[0]
 
 
 def test_allocator_belongs_to_its_thread_and_nests(engine):
@@ -232,7 +237,7 @@ def test_ordinary_arrays_are_copied_once_in_and_once_out(engine):
         y = engine.map_blocks(np.sqrt, x, block_bytes="256 KiB")
     assert crossed.copied == x.nbytes + y.nbytes
     with Bytes(engine) as crossed:
-        engine.map_blocks(lambda b: b > 0.5, x, out=np.empty(x.shape, bool), block_bytes="256 KiB")
+        engine.map_blocks(lambda b: b > 0.5, x, out=np.empty(x.shape, bool), block_bytes="1 MiB")
     assert crossed.copied == x.nbytes + x.size
 
     with Bytes(engine) as crossed:
@@ -682,7 +687,8 @@ def test_memmaps_are_read_only_unless_asked_for(engine, data):
         list(engine.map(write, [read_only], writable="shared"))
 
 
-def test_blocks_of_a_memmap_written_in_place(engine, data):
+def test_blocks_of_a_memmap_written_in_place(make_engine, data):
+    engine = make_engine()
     x = np.memmap(data, "f8", "r+")
 
     def double(block):

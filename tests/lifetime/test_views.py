@@ -239,7 +239,7 @@ def test_two_threads_resolve_the_same_reference():
         thread.start()
     for thread in threads:
         thread.join()
-    assert arena.held_bytes == 0
+    assert arena.pinned_bytes == 0
     assert region.counters().pins == 1
     del array
     assert region.counters().pins == 0
