@@ -77,6 +77,7 @@ typedef struct {
     PyObject *ring; /* weak */
     PyObject *region;
     PyObject *layouts; /* (shape, dtype) -> Layout */
+    PyObject *last_shape, *last_dtype, *last_layout; /* who sends one kind of array often sends the same objects */
     shmr *handle;
     int payload_check;
     struct {
@@ -379,6 +380,9 @@ static void end_dealloc(End *self) {
     }
     forget_views(self);
     Py_XDECREF(self->layouts);
+    Py_XDECREF(self->last_shape);
+    Py_XDECREF(self->last_dtype);
+    Py_XDECREF(self->last_layout);
     Py_XDECREF(self->ring);
     Py_XDECREF(self->region);
     Py_TYPE(self)->tp_free((PyObject *)self);
@@ -395,30 +399,57 @@ static int timeout_is_bad(PyObject *ring, PyObject *timeout) {
     return deadline == NULL;
 }
 
-/* claim(shape, dtype, timeout) */
-static PyObject *end_claim(End *self, PyObject *const *args, Py_ssize_t count) {
-    if (count != 3) {
-        PyErr_SetString(PyExc_TypeError, "claim takes a shape, a dtype and a timeout");
-        return NULL;
+/* What claim(shape, dtype=float, timeout=None) was called with; borrowed. */
+static int parse_claim(PyObject *const *args, Py_ssize_t count, PyObject *names, PyObject **out) {
+    static const char *const known[3] = {"shape", "dtype", "timeout"};
+    out[0] = NULL;
+    out[1] = (PyObject *)&PyFloat_Type;
+    out[2] = Py_None;
+    if (count > 3) {
+        PyErr_Format(PyExc_TypeError, "claim() takes at most 3 arguments (%zd given)", count);
+        return -1;
     }
-    PyObject *ring = ring_of(self), *key, *found = NULL;
+    for (Py_ssize_t i = 0; i < count; i++) out[i] = args[i];
+    for (Py_ssize_t i = 0; names && i < PyTuple_GET_SIZE(names); i++) {
+        PyObject *name = PyTuple_GET_ITEM(names, i);
+        int k = 0;
+        while (k < 3 && PyUnicode_CompareWithASCIIString(name, known[k]) != 0) k++;
+        if (k == 3 || k < count) {
+            PyErr_Format(PyExc_TypeError, "claim() got an unexpected or a second argument '%U'", name);
+            return -1;
+        }
+        out[k] = args[count + i];
+    }
+    if (out[0]) return 0;
+    PyErr_SetString(PyExc_TypeError, "claim() needs a shape");
+    return -1;
+}
+
+static PyObject *find_layout(End *self, PyObject *ring, PyObject *shape, PyObject *dtype) {
+    if (shape == self->last_shape && dtype == self->last_dtype) return Py_NewRef(self->last_layout);
+    PyObject *key = PyTuple_Pack(2, shape, dtype), *found = NULL;
+    if (!key) return NULL;
+    found = PyDict_GetItemWithError(self->layouts, key); /* borrowed */
+    Py_DECREF(key);
+    if (!found) { /* unknown, or not hashable */
+        PyErr_Clear();
+        return PyObject_CallMethod(ring, "_layout", "OO", shape, dtype);
+    }
+    Py_XSETREF(self->last_shape, Py_NewRef(shape));
+    Py_XSETREF(self->last_dtype, Py_NewRef(dtype));
+    Py_XSETREF(self->last_layout, Py_NewRef(found));
+    return Py_NewRef(found);
+}
+
+static PyObject *end_claim(End *self, PyObject *const *arguments, Py_ssize_t count, PyObject *names) {
+    PyObject *args[3];
+    if (parse_claim(arguments, count, names, args) < 0) return NULL;
+    PyObject *ring = ring_of(self);
     if (!ring) return NULL;
-    if (timeout_is_bad(ring, args[2])) {
+    PyObject *found = timeout_is_bad(ring, args[2]) ? NULL : find_layout(self, ring, args[0], args[1]);
+    if (!found) {
         Py_DECREF(ring);
         return NULL;
-    }
-    key = PyTuple_Pack(2, args[0], args[1]);
-    if (key) found = PyDict_GetItemWithError(self->layouts, key); /* borrowed */
-    Py_XDECREF(key);
-    if (found) {
-        Py_INCREF(found);
-    } else { /* unknown, or not hashable */
-        PyErr_Clear();
-        found = PyObject_CallMethod(ring, "_layout", "OO", args[0], args[1]);
-        if (!found) {
-            Py_DECREF(ring);
-            return NULL;
-        }
     }
     Layout *layout = (Layout *)found;
     Claim *claim = layout->spare;
@@ -478,8 +509,15 @@ static PyObject *end_claim(End *self, PyObject *const *args, Py_ssize_t count) {
     return (PyObject *)claim;
 }
 
-/* lease(timeout) */
-static PyObject *end_lease(End *self, PyObject *timeout) {
+/* lease(timeout=None) */
+static PyObject *end_lease(End *self, PyObject *const *args, Py_ssize_t count, PyObject *names) {
+    Py_ssize_t named = names ? PyTuple_GET_SIZE(names) : 0;
+    if (count + named > 1 ||
+        (named && PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, 0), "timeout") != 0)) {
+        PyErr_SetString(PyExc_TypeError, "lease() takes one argument, timeout");
+        return NULL;
+    }
+    PyObject *timeout = count + named ? args[0] : Py_None;
     PyObject *ring = ring_of(self);
     if (!ring) return NULL;
     if (timeout_is_bad(ring, timeout)) {
@@ -543,6 +581,9 @@ static PyObject *end_forget(End *self, PyObject *unused) {
     (void)unused;
     forget_views(self);
     PyDict_Clear(self->layouts);
+    Py_CLEAR(self->last_shape);
+    Py_CLEAR(self->last_dtype);
+    Py_CLEAR(self->last_layout);
     Py_RETURN_NONE;
 }
 
@@ -618,8 +659,10 @@ static PyTypeObject LayoutType = {
 };
 
 static PyMethodDef end_methods[] = {
-    {"claim", (PyCFunction)(void (*)(void))end_claim, METH_FASTCALL, "claim(shape, dtype, timeout) -> Claim"},
-    {"lease", (PyCFunction)end_lease, METH_O, "lease(timeout) -> Lease"},
+    {"claim", (PyCFunction)(void (*)(void))end_claim, METH_FASTCALL | METH_KEYWORDS,
+     "claim($self, /, shape, dtype=float, timeout=None)\n--\n\nSee `Ring.claim`."},
+    {"lease", (PyCFunction)(void (*)(void))end_lease, METH_FASTCALL | METH_KEYWORDS,
+     "lease($self, /, timeout=None)\n--\n\nSee `Ring.lease`."},
     {"forget", (PyCFunction)end_forget, METH_NOARGS, "Let go of all cached arrays and layouts."},
     {NULL, NULL, 0, NULL}};
 static PyMemberDef end_members[] = {MEMBER(End, layouts), {NULL, 0, 0, 0, NULL}};

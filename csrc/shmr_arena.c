@@ -21,7 +21,8 @@
 enum { RUN_NONE = 0, RUN_FREE = 1, RUN_USED = 2, RUN_QUICK = 3 };
 
 #define SMALL_MAX 32768u
-#define LARGE_MIN 131072u
+#define LARGE_MIN 131072u /* from here on, look at what others have released before each allocation */
+#define LOOK_EVERY 4      /* below, and above small ones, only so often */
 #define UNUSED UINT32_MAX /* in a slab's records */
 #define PAGES_PER_EXTENT (SHMR_EXTENT / SHMR_PAGE)
 
@@ -344,7 +345,7 @@ bool shmr_arena_has_warm(shmr *h, uint64_t bytes) {
     if (bytes > LARGE_MIN) return false;
     uint32_t pages = (uint32_t)((bytes + SHMR_PAGE - 1) / SHMR_PAGE);
     const struct shmr_quick *q = quick_of(&h->arena, pages);
-    return q->pages == pages && q->first;
+    return ++h->arena.turn % LOOK_EVERY && q->pages == pages && q->first;
 }
 
 uint64_t shmr_arena_allocate(shmr *h, uint64_t bytes) {

@@ -72,6 +72,7 @@ struct shmr_arena {
     uint32_t bin[SHMR_BINS];
     struct shmr_quick quick[SHMR_QUICK];
     struct shmr_slab *partial[SHMR_CLASSES], *slabs;
+    uint32_t turn;
     uint64_t used_bytes, owned_bytes;
     uint32_t leave; /* extents of the region that this process must not take */
 };

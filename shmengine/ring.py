@@ -426,7 +426,7 @@ class Ring(Attached):
         """End this process's part in the ring; arrays that are alive stay valid. Others go on."""
         if not self._closed:
             self._end.forget()
-            self._end = _NoEnd(self)
+            self._put_end(_NoEnd(self))
             self._detach()
 
     def __enter__(self) -> Self:
@@ -448,12 +448,17 @@ class Ring(Attached):
 
     def _forget(self) -> None:
         handle = int(ffi.cast("uintptr_t", self._h))
-        self._end = End(self, self._region, handle, bool(self._payload_check))
+        self._put_end(End(self, self._region, handle, bool(self._payload_check)))
+
+    def _put_end(self, end: Any) -> None:
+        """Let `claim` and `lease` be the end's own: a Python frame costs as much as the rest of a message."""
+        self._end = end
+        self.__dict__.update(claim=end.claim, lease=end.lease)
 
     def _after_fork(self) -> None:
         """In a forked child: the first use joins anew."""
         if not self._closed:
-            self._end = _NoEnd(self)
+            self._put_end(_NoEnd(self))
 
     def _refusal(self) -> Closed:
         return Closed("this ring is closed")
@@ -485,10 +490,10 @@ class _NoEnd:
         end: End = ring._end
         return end
 
-    def claim(self, shape: Any, dtype: Any, timeout: float | None) -> Claim:
+    def claim(self, shape: Any, dtype: Any = float, timeout: float | None = None) -> Claim:
         return self._real().claim(shape, dtype, timeout)
 
-    def lease(self, timeout: float | None) -> Lease:
+    def lease(self, timeout: float | None = None) -> Lease:
         return self._real().lease(timeout)
 
     def forget(self) -> None:

@@ -558,8 +558,18 @@ class Dispatcher:
             while self.pending and self.may_start(self.pending[0].job):
                 self.outbox.append(self.pending.popleft())
 
+    def abandon(self, job: Job) -> None:
+        """Nobody wants the results of a job any more: those that are on their way must not take up memory."""
+        job.abandoned = True
+        if job.in_flight and not self.closed:
+            self.collect()
+
+    def nobody_waits(self) -> bool:
+        """Tell whether every result that will come has a stream that drains for it."""
+        return self.running_futures == 0 and not any(b.job.abandoned for b in list(self.batches.values()))
+
     def collect(self) -> None:
-        """Make sure that somebody drains for the futures."""
+        """Make sure that somebody drains for futures, and for streams that were abandoned."""
         with self.turn:
             if self.collector is None:
                 self.collector = threading.Thread(target=self._collect, name="shmengine-results", daemon=True)
@@ -570,7 +580,7 @@ class Dispatcher:
     def _collect(self) -> None:
         while not self.has_ended():
             with self.turn:
-                while not self.has_ended() and (self.drainer is not None or self.running_futures == 0):
+                while not self.has_ended() and (self.drainer is not None or self.nobody_waits()):
                     self.turn.wait()
             try:
                 if not self.drain(self.look()):

@@ -77,7 +77,7 @@ def run_stream(
             else:
                 core.wait(next_ready)
     finally:
-        job.abandoned = True
+        core.abandon(job)
         with contextlib.suppress(AttributeError):
             source.close()  # type: ignore[attr-defined]  # a generator of calls ends with its stream
 
