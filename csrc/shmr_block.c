@@ -70,11 +70,11 @@ void shmr_trim_groups(shmr *h) {
 }
 
 static int take_group(shmr *h) {
-    for (uint32_t n = 0; n < h->g.groups; n++) {
+    for (uint32_t n = 0; n < 2 * h->g.groups; n++) { /* those in memory first: there may be room for no other */
         uint32_t i = (h->group_hint + n) % h->g.groups;
         shmr_word *word = &shmr_group_at(h, i)->owner;
         uint64_t seen = shmr_load_seq_cst(word); /* S3 A7: the look after registering */
-        if ((uint32_t)seen) continue;
+        if ((uint32_t)seen || (n < h->g.groups && !(seen & GROUP_RESERVED))) continue;
         if (!shmr_cas_acq_rel(word, &seen, seen | (h->self + 1))) continue; /* A7 */
         if (!(seen & GROUP_RESERVED)) {
             uint64_t bytes = SHMR_GROUP * sizeof(struct shmr_record);

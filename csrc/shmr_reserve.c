@@ -17,6 +17,10 @@
 #endif
 
 #define LEVELS 8
+/* What of a memory cgroup we leave: for arrays a sixteenth of it, at most so many bytes; for what little is needed
+ * to say that there is no room, less. */
+#define SLACK_MAX (64 << 20)
+#define SLACK_MIN (1 << 20)
 
 /* Files of the memory cgroups above us that have a limit; opened once a process, read at each reservation. */
 static struct {
@@ -95,22 +99,24 @@ static void find_levels(void) {
 }
 
 /* Would `bytes` more fit into every memory cgroup above us? */
-static bool cgroup_has_room(uint64_t bytes) {
+static bool cgroup_has_room(uint64_t bytes, int64_t slack_max) {
     pthread_once(&levels_once, find_levels);
     for (int i = 0; i < level_count; i++) {
         int64_t limit = read_number(levels[i].limit), usage = read_number(levels[i].usage);
         if (limit < 0 || usage < 0) continue;
         int64_t room = limit - usage;
-        /* What the kernel can drop by itself is no reason to refuse; some slack for everybody's page tables. */
-        if (room < (int64_t)bytes + (4 << 20)) room += inactive_file(levels[i].stat, levels[i].version);
-        if (room < (int64_t)bytes + (4 << 20)) return false;
+        /* Page tables and everybody's private memory need some too: who takes the last byte is killed for it. */
+        int64_t need = (int64_t)bytes + (limit / 16 < slack_max ? limit / 16 : slack_max);
+        /* What the kernel can drop by itself is no reason to refuse. */
+        if (room < need) room += inactive_file(levels[i].stat, levels[i].version);
+        if (room < need) return false;
     }
     return true;
 }
 
 /* Reserve part of the region. NO_MEMORY: the file system or the cgroup is full. Any thread. */
 int shmr_reserve(const shmr *h, uint64_t offset, uint64_t bytes) {
-    if (!cgroup_has_room(bytes))
+    if (!cgroup_has_room(bytes, SLACK_MIN))
         return shmr_fail(SHMR_NO_MEMORY, ENOMEM, "the memory cgroup has too little headroom");
     int error;
     do error = posix_fallocate(h->fd, (off_t)offset, (off_t)bytes);
@@ -123,7 +129,7 @@ int shmr_reserve(const shmr *h, uint64_t offset, uint64_t bytes) {
 
 int shmr_reserve_extent(const shmr *h, uint32_t extent) {
     uint64_t offset = h->g.arena_at + (uint64_t)extent * SHMR_EXTENT;
-    if (!cgroup_has_room(SHMR_EXTENT))
+    if (!cgroup_has_room(SHMR_EXTENT, SLACK_MAX))
         return shmr_fail(SHMR_NO_MEMORY, ENOMEM, "the memory cgroup has too little headroom");
     int error;
     do error = posix_fallocate(h->fd, (off_t)offset, SHMR_PAGE);

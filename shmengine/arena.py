@@ -176,6 +176,24 @@ class Arena:
             return None
         return SharedReference(self.region.number, ref.block, ref.generation, ref.offset)
 
+    @contextlib.contextmanager
+    def borrowed(self, reference: Any) -> Iterator[Bytes]:
+        """Within it, the bytes of the block that a reference names can be written; no view may leave it.
+
+        Raises
+        ------
+        StaleReference
+            As for `resolve`.
+        """
+        region, block, generation, _ = reference
+        ref = ffi.new("shmr_ref *")
+        if region != self.region.number or lib.shmr_hold(self._handle, block, generation, ref) != OK:
+            raise StaleReference("what this reference named has been freed")
+        try:
+            yield self.region.root(ref.offset, ref.length, writable=True)
+        finally:
+            lib.shmr_drop(self._handle, block, generation)
+
     def resolve(self, reference: Any, *, writable: bool = False) -> Bytes:
         """Return the bytes of the block that a reference names; held until the last view of them dies.
 

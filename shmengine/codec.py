@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from shmengine._native import crc32c
+from shmengine._native import copy_bytes, crc32c
 from shmengine.arrays import (
     Array,
     Bytes,
@@ -86,6 +86,8 @@ _REFERENCE = struct.Struct("<QQQQ")
 
 # Up to here the in-band bytes are joined, copied at once, and always covered by the CRC.
 SMALL_BYTES = 1 << 16
+# From here on an array is copied around the cache: its reader is another core.
+LARGE_BYTES = 1 << 18
 _FIRST_LOOK = 4096
 
 _ndarray = np.ndarray
@@ -150,6 +152,15 @@ class _Parts:
         self.bytes_shared += array.nbytes
         self.specs.append(spec)
         self.entries.append((0, len(spec), _PART_SHARED))
+
+
+def copy_array(target: Array, source: Array) -> None:
+    """Copy between arrays of one shape and dtype; a large one around the cache, since its reader is another core."""
+    plain = source.flags.c_contiguous and target.flags.c_contiguous and not source.dtype.hasobject
+    if plain and source.nbytes >= LARGE_BYTES:
+        copy_bytes(address_of(target), address_of(source), source.nbytes)
+    else:
+        target[...] = source
 
 
 class Encoded:
@@ -241,7 +252,7 @@ class Encoded:
             if type(source) is memoryview:
                 memory[offset:at] = source
             elif nbytes:
-                _ndarray(source.shape, source.dtype, root, offset, strides)[...] = source
+                copy_array(_ndarray(source.shape, source.dtype, root, offset, strides), source)
         checked = self.nbytes - HEADER_BYTES if checksum else len(self._body[0])
         in_band_bytes, part_count, prefix_bytes = self._counts
         memory[:HEADER_BYTES] = _HEADER.pack(

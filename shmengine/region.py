@@ -9,6 +9,7 @@ once a process; views hold the mapping, not the `Region`, so nothing is ever unm
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -173,6 +174,7 @@ class Region:
                     f" of {config.format_bytes(total)}): /dev/shm has {config.format_bytes(config.shm_free())} free",
                     total,
                 )
+            _check_address_space(status, total)
             fail(status, "create a region")
         region = cls(out[0], fd, name, creator=True)
         _attached[region.number] = region
@@ -189,6 +191,7 @@ class Region:
                     raise LayoutMismatch("attach to a region: nobody has finished creating it")
                 time.sleep(0.001)
             if status != OK:
+                _check_address_space(status, os.fstat(fd).st_size)
                 fail(status, "attach to a region")
         except BaseException:
             os.close(fd)
@@ -342,6 +345,23 @@ def _end(region: weakref.ref[Region], handle: Any, fd: _Descriptor, names: list[
     fd.close()
     while names:
         _unlink(names.pop())
+
+
+def _check_address_space(status: int, total: int) -> None:
+    """Say in numbers that a region could not be mapped."""
+    if status != lib.SHMR_SYSTEM or lib.shmr_last_errno() != errno.ENOMEM:
+        return
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    allowed = (
+        "is not limited" if limit < 0 else f"may have {config.format_bytes(limit)} (RLIMIT_AS, ulimit -v)"
+    )
+    raise MemoryBudgetExceeded(
+        f"no address space to map a region of {config.format_bytes(total)}: this process {allowed};"
+        " give a smaller memory=",
+        total,
+    )
 
 
 def _path(name: str) -> str:

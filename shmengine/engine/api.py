@@ -281,7 +281,7 @@ class Engine:
             Along which blocks are cut; negative values count from the end of each array's dimensions.
         block_bytes : int or str
             Upper bound for a block of the widest array (but one row at least), like ``"4 MiB"``. Edges
-            depend on shape, dtype and axis alone (``"auto"``: 1 MiB).
+            depend on shape, dtype and axis alone (``"auto"``: 2 MiB).
         out : ndarray, optional
             Where to write the result, cast with ``same_kind``; may share memory with an input. After an
             error its content is undefined.
@@ -429,12 +429,29 @@ class Engine:
                 target = np.empty_like(out, subok=False)
             elif overlap == "same":
                 options = replace(options, retries=0)
-        gather = Gather(cut, options.label, out=target, dtype=dtype, copy_into=self._backend.copy_into)
-        kwargs, _refs = ship_keywords(self._backend, kwargs)
-        calls = (Call(cut.blocks(index), kwargs) for index in range(cut.count))
+        backend = self._backend
+        gather = Gather(
+            cut,
+            options.label,
+            out=target,
+            dtype=dtype,
+            copy_into=backend.copy_into,
+            allocate=backend.empty_result,
+        )
+        kwargs, _refs = ship_keywords(backend, kwargs)
+        placer = backend.placer(fn, gather.part)
+        if placer is None:
+            calls = (Call(cut.blocks(index), kwargs) for index in range(cut.count))
+        else:
+            # Once the first block has told what the result is, workers write theirs to its place.
+            fn = placer.fn
+            calls = (Call((placer.place(index), *cut.blocks(index)), kwargs) for index in range(cut.count))
         with closing(self._stream(fn, calls, options, False, "raise", progress, cut.count)) as results:
             while (outcome := results.step()) is not None:
-                gather.place(outcome.index, outcome.value)
+                if placer is None:
+                    gather.place(outcome.index, outcome.value)
+                elif not placer.is_placed(outcome.value):
+                    gather.place(outcome.index, outcome.value[0])
                 del outcome
         result = gather.result()
         if out is None:

@@ -26,6 +26,7 @@ __all__ = [
     "Call",
     "Entropy",
     "Outcome",
+    "Placer",
     "Ref",
     "TaskOptions",
     "Writable",
@@ -92,6 +93,21 @@ class Ref(ABC):
         """Return the object."""
 
 
+class Placer(Protocol):
+    """How workers write the results of block functions to their places."""
+
+    fn: Callable[..., Any]
+    """Called as ``fn(place, *blocks, **kwargs)``."""
+
+    def place(self, index: int) -> Any:
+        """Return where block `index` belongs, or None if workers cannot write there (yet)."""
+        ...
+
+    def is_placed(self, value: Any) -> bool:
+        """Tell whether a task's value says that its result is in place; else it is ``(result,)``."""
+        ...
+
+
 class Backend(Protocol):
     """Runs tasks. All methods may be called from any thread; only `stream` iterators have one user."""
 
@@ -134,6 +150,20 @@ class Backend(Protocol):
 
     def copy_into(self, target: np.ndarray, source: np.ndarray) -> None:
         """``np.copyto(target, source, casting="same_kind")``, as fast and as parallel as the backend can."""
+        ...
+
+    def empty_result(self, shape: Any, dtype: Any, order: Literal["C", "F"]) -> np.ndarray:
+        """Return an uninitialised array for a result, where workers can write to it if there is room."""
+        ...
+
+    def placer(self, fn: Callable[..., Any], part: Callable[[int], Any]) -> Placer | None:
+        """Return how workers write results of `fn` to their places, or None if main does that here.
+
+        Parameters
+        ----------
+        part : callable
+            `Gather.part`.
+        """
         ...
 
     def stats(self) -> EngineStats:

@@ -18,7 +18,7 @@ from shmengine.errors import ArrayError, BlockError
 
 __all__ = ["AUTO_BLOCK_BYTES", "BOUNDARIES", "Cut", "Gather", "GhostCut", "as_source", "overlaps"]
 
-AUTO_BLOCK_BYTES = 1 << 20
+AUTO_BLOCK_BYTES = 2 << 20
 """What ``block_bytes="auto"`` aims at: large against the cost of a task, small against a cache."""
 
 BOUNDARIES = ("reflect", "periodic", "nearest", "none")
@@ -258,6 +258,8 @@ class Gather:
         Of a fresh result.
     copy_into : callable
         ``copy_into(target, source)``.
+    allocate : callable
+        Like `numpy.empty`, for a fresh result.
     """
 
     def __init__(
@@ -268,7 +270,9 @@ class Gather:
         out: np.ndarray | None = None,
         dtype: np.dtype | None = None,
         copy_into: Callable[[np.ndarray, np.ndarray], None] = np.copyto,
+        allocate: Callable[..., np.ndarray] = np.empty,
     ) -> None:
+        self._allocate = allocate
         self._cut = cut
         self._label = label
         self._copy_into = copy_into
@@ -327,6 +331,16 @@ class Gather:
         assert target is not None
         self._copy_into(target[along(ax, start, stop)], block)
 
+    def part(self, index: int) -> tuple[np.ndarray, int, int] | None:
+        """Return the part of the result that belongs to block `index`, the axis, and the ghost cells before it.
+
+        None as long as the first block is not there, and where there is no axis.
+        """
+        if self._target is None or self._cut.axis is None:
+            return None
+        start, stop = self._cut.span(index)
+        return self._target[along(self._axis, start, stop)], self._axis, self._cut.ghosts(index)[0]
+
     def result(self) -> np.ndarray:
         """Return the gathered array (every block has been placed)."""
         assert self._target is not None
@@ -367,7 +381,7 @@ class Gather:
         if self._dtype is None:
             self._dtype = block.dtype
         if self._given is None:
-            self._target = np.empty(shape, self._dtype, order=self._order())
+            self._target = self._allocate(shape, self._dtype, order=self._order())
         elif self._given.shape != shape:
             raise BlockError(f"out has shape {self._given.shape}, the result of {self._label} has {shape}")
         else:

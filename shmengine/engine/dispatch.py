@@ -48,7 +48,7 @@ __all__ = ["BATCHES_PER_WORKER", "RING_CAPACITY", "Batch", "Dispatcher", "Job", 
 
 CLOSED_TEXT = "this engine is closed; make a new one"
 RING_CAPACITY = 4096
-BATCHES_PER_WORKER = 2  # one running, one waiting: the next task is there when a worker asks
+BATCHES_PER_WORKER = 4  # one running, some waiting: main may be held up for as long as they last
 LOOK_NS = 250_000_000
 
 
@@ -449,16 +449,19 @@ class Dispatcher:
         job.result_bytes = _smoothed(job.result_bytes, (inline + shared) / count)
         if job.abandoned:
             return
-        if error is not None:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             for task in batch.tasks:
                 self.conclude(job, task, None, error)
-            if isinstance(error, KeyboardInterrupt):
-                raise error
+            raise error
+        if count > 1 and (error is not None or len(payload) != count):
+            # One of them cannot be decoded, here or there, and spoils the others: each alone. (Those that have
+            # run are run again; without retries there is one task a batch.)
+            self.outbox.extend(Batch(job, [task]) for task in batch.tasks)
+        elif error is not None:
+            self.conclude(job, batch.tasks[0], None, error)
         elif kind == VALUE:
             self.conclude(job, batch.tasks[0], payload, None)
         else:
-            if len(payload) != len(batch.tasks):  # the task itself could not be decoded
-                payload = payload[:1] * len(batch.tasks)
             for task, (good, value) in zip(batch.tasks, payload, strict=True):
                 if good:
                     self.conclude(job, task, value, None)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from shmengine.arrays import readonly
-from shmengine.engine.backend import Call, Outcome, Ref, TaskOptions, annotate, task_rng, timed_out
+from shmengine.engine.backend import Call, Outcome, Placer, Ref, TaskOptions, annotate, task_rng, timed_out
 from shmengine.errors import Closed
 from shmengine.stats import EngineStats
 
@@ -67,6 +67,12 @@ class _LocalBackend:
     def empty(self, shape: Any, dtype: Any, order: Literal["C", "F"]) -> np.ndarray:
         self._check_open()
         return np.empty(shape, dtype, order=order)
+
+    def empty_result(self, shape: Any, dtype: Any, order: Literal["C", "F"]) -> np.ndarray:
+        return np.empty(shape, dtype, order=order)
+
+    def placer(self, fn: Callable[..., Any], part: Callable[[int], Any]) -> Placer | None:  # noqa: ARG002
+        return None  # nothing is gained: results are copied within one process anyway
 
     def is_shared(self, array: np.ndarray) -> bool:  # noqa: ARG002  # as the contract has it
         return True

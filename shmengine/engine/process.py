@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +16,7 @@ from shmengine import codec, config
 from shmengine._native import ffi, lib
 from shmengine.arena import Arena
 from shmengine.arrays import address_of
-from shmengine.engine.backend import Call, Outcome, Ref, TaskOptions
+from shmengine.engine.backend import Call, Outcome, Placer, Ref, TaskOptions
 from shmengine.engine.dispatch import RING_CAPACITY, Dispatcher
 from shmengine.engine.stream import run_stream
 from shmengine.errors import MemoryBudgetExceeded
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ProcessBackend", "ProcessRef"]
 
+SHARED_RESULT_BYTES = 1 << 20
 BORN_SHARED_BYTES = 1024  # within `allocator`; smaller arrays are as cheap to copy
 
 
@@ -45,6 +48,27 @@ class ProcessRef(Ref):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return messages.load_shared, (self._frame,)
+
+
+class _Placer:
+    """Places in the engine's shared memory."""
+
+    def __init__(self, core: Dispatcher, fn: Callable[..., Any], part: Callable[[int], Any]) -> None:
+        self.fn: Callable[..., Any] = messages.Placed(fn)
+        self._core = core
+        self._part = part
+
+    def place(self, index: int) -> Any:
+        part = self._part(index)
+        if part is None or not self._core.arena.contains(part[0]):
+            return None
+        return messages.place_of(self._core.arena, *part)
+
+    def is_placed(self, value: Any) -> bool:
+        if type(value) is not int:
+            return False
+        self._core.bytes_copied += value
+        return True
 
 
 class ProcessBackend:
@@ -130,6 +154,22 @@ class ProcessBackend:
             except MemoryBudgetExceeded:
                 time.sleep(pause)  # workers give arguments back a little after the result is here
         return self._core.arena.empty(shape, dtype, order)
+
+    def empty_result(self, shape: Any, dtype: Any, order: Literal["C", "F"]) -> np.ndarray:
+        """Return an uninitialised array: in shared memory if it is large, and as long as half of that stays free."""
+        core = self._core
+        dtype = np.dtype(dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes >= SHARED_RESULT_BYTES and not dtype.hasobject:
+            counters = core.region.counters()
+            if nbytes + counters.used + core.arena.pinned_bytes <= core.budget // 2:
+                with contextlib.suppress(MemoryBudgetExceeded):
+                    return core.arena.empty(shape, dtype, order)
+        return np.empty(shape, dtype, order=order)
+
+    def placer(self, fn: Callable[..., Any], part: Callable[[int], Any]) -> Placer:
+        """Workers write to places in shared memory themselves."""
+        return _Placer(self._core, fn, part)
 
     def is_shared(self, array: np.ndarray) -> bool:
         """Tell whether tasks get `array` by reference."""

@@ -75,7 +75,7 @@ class Worker:
 
     def __init__(self, region: Region, setup: dict[str, Any]) -> None:
         self.region = region
-        self.arena = Arena(region, limit=setup["arena_limit"])
+        self.arena = messages.arena_here = Arena(region, limit=setup["arena_limit"])
         self.payload_check = int(setup["payload_check"])
         self.initializer: bytes | None = setup["initializer"]
         self.functions: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
@@ -86,6 +86,7 @@ class Worker:
 
     def serve(self) -> None:
         """Run tasks until there can be no more."""
+        self.secure_room()
         self.arena.install(BORN_SHARED_BYTES)
         if self.initializer is not None:
             try:
@@ -111,6 +112,13 @@ class Worker:
                 return
             elif status != INTERRUPTED:
                 fail(status, "lease a task")
+
+    def secure_room(self) -> None:
+        """Hold a little memory for good: the piece of the region around it is ours, and has room for any error."""
+        block = messages.empty_block()
+        while (status := lib.shmr_claim(self.region.handle, 64, ffi.NULL, 0, -1, -1, block)) != OK:
+            if status not in (INTERRUPTED, lib.SHMR_DENIED):
+                fail(status, "claim the first block of a worker")
 
     def prepare(self, initializer: Callable[..., Any], initargs: tuple[Any, ...]) -> None:
         """Run the initializer; what it does to globals of a module that workers cannot import is for all functions.

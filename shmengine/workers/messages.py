@@ -21,8 +21,8 @@ import numpy as np
 from shmengine._native import ffi, lib
 from shmengine._native.status import INTERRUPTED, OK
 from shmengine.arena import Arena
-from shmengine.arrays import Bytes
-from shmengine.codec import Encoded, decode, encode
+from shmengine.arrays import Bytes, decode_spec, encode_spec, spec_of, view
+from shmengine.codec import Encoded, copy_array, decode
 
 __all__ = [
     "BATCH",
@@ -38,8 +38,8 @@ __all__ = [
     "TASK_RING",
     "VALUE",
     "WHOLE_BATCH",
+    "Placed",
     "account_of",
-    "encode_function",
     "load_shared",
     "pack_account",
     "read_frame",
@@ -74,11 +74,6 @@ _ACCOUNT = struct.Struct("<QQQ")
 # What an unpickled reference reads from: set where objects are decoded.
 _resolve: Callable[[Any], Bytes] | None = None
 _loaded: dict[tuple[int, int], tuple[Any, Any]] = {}
-
-
-def encode_function(fn: Callable[..., Any], label: str) -> Encoded:
-    """Serialise a function, by value if workers cannot import it."""
-    return encode(fn, memmap_mode="r", label=label)
 
 
 def write_frame(
@@ -184,6 +179,54 @@ def forget_shared() -> None:
 def has_shared() -> bool:
     """Tell whether `load_shared` keeps anything."""
     return bool(_loaded)
+
+
+# --- results written in place ---------------------------------------------------------------------------------------
+
+# Where this process's references lead to; set by a worker at its start.
+arena_here: Arena | None = None
+
+
+def place_of(arena: Arena, target: np.ndarray[Any, Any], axis: int, before: int) -> tuple[Any, ...] | None:
+    """Say where a block's result belongs, if workers can reach it; plain values, cheap to pickle.
+
+    Parameters
+    ----------
+    target : ndarray
+        The part of the result array.
+    axis, before : int
+        Ghost cells of the function's result that come before it on this axis.
+    """
+    reference = arena.share(target)
+    if reference is None:
+        return None
+    spec = encode_spec(spec_of(target))
+    return (*reference, spec, axis, before)
+
+
+class Placed:
+    """Calls a block function and writes what it returns to its place, if it is just what belongs there.
+
+    Returns the bytes that were written, or else ``(result,)``, for main to judge.
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+
+    def __call__(self, place: tuple[Any, ...] | None, /, *args: Any, **kwargs: Any) -> Any:
+        result = self.fn(*args, **kwargs)
+        if place is None or type(result) is not np.ndarray or arena_here is None:
+            return (result,)
+        *reference, raw, axis, before = place
+        spec = decode_spec(raw)
+        inner = result
+        if result.ndim == len(spec.shape) and result.shape != spec.shape:
+            inner = result[(slice(None),) * axis + (slice(before, before + spec.shape[axis]),)]
+        if inner.shape != spec.shape or inner.dtype != spec.dtype:
+            return (result,)
+        with arena_here.borrowed(reference) as root:
+            copy_array(view(root, spec, reference[3]), inner)
+        return inner.nbytes
 
 
 def empty_block() -> Any:

@@ -110,20 +110,26 @@ class Pool:
         self._lock = threading.RLock()
         self._closing = False
         self._timed = False
-        self._setup_fd = _file_of(pickle.dumps(setup))
-        self._parent_pidfd = os.pidfd_open(os.getpid())
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wake_fd, selectors.EVENT_READ, None)
+        self._descriptors = contextlib.ExitStack()
         try:
+            self._setup_fd = self._keep(_file_of(pickle.dumps(setup)))
+            self._parent_pidfd = self._keep(os.pidfd_open(os.getpid()))
+            self._wake_fd = self._keep(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            self._selector = self._descriptors.enter_context(selectors.DefaultSelector())
+            self._selector.register(self._wake_fd, selectors.EVENT_READ, None)
             for _ in range(count):
                 self._start()
         except BaseException:
             self.kill()
-            self._release_descriptors()
+            self._descriptors.close()
             raise
         self._thread = threading.Thread(target=self._watch, name="shmengine-pool", daemon=True)
         self._thread.start()
+
+    def _keep(self, fd: int) -> int:
+        """Close this descriptor at the end."""
+        self._descriptors.callback(os.close, fd)
+        return fd
 
     # --- starting --------------------------------------------------------------------------------
 
@@ -142,9 +148,14 @@ class Pool:
             env={**os.environ, **self._environment},
             process_group=0,  # Ctrl-C at the terminal reaches main alone
         )
-        worker = _Worker(process, os.pidfd_open(process.pid))
         assert process.stdout is not None
         assert process.stderr is not None
+        try:
+            worker = _Worker(process, os.pidfd_open(process.pid))
+        except OSError:
+            process.kill()
+            process.communicate()
+            raise
         for stream, name in ((process.stdout, "stdout"), (process.stderr, "stderr")):
             os.set_blocking(stream.fileno(), False)
             worker.streams[stream.fileno()] = name
@@ -379,7 +390,7 @@ class Pool:
         self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        self._release_descriptors()
+        self._descriptors.close()
 
     def kill(self) -> None:
         """End all workers now."""
@@ -392,17 +403,15 @@ class Pool:
                 for worker in list(self._workers.values()):
                     self._bury(worker)
 
-    def _release_descriptors(self) -> None:
-        self._selector.close()
-        for fd in (self._setup_fd, self._parent_pidfd, self._wake_fd):
-            with contextlib.suppress(OSError):
-                os.close(fd)
-
 
 def _file_of(raw: bytes) -> int:
     fd = os.memfd_create("shmengine-setup", os.MFD_CLOEXEC)
-    with os.fdopen(os.dup(fd), "wb") as file:
-        file.write(raw)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(raw)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
 import pickle
-import secrets
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -18,25 +13,19 @@ import pytest
 
 from shmengine._native import ffi, lib
 from shmengine._native.status import OK, STALE
-from shmengine.arrays import ArraySpec, encode_spec
 from shmengine.errors import (
     ArrayError,
     Closed,
-    Corrupt,
-    LayoutMismatch,
     LeaseError,
     MemoryBudgetExceeded,
-    ShmError,
     Timeout,
     WouldBlock,
 )
-from shmengine.region import Region, _path
 from shmengine.ring import Ring
 from tests.helpers import shm_names
 from tests.helpers.arrays import DTYPES, LAYOUTS, NO_DTYPES, filled, same_bytes
 
 FOREVER = 30
-METHODS = ["fork", "spawn", "forkserver"]
 
 
 @pytest.fixture
@@ -45,32 +34,9 @@ def ring():
         yield made
 
 
-@pytest.fixture(params=METHODS)
-def ctx(request):
-    return multiprocessing.get_context(request.param)
-
-
-@pytest.fixture
-def name():
-    return f"test-{secrets.token_hex(8)}"
-
-
 def assert_memory_is_whole(ring):
     counters = ring._region.counters()
     assert (counters.used, counters.held, counters.pins) == (0, 0, 0)
-
-
-def in_fork(function):
-    """Run in a forked child; its exit code."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            function()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 # --- making --------------------------------------------------------------------------------------
@@ -550,53 +516,6 @@ def test_many_threads(ring):
     assert ring.stats().rescued_wakeups == 0
 
 
-# --- checks ----------------------------------------------------------------------------------------
-
-
-def commit_ones(ring):
-    """Commit 1000 bytes; where they are in the region's memory."""
-    with ring.claim(1000, "u1") as frame:
-        frame[:] = 1
-        start = np.frombuffer(ring._region.readable, "u1", 1).ctypes.data
-        return frame.ctypes.data - start
-
-
-def test_payload_check_finds_a_flipped_bit():
-    with Ring(4, "8 MiB", check="payload") as ring:
-        ring._region.memory[commit_ones(ring) + 500] = 0
-        ring.send([2])
-        with pytest.raises(Corrupt, match="payload"):
-            ring.lease()
-        assert ring.receive()[0] == 2  # the ring goes on
-        assert_memory_is_whole(ring)
-
-
-def test_frame_check_does_not_look_at_the_payload(ring):
-    ring._region.memory[commit_ones(ring) + 500] = 0
-    assert ring.receive().sum() == 999
-
-
-def test_frame_check_finds_a_changed_descriptor(ring):
-    commit_ones(ring)
-    spec = encode_spec(ArraySpec(np.dtype("u1"), (1000,)))
-    at = bytes(ring._region.memory[: 1 << 22]).index(spec)
-    ring._region.memory[at] ^= 0xFF
-    with pytest.raises(Corrupt):
-        ring.lease()
-    ring.send([2])
-    assert ring.receive()[0] == 2
-
-
-def test_a_message_that_is_no_array(ring):
-    block = ffi.new("shmr_block *")
-    assert lib.shmr_claim(ring._region.handle, 10, ffi.NULL, 0, -1, 0, block) == 0
-    block.length, block.kind = 10, 77
-    assert lib.shmr_commit(ring._region.handle, 0, 0, -1, 0, block) == 0
-    with pytest.raises(Corrupt, match="kind 77"):
-        ring.lease()
-    assert_memory_is_whole(ring)
-
-
 # --- statistics and closing ------------------------------------------------------------------------
 
 
@@ -670,275 +589,3 @@ def test_close_ends_a_wait_in_another_thread(what):
     ring.close()
     thread.join()
     assert len(caught) == 1
-
-
-# --- other processes -------------------------------------------------------------------------------
-
-
-def double_until_empty(incoming, outgoing):
-    while True:
-        with incoming.lease(timeout=FOREVER) as frame:
-            if frame.size == 0:
-                return
-            with outgoing.claim(frame.shape, frame.dtype, timeout=FOREVER) as answer:
-                np.multiply(frame, 2, out=answer)
-
-
-def test_a_ring_pickles_to_children(ctx):
-    with Ring(4, "8 MiB") as there, Ring(4, "8 MiB") as back:
-        process = ctx.Process(target=double_until_empty, args=(there, back))
-        process.start()
-        for i in range(50):
-            there.send(np.full(1000 * i + 1, i))
-            with back.lease(timeout=FOREVER) as frame:
-                assert frame.shape == (1000 * i + 1,)
-                assert (frame == 2 * i).all()
-        assert there.stats().participants == 2
-        there.send([])
-        process.join()
-        assert process.exitcode == 0
-        assert there.stats().rescued_wakeups == 0
-
-
-def test_in_the_same_process_a_token_leads_to_the_same_region(ring):
-    again = pickle.loads(pickle.dumps(ring))
-    assert again._region is ring._region
-    again.send([3])
-    assert ring.receive()[0] == 3
-
-
-def test_one_that_shares_a_region_may_be_closed_without_the_other(ring):
-    again = pickle.loads(pickle.dumps(ring))
-    again.send([3])
-    again.close()
-    for use in (again.lease, again.try_lease, lambda: again.send([1])):
-        with pytest.raises(Closed):
-            use()
-    assert ring.receive()[0] == 3
-    third = pickle.loads(pickle.dumps(ring))
-    ring.send([4])
-    del third
-    ring.close()
-    assert ring._region.closed
-
-
-def test_a_token_sent_later(ring):
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            receiver.recv().send([os.getpid()])
-            status = 0
-        finally:
-            os._exit(status)
-    sender.send(ring)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert ring.receive(timeout=FOREVER)[0] == pid
-    receiver.close()
-    sender.close()
-
-
-STRANGER = """
-import pickle, sys
-try:
-    pickle.loads(sys.stdin.buffer.read()).send([42])
-except Exception as error:
-    print(type(error).__name__, error)
-else:
-    print("sent")
-"""
-
-
-def run_stranger(source, stdin=b"", *args):
-    done = subprocess.run(
-        [sys.executable, "-c", source, *args],
-        input=stdin,
-        capture_output=True,
-        timeout=60,
-        check=False,
-        start_new_session=True,
-    )
-    assert done.stderr == b""
-    return done.stdout.decode().strip()
-
-
-def test_a_token_works_while_its_maker_lives(ring):
-    assert run_stranger(STRANGER, pickle.dumps(ring)) == "sent"
-    assert ring.receive(timeout=FOREVER)[0] == 42
-
-
-def test_a_token_of_one_who_is_gone_or_another(ring):
-    token = ring._region.token()
-    unknown = dataclasses.replace(token, number=token.number ^ 1)  # so that it is looked up
-    with pytest.raises(ShmError, match=r"has ended.*name="):
-        Region.from_token(dataclasses.replace(unknown, start_time="1"))
-    with pytest.raises(ShmError, match="has closed it"):
-        Region.from_token(dataclasses.replace(unknown, inode=token.inode + 1))
-    gone = dataclasses.replace(unknown, pid=2**22 - 1)
-    with pytest.raises(ShmError, match=r"has ended.*name="):
-        Region.from_token(gone)
-
-
-def test_after_a_fork_the_child_is_a_participant_of_its_own(ring):
-    ring.send([1])
-
-    def child():
-        assert ring.receive(timeout=FOREVER)[0] == 1
-        assert ring.stats().participants == 2
-        ring.send([os.getpid()])
-        ring.close()
-
-    assert in_fork(child) == 0
-    assert ring.receive(timeout=FOREVER)[0] > 1
-    ring.send([2])
-    assert ring.receive()[0] == 2
-
-
-def test_what_the_parent_claimed_and_leased_is_not_the_childs(ring):
-    ring.send([1])
-    lease, claim = ring.lease(), ring.claim(3)
-
-    def child():
-        nonlocal lease, claim
-        with pytest.raises(LeaseError, match=r"parent|no longer"):
-            claim.commit()
-        with pytest.raises(LeaseError, match=r"parent|no longer"):
-            lease.release()
-        ring.send([2])
-
-    assert in_fork(child) == 0
-    claim.array[:] = 3
-    claim.commit()
-    assert lease.array[0] == 1
-    lease.release()
-    assert sorted([int(ring.receive(timeout=FOREVER)[0]), int(ring.receive(timeout=FOREVER)[0])]) == [2, 3]
-    assert_memory_is_whole(ring)
-
-
-def test_the_childs_garbage_releases_nothing_of_the_parents(ring):
-    ring.send([1])
-    ring.send([2])
-    array = ring.receive()
-    lease = ring.lease()
-
-    def child():
-        nonlocal array, lease
-        del array, lease
-
-    assert in_fork(child) == 0
-    with ring.claim(1) as frame:
-        frame[0] = 9
-    assert array[0] == 1
-    assert lease.array[0] == 2
-    assert ring._region.counters().pins == 2
-    lease.release()
-
-
-def test_a_ring_that_was_closed_before_the_fork_is_closed_in_the_child(ring):
-    ring.close()
-
-    def child():
-        with pytest.raises(Closed):
-            ring.send([1])
-
-    assert in_fork(child) == 0
-
-
-# --- strangers -------------------------------------------------------------------------------------
-
-BY_NAME = """
-import sys, numpy as np
-from shmengine.ring import Ring
-try:
-    ring = Ring(int(sys.argv[2]), sys.argv[3], sys.argv[1])
-    with ring.lease(timeout=30) as frame:
-        ring.send(frame + 1)
-    ring.close()
-except Exception as error:
-    print(type(error).__name__, error)
-else:
-    print("answered")
-"""
-
-
-def test_strangers_meet_by_name(name):
-    with Ring(4, "8 MiB", name) as ring:
-        assert ring.name == name
-        assert repr(ring) == f"<shmengine.Ring capacity=4 arena=8 MiB name={name!r}>"
-        assert os.stat(_path(name)).st_mode & 0o777 == 0o600
-        ring.send(np.arange(4))
-        assert run_stranger(BY_NAME, b"", name, "4", "8 MiB") == "answered"
-        assert ring.receive(timeout=FOREVER).tolist() == [1, 2, 3, 4]
-        assert os.path.exists(_path(name))  # the stranger went; the name is its creator's
-    assert not os.path.exists(_path(name))
-
-
-def test_the_name_goes_when_its_creator_is_collected(name):
-    Ring(4, "8 MiB", name)
-    assert not os.path.exists(_path(name))
-
-
-def test_a_named_ring_lives_on_without_its_name(name):
-    creator = Ring(4, "8 MiB", name)
-    other = Ring(4, "8 MiB", name)
-    creator.close()
-    other.send([1])
-    assert other.receive()[0] == 1
-    other.close()
-
-
-@pytest.mark.parametrize(("capacity", "arena"), [("5", "8 MiB"), ("4", "16 MiB")])
-def test_another_geometry(name, capacity, arena):
-    with Ring(4, "8 MiB", name):
-        said = run_stranger(BY_NAME, b"", name, capacity, arena)
-    assert said.startswith(f"LayoutMismatch the ring named '{name}' exists with capacity 4 and 8 MiB")
-
-
-def test_a_symbolic_link_is_not_followed(name, tmp_path):
-    with Ring(4, "8 MiB", name):
-        link = name + "-link"
-        os.symlink(_path(name), _path(link))
-        try:
-            with pytest.raises((OSError, LayoutMismatch)):
-                Ring(4, "8 MiB", link)
-        finally:
-            os.unlink(_path(link))
-
-
-@pytest.mark.parametrize("mode", [0o644, 0o660, 0o602])
-def test_a_file_that_others_may_open_is_refused(name, mode):
-    with Ring(4, "8 MiB", name):
-        os.chmod(_path(name), mode)
-        with pytest.raises(LayoutMismatch, match="0600"):
-            Ring(4, "8 MiB", name)
-
-
-@pytest.mark.parametrize("content", [b"x" * 100_000, b"\xff" * 5_000_000])
-def test_a_file_that_is_no_region(name, content):
-    fd = os.open(_path(name), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-    try:
-        os.write(fd, content)
-        with pytest.raises(LayoutMismatch):
-            Ring(4, "8 MiB", name)
-    finally:
-        os.close(fd)
-        os.unlink(_path(name))
-
-
-def test_a_token_of_a_name_that_another_ring_has_by_now(name):
-    first = Ring(4, "8 MiB", name)
-    token = first._region.token()
-    first.close()
-    with Ring(4, "8 MiB", name) as second:
-        del first  # its end is not the end of the other one's name
-        with pytest.raises(LayoutMismatch, match="replaced"):
-            Region.from_token(token)
-        assert os.path.exists(_path(name))
-        second.send([1])
-
-
-@pytest.mark.parametrize("end", ["pass", "ring.close()", "del ring"])
-def test_a_named_ring_leaves_nothing_for_the_resource_tracker_to_complain_about(name, end):
-    assert run_stranger(f"from shmengine.ring import Ring\nring = Ring(4, '8 MiB', {name!r})\n{end}") == ""
-    assert not os.path.exists(_path(name))
