@@ -123,6 +123,8 @@ int shmr_publish(shmr *h, shmr_block *block, shmr_ref *out);
 
 /* Committed and not yet leased; may be stale by the time it returns, never above the capacity. */
 uint64_t shmr_approx_fill(shmr *h, uint32_t ring);
+/* Whether a commit would find a slot now. */
+int shmr_has_room(shmr *h, uint32_t ring);
 int shmr_close_ring(shmr *h, uint32_t ring);
 /* Wait until the ring has an item (OK), or is closed and empty (CLOSED), or the deadline passes. */
 int shmr_wait_item(shmr *h, uint32_t ring, int64_t deadline);

@@ -90,6 +90,7 @@ int shmr_hold(shmr *h, uint32_t block, uint32_t generation, shmr_ref *out);
 int shmr_drop(shmr *h, uint32_t block, uint32_t generation);
 int shmr_publish(shmr *h, shmr_block *block, shmr_ref *out);
 uint64_t shmr_approx_fill(shmr *h, uint32_t ring);
+int shmr_has_room(shmr *h, uint32_t ring);
 int shmr_close_ring(shmr *h, uint32_t ring);
 int shmr_wait_item(shmr *h, uint32_t ring, int64_t deadline);
 int shmr_wait_idle(shmr *h, uint32_t ring, int64_t deadline);

@@ -249,6 +249,7 @@ void shmr_return_doorbells(shmr *h);
 /* ---- shmr_recover.c ------------------------------------------------------------------------------------------ */
 int shmr_deaths_init(shmr *h);
 void shmr_deaths_fini(shmr *h);
+void shmr_close_pidfds(shmr *h);
 uint64_t shmr_start_time(uint32_t pid);
 static inline uint32_t shmr_namespace_tag(const shmr *h) { return (uint32_t)(h->pid_namespace & 0xfffu); }
 bool shmr_alone(const shmr *h);

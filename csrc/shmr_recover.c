@@ -29,9 +29,17 @@ int shmr_deaths_init(shmr *h) {
     return SHMR_OK;
 }
 
-void shmr_deaths_fini(shmr *h) {
-    for (uint32_t i = 0; h->pidfds && i < h->g.config.participants; i++)
+void shmr_close_pidfds(shmr *h) {
+    pthread_mutex_lock(&h->death_lock);
+    for (uint32_t i = 0; h->pidfds && i < h->g.config.participants; i++) {
         if (h->pidfds[i] >= 0) close(h->pidfds[i]);
+        h->pidfds[i] = -1;
+    }
+    pthread_mutex_unlock(&h->death_lock);
+}
+
+void shmr_deaths_fini(shmr *h) {
+    shmr_close_pidfds(h);
     free(h->pidfds);
     free(h->pidfd_lives);
     free(h->again);

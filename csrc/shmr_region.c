@@ -429,6 +429,7 @@ static void leave(shmr *h) {
         shmr_store_release(&me->life, shmr_life_pack(h->epoch, 0, vacant ? 0 : h->pid, /* R13 */
                                                      vacant ? SHMR_VACANT : SHMR_LEFT));
         shmr_ring_all(h); /* whoever waits for space may adopt the arena */
+        shmr_close_pidfds(h);
     }
     shmr_free(h);
 }

@@ -138,6 +138,21 @@ bool shmr_ring_has_room(const shmr *h, uint32_t ring) {
     return (int64_t)(position - first) < (int64_t)h->g.config.capacity[ring] || shmr_load_relaxed(&q->closed); /* hint */
 }
 
+int shmr_has_room(shmr *h, uint32_t ring) {
+    if (ring >= h->g.config.rings || shmr_usable(h) != SHMR_OK) return 0;
+    struct shmr_ring *q = shmr_ring_at(h, ring);
+    for (uint32_t turn = 0; turn < TURNS_MAX; turn++) {
+        uint64_t position = shmr_load_acquire(&q->commit_cursor); /* A5 */
+        uint64_t first = shmr_load_seq_cst(&q->lease_cursor);     /* S5 A4 */
+        if ((int64_t)(position - first) < (int64_t)h->g.config.capacity[ring]) return 1;
+        uint64_t state, slot = shmr_load_acquire(shmr_slot_at(h, ring, first)); /* A3 */
+        if (shmr_slot_cycle(slot) != cycle_of(h, ring, first)) continue; /* the cursor was stale */
+        if (is_waiting(h, ring, slot, &state)) return 0;
+        advance_lease_cursor(h, ring, first); /* help a slow or dead consumer */
+    }
+    return 0;
+}
+
 uint64_t shmr_approx_fill(shmr *h, uint32_t ring) {
     if (ring >= h->g.config.rings) return 0;
     const struct shmr_ring *q = shmr_ring_at(h, ring);

@@ -37,9 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _doctor() -> dict[str, Any]:
+    from importlib.metadata import version
+
     import numpy as np
 
-    from shmengine import __version__, config
+    from shmengine import config
     from shmengine._native import ABI
     from shmengine.errors import ShmError
     from shmengine.region import Region, RegionConfig
@@ -58,7 +60,7 @@ def _doctor() -> dict[str, Any]:
         trouble.append(f"a region of the default size cannot be made: {error}")
     headroom = config.cgroup_headroom()
     return {
-        "shmengine": f"{__version__} (layout {ABI})",
+        "shmengine": f"{version('shmengine')} (layout {ABI})",
         "python": f"{platform.python_version()}, numpy {np.__version__}",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "workers": config.default_workers(),

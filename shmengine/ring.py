@@ -190,7 +190,7 @@ class Ring(Attached):
 
     def try_claim(self, shape: int | tuple[int, ...], dtype: Any = float) -> Claim | None:
         """Like `claim`, but never wait: None if there is no memory or no slot now."""
-        if lib.shmr_approx_fill(self._handle(), 0) >= self._capacity:
+        if not lib.shmr_has_room(self._handle(), 0):
             return None
         try:
             return self.claim(shape, dtype, 0)

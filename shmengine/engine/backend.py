@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 from shmengine.errors import TaskTimeout
+from shmengine.workers.messages import task_rng
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -208,11 +209,6 @@ def function_name(fn: Callable[..., Any]) -> str:
     while hasattr(fn, "func") and not hasattr(fn, "__name__"):
         fn = fn.func
     return getattr(fn, "__name__", None) or type(fn).__name__
-
-
-def task_rng(entropy: Entropy, index: int) -> np.random.Generator:
-    """Return the generator of task `index`: independent of all others, whatever worker runs it."""
-    return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(index,)))
 
 
 READ_ONLY_NOTE = (

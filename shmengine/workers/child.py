@@ -162,7 +162,7 @@ class Worker:
                 if mode == PRIVATE:
                     args, kwargs = _private(args, kwargs)
                 if entropy is not None:
-                    kwargs = {**(kwargs or {}), "rng": _generator(entropy, index)}
+                    kwargs = {**(kwargs or {}), "rng": messages.task_rng(entropy, index)}
                 results.append((True, fn(*args, **kwargs) if kwargs else fn(*args)))
             except BaseException as error:
                 results.append((False, codec.encode_exception(error)))
@@ -273,10 +273,6 @@ def _copied(argument: Any) -> Any:
     if isinstance(argument, _ndarray) and not argument.flags.writeable:
         return argument.copy("K")
     return argument
-
-
-def _generator(entropy: Any, index: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(index,)))
 
 
 def _forget_frames(error: BaseException) -> None:

@@ -137,6 +137,11 @@ def pack_account(nanoseconds: int, copied: int, shared: int) -> bytes:
     return _ACCOUNT.pack(nanoseconds, copied, shared)
 
 
+def task_rng(entropy: Any, index: int) -> np.random.Generator:
+    """Return the generator of task `index`: independent of all others, whatever worker runs it."""
+    return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(index,)))
+
+
 def account_of(block: Any) -> tuple[int, int, int]:
     """Return (nanoseconds, bytes copied, bytes shared) that a result brings along."""
     if block.spec_bytes != _ACCOUNT.size:
