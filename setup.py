@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import sys
 
-import numpy
+import numpy as np
 from setuptools import Extension, setup
 
 MACHINES = ("x86_64", "aarch64")
@@ -26,7 +26,7 @@ setup(
         Extension(
             "shmengine._native._handles",
             ["csrc/handles.c"],
-            include_dirs=["csrc", numpy.get_include()],
+            include_dirs=["csrc", np.get_include()],
             depends=["csrc/shmr.h", "csrc/shmr_status.h"],
             extra_compile_args=["-std=c11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
         )

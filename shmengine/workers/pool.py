@@ -233,15 +233,14 @@ class Pool:
         return words[0], words[1], words[2], words[3]
 
     def starving(self) -> list[int]:
-        """Process ids of workers that wait for memory; empty unless all that have work do."""
+        """Process ids of workers whose task waits for memory; empty unless nobody else will do anything."""
         found = []
         for pid in self.pids:
-            progress = self._progress(pid)
-            if progress is None or (progress[0] == 0 and progress[3] == 0):
-                continue
-            if progress[3] == 0:
+            tag, _, _, starves = self._progress(pid) or (STARTING, 0, 0, 0)
+            if not starves and tag != 0:
                 return []
-            found.append(pid)
+            if starves and tag != STARTING:
+                found.append(pid)
         return found
 
     def deny(self, pid: int) -> None:
