@@ -19,7 +19,7 @@
 #define LEVELS 8
 /* What of a memory cgroup we leave: for arrays a sixteenth of it, at most so many bytes; for what little is needed
  * to say that there is no room, less. */
-#define SLACK_MAX (64 << 20)
+#define SLACK_MAX (128 << 20)
 #define SLACK_MIN (1 << 20)
 
 /* Files of the memory cgroups above us that have a limit; opened once a process, read at each reservation. */
@@ -106,7 +106,7 @@ static bool cgroup_has_room(uint64_t bytes, int64_t slack_max) {
         if (limit < 0 || usage < 0) continue;
         int64_t room = limit - usage;
         /* Page tables and everybody's private memory need some too: who takes the last byte is killed for it. */
-        int64_t need = (int64_t)bytes + (limit / 16 < slack_max ? limit / 16 : slack_max);
+        int64_t need = (int64_t)bytes + (limit / 8 < slack_max ? limit / 8 : slack_max);
         /* What the kernel can drop by itself is no reason to refuse. */
         if (room < need) room += inactive_file(levels[i].stat, levels[i].version);
         if (room < need) return false;

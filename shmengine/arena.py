@@ -50,6 +50,10 @@ def _make_capsule(pointer: Any) -> Any:
     return new(int(ffi.cast("uintptr_t", pointer)), _CAPSULE_NAME, None)
 
 
+def _extents(offset: int, nbytes: int) -> range:
+    return range(offset // EXTENT_BYTES, -(-(offset + nbytes) // EXTENT_BYTES))
+
+
 class Arena:
     """This process's arrays in one region.
 
@@ -145,14 +149,14 @@ class Arena:
     def _pin(self, offset: int, nbytes: int) -> None:
         with self._lock:
             self._settle()
-            for extent in range(offset // EXTENT_BYTES, (offset + nbytes) // EXTENT_BYTES + 1):
+            for extent in _extents(offset, nbytes):
                 self._pins[extent] = self._pins.get(extent, 0) + 1
 
     def _settle(self) -> None:
         """Take off what was unpinned: by finalizers, which may run anywhere and must not wait for the lock."""
         while self._unpinned:
             offset, nbytes = self._unpinned.popleft()
-            for extent in range(offset // EXTENT_BYTES, (offset + nbytes) // EXTENT_BYTES + 1):
+            for extent in _extents(offset, nbytes):
                 self._pins[extent] -= 1
                 if not self._pins[extent]:
                     del self._pins[extent]

@@ -281,7 +281,7 @@ class Engine:
             Along which blocks are cut; negative values count from the end of each array's dimensions.
         block_bytes : int or str
             Upper bound for a block of the widest array (but one row at least), like ``"4 MiB"``. Edges
-            depend on shape, dtype and axis alone (``"auto"``: 2 MiB).
+            depend on shape, dtype and axis alone (``"auto"``: a little less than 2 MiB).
         out : ndarray, optional
             Where to write the result, cast with ``same_kind``; may share memory with an input. After an
             error its content is undefined.

@@ -18,7 +18,8 @@ from shmengine.errors import ArrayError, BlockError
 
 __all__ = ["AUTO_BLOCK_BYTES", "BOUNDARIES", "Cut", "Gather", "GhostCut", "as_source", "overlaps"]
 
-AUTO_BLOCK_BYTES = 2 << 20
+# Somewhat less than 2 MiB: with its frame, and some ghost cells, a block still fits into one huge page.
+AUTO_BLOCK_BYTES = (2 << 20) - (128 << 10)
 """What ``block_bytes="auto"`` aims at: large against the cost of a task, small against a cache."""
 
 BOUNDARIES = ("reflect", "periodic", "nearest", "none")

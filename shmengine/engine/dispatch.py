@@ -38,7 +38,7 @@ from shmengine.leases import release_with
 from shmengine.region import EXTENT_BYTES, Region
 from shmengine.stats import EngineStats
 from shmengine.workers import messages
-from shmengine.workers.messages import BROKEN, EVENT, RESULT_RING, TASK, TASK_RING, VALUE, WHOLE_BATCH
+from shmengine.workers.messages import BROKEN, EVENT, RESULT_RING, SHORT, TASK, TASK_RING, VALUE, WHOLE_BATCH
 from shmengine.workers.pool import Death, Pool
 
 if TYPE_CHECKING:
@@ -153,9 +153,16 @@ class Dispatcher:
         self.future_limit = BATCHES_PER_WORKER * workers + 1
         self.pending: deque[Batch] = deque()  # futures that nobody has begun
         self.outbox: deque[Batch] = deque()  # due, to be sent by the next thread that is not draining
+        self.later: deque[Batch] = (
+            deque()
+        )  # due when nothing is on its way: there was no room for their results
         self.flushing = threading.local()
         self.collector: threading.Thread | None = None
         self.deaths: dict[int, Death] = {}
+        self.stuck: tuple[list[tuple[int, int]], int] = (
+            [],
+            0,
+        )  # who starved at the last look, and when it was
         self.done = self.failed = self.retried = 0
         self.bytes_copied = self.bytes_shared = 0
         self.spare: list[Any] = []
@@ -246,7 +253,12 @@ class Dispatcher:
 
     def encode_function(self, fn: Callable[..., Any]) -> Any:
         """Serialise a function: bytes that travel with each batch, or a frame in shared memory."""
-        encoded = codec.encode(fn, share=None, label="fn")
+        try:
+            encoded = codec.encode(fn, share=None, label="fn")
+        except codec.SerializationError:
+            if isinstance(fn, messages.Placed):
+                codec.encode(fn.fn, label="fn")  # the path to the culprit is not to lead through our wrapper
+            raise
         if encoded.nbytes <= messages.INLINE_FUNCTION_BYTES:
             return encoded.to_bytes()
         return self.put(encoded)
@@ -370,8 +382,8 @@ class Dispatcher:
             return
         self.flushing.now = True
         try:
-            while self.outbox:
-                batch = self.outbox.popleft()
+            while self.outbox or (self.later and not self.batches):
+                batch = (self.outbox or self.later).popleft()
                 if batch.job.abandoned:
                     continue
                 if not batch.job.begin():
@@ -453,7 +465,9 @@ class Dispatcher:
             for task in batch.tasks:
                 self.conclude(job, task, None, error)
             raise error
-        if count > 1 and (error is not None or len(payload) != count):
+        if kind == SHORT:
+            self.run_later(batch, payload, error)
+        elif count > 1 and (error is not None or len(payload) != count):
             # One of them cannot be decoded, here or there, and spoils the others: each alone. (Those that have
             # run are run again; without retries there is one task a batch.)
             self.outbox.extend(Batch(job, [task]) for task in batch.tasks)
@@ -467,6 +481,14 @@ class Dispatcher:
                     self.conclude(job, task, value, None)
                 else:
                     self.conclude(job, task, None, codec.decode_exception(value))
+
+    def run_later(self, batch: Batch, payload: Any, error: BaseException | None) -> None:
+        """Its results found no room: try again when nothing else is on its way, or give up."""
+        job = batch.job
+        if len(batch.tasks) > 1 or (job.retries and self.batches):
+            self.later.extend(Batch(job, [task]) for task in batch.tasks)
+        else:
+            self.conclude(job, batch.tasks[0], None, error or codec.decode_exception(payload))
 
     def must_copy(self, nbytes: int) -> bool:
         """Tell whether a result has to go to private memory, because what users keep must not stop the flow."""
@@ -495,12 +517,21 @@ class Dispatcher:
             self.deny_if_stuck()
 
     def deny_if_stuck(self) -> None:
-        """If every worker that has work waits for memory, and no result is there to be taken, one must give up."""
+        """If every worker that has work waits for memory, and no result is there to be taken, one must give up.
+
+        Not at the first look: what that gives back may be what they wait for.
+        """
         starving = self.pool.starving()
-        if starving and lib.shmr_approx_fill(self.handle, RESULT_RING) == 0:
-            lib.shmr_trim(self.handle)
-            if lib.shmr_approx_fill(self.handle, RESULT_RING) == 0 and self.pool.starving() == starving:
-                self.pool.deny(starving[0])
+        if not starving or lib.shmr_approx_fill(self.handle, RESULT_RING):
+            self.stuck = ([], 0)
+            return
+        lib.shmr_trim(self.handle)
+        before, since = self.stuck
+        if starving != before:
+            self.stuck = (starving, time.monotonic_ns())
+        elif time.monotonic_ns() - since > LOOK_NS // 2:
+            self.stuck = ([], 0)
+            self.pool.deny(starving[0][0])
 
     # --- futures ---------------------------------------------------------------------------------
 
@@ -725,7 +756,7 @@ class Dispatcher:
         """While the last tasks end: take their results, and let none wait for memory that nobody will free."""
         with contextlib.suppress(Closed):
             self.drain(0)
-        for pid in self.pool.starving():
+        for pid, _ in self.pool.starving():
             self.pool.deny(pid)
 
     def end(self, *, wait: bool) -> None:
@@ -735,8 +766,9 @@ class Dispatcher:
             if self.closed:
                 return
             self.closed = True
-            waiting = [*self.outbox, *self.pending]
+            waiting = [*self.outbox, *self.later, *self.pending]
             self.outbox.clear()
+            self.later.clear()
             self.pending.clear()
         # Tasks that nobody has begun are dropped.
         block = ffi.new("shmr_block *")

@@ -196,7 +196,7 @@ class ProcessBackend:
             )
         else:
             np.copyto(target, source, casting="same_kind")
-        if self._core.arena.contains(source) and not self._core.arena.contains(target):
+        if self._core.arena.contains(source):
             self._core.bytes_copied += nbytes
 
     def stats(self) -> EngineStats:

@@ -18,6 +18,10 @@ class Results(Iterator[Any]):
     A class and not a generator, because a generator would keep the last value alive until the next.
     """
 
+    _stream: Iterator[Outcome] | None = (
+        None  # for `close`, should a Ctrl-C keep `__init__` from its first line
+    )
+
     def __init__(
         self,
         stream: Iterator[Outcome],
@@ -26,7 +30,7 @@ class Results(Iterator[Any]):
         on_error: str = "raise",
         report: Reporter | None = None,
     ) -> None:
-        self._stream: Iterator[Outcome] | None = stream
+        self._stream = stream
         # A bound method of the engine, which lives as long as its results are asked for.
         self._check_process = check_process
         self._options = options

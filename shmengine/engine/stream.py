@@ -101,6 +101,8 @@ def _room(core: Dispatcher, job: Job, out: int) -> int:
     """
     limit = BATCHES_PER_WORKER * core.workers + 1
     fair = core.budget // 4
+    if job.in_flight and core.later:
+        return 0  # memory is short: let what is on its way end
     if job.in_flight and (job.in_flight >= limit or job.bytes_in_flight > fair):
         return 0
     size = 1
@@ -113,5 +115,5 @@ def _room(core: Dispatcher, job: Job, out: int) -> int:
     else:
         size = max(1, min(size, window // limit))
     if job.result_bytes:
-        window = min(window, max(limit, int(fair / job.result_bytes)))
+        window = min(window, max(core.workers, int(fair / job.result_bytes)))
     return max(0, min(size, window - out))

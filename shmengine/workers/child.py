@@ -34,6 +34,7 @@ from shmengine.workers.messages import (
     PRIVATE,
     RESULT_RING,
     SHARED,
+    SHORT,
     STARTING,
     TASK_RING,
     VALUE,
@@ -196,7 +197,7 @@ class Worker:
         if self.send(kind, tag, encoded, nanoseconds):
             return
         shortage = codec.encode_exception(_no_room(encoded.nbytes, self.region))
-        self.send(BATCH, tag, codec.encode([(False, shortage)] * len(results)), nanoseconds)
+        self.send(SHORT, tag, codec.encode(shortage), nanoseconds)
 
     def sendable(self, result: tuple[bool, Any]) -> tuple[bool, Any]:
         """Return the result, or the error that it cannot be sent."""

@@ -33,6 +33,7 @@ __all__ = [
     "READ_ONLY",
     "RESULT_RING",
     "SHARED",
+    "SHORT",
     "STARTING",
     "TASK",
     "TASK_RING",
@@ -54,6 +55,7 @@ VALUE = 11  # one task, its value bare
 BATCH = 12  # a list of (True, value) or (False, encoded exception)
 BROKEN = 13  # the initializer failed; the payload is an encoded exception
 EVENT = 14
+SHORT = 15  # there was no memory for the results of a batch; the payload is an encoded exception
 
 # What a worker says it is doing, beside "task so-and-so of batch so-and-so":
 STARTING = (1 << 64) - 1  # as the batch: it has not run its initializer yet

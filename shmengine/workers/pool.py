@@ -232,15 +232,15 @@ class Pool:
         lib.shmr_progress(self.region.handle, slot, words, words + 1, words + 2, words + 3)
         return words[0], words[1], words[2], words[3]
 
-    def starving(self) -> list[int]:
-        """Process ids of workers whose task waits for memory; empty unless nobody else will do anything."""
+    def starving(self) -> list[tuple[int, int]]:
+        """Return (pid, since) of workers whose task waits for memory; nothing unless nobody else will do anything."""
         found = []
         for pid in self.pids:
-            tag, _, _, starves = self._progress(pid) or (STARTING, 0, 0, 0)
+            tag, _, since, starves = self._progress(pid) or (STARTING, 0, 0, 0)
             if not starves and tag != 0:
                 return []
             if starves and tag != STARTING:
-                found.append(pid)
+                found.append((pid, since))
         return found
 
     def deny(self, pid: int) -> None:

@@ -237,6 +237,9 @@ def test_ordinary_arrays_are_copied_once_in_and_once_out(engine):
         y = engine.map_blocks(np.sqrt, x, block_bytes="256 KiB")
     assert crossed.copied == x.nbytes + y.nbytes
     with Bytes(engine) as crossed:
+        engine.map_blocks(np.sqrt, x, out=np.empty_like(x), block_bytes="256 KiB")
+    assert crossed.copied == x.nbytes + y.nbytes
+    with Bytes(engine) as crossed:
         engine.map_blocks(lambda b: b > 0.5, x, out=np.empty(x.shape, bool), block_bytes="1 MiB")
     assert crossed.copied == x.nbytes + x.size
 
