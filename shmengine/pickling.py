@@ -343,7 +343,9 @@ def _dump(obj: Any, parts: Parts, by_value: bool) -> list[Any]:
         return reference_pickler.pieces
     try:
         pickler = _idle.pop()
-    except IndexError:
+    except IndexError:  # a Ctrl-C from here on would be shown as raised "during handling" of it
+        pickler = None
+    if pickler is None:
         pickler = _PlainPickler()
     pickler.start(parts)
     try:

@@ -18,9 +18,10 @@ class Results(Iterator[Any]):
     A class and not a generator, because a generator would keep the last value alive until the next.
     """
 
-    _stream: Iterator[Outcome] | None = (
-        None  # for `close`, should a Ctrl-C keep `__init__` from its first line
-    )
+    # For `close`, should a Ctrl-C keep `__init__` from setting them.
+    _stream: Iterator[Outcome] | None = None
+    _report: Reporter | None = None
+    _pid = 0
 
     def __init__(
         self,

@@ -58,9 +58,8 @@ def main(region_fd: int, parent_pidfd: int, setup_fd: int) -> None:
     """Serve until the task ring is closed; end with the main process, whatever user code is doing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
     lib.shmr_watch_parent(parent_pidfd)
-    with os.fdopen(os.dup(setup_fd), "rb") as file:
-        file.seek(0)
-        setup = pickle.load(file)  # written by our own main process
+    # All workers have the same open file: one that read on from its position would be in the way of the others.
+    setup = pickle.loads(os.pread(setup_fd, os.fstat(setup_fd).st_size, 0))
     os.close(setup_fd)
     sys.path[:] = setup["path"]
     sys.argv[:] = setup["argv"]
