@@ -117,6 +117,20 @@ class Job:
         self.keep = keep
 
 
+class Patience:
+    """Workers give back what they keep of objects that were put when they have had nothing to do for a while."""
+
+    LOOKS = 3
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def left(self) -> bool:
+        """Count a look at which nothing was running; tell whether there should be one more."""
+        self.looks += 1
+        return self.looks < self.LOOKS
+
+
 class Dispatcher:
     """The engine's state; its threads hold this, never the backend, so that a forgotten backend ends."""
 
@@ -194,11 +208,12 @@ class Dispatcher:
         """Write a frame into a shared block of its own; return its bytes, which hold it."""
         self.check_open()
         block = ffi.new("shmr_block *")
+        patience = Patience()
         while True:
             status = lib.shmr_claim(self.handle, encoded.nbytes, ffi.NULL, 0, RESULT_RING, self.look(), block)
             if status == OK:
                 break
-            self.relieve(status, encoded.nbytes, "put an object")
+            self.relieve(status, encoded.nbytes, "put an object", patience)
         encoded.write_into(self.region.root(block.offset, encoded.nbytes, writable=True))
         block.length = encoded.nbytes
         ref = ffi.new("shmr_ref *")
@@ -214,7 +229,7 @@ class Dispatcher:
     def look(self) -> int:
         return time.monotonic_ns() + LOOK_NS
 
-    def relieve(self, status: int, nbytes: int, what: str) -> None:
+    def relieve(self, status: int, nbytes: int, what: str, patience: Patience) -> None:
         """A claim or commit of main's did not succeed at once: make room, or say that there is none."""
         if status == INTERRUPTED:
             return
@@ -228,6 +243,8 @@ class Dispatcher:
             self.check_open()
             lib.shmr_trim(self.handle)
             if not self.batches:
+                if patience.left():
+                    return
                 c = self.region.counters()
                 raise MemoryBudgetExceeded(
                     f"{what}: no room for {config.format_bytes(nbytes)}; the memory budget of"
@@ -311,6 +328,7 @@ class Dispatcher:
             self.pool.watch_time()
         block = self.spare.pop() if self.spare else ffi.new("shmr_block *")
         try:
+            patience = Patience()
             while True:
                 self.check_open()
                 if self.broken is not None:
@@ -332,7 +350,7 @@ class Dispatcher:
                 with self.lock:  # not among those that could free memory
                     self.batches.pop(number, None)
                 try:
-                    self.relieve(status, encoded.nbytes, "send a task")
+                    self.relieve(status, encoded.nbytes, "send a task", patience)
                 finally:
                     with self.lock:
                         if not self.closed:
@@ -494,7 +512,7 @@ class Dispatcher:
         """Tell whether a result has to go to private memory, because what users keep must not stop the flow."""
         kept = self.arena.pinned_bytes + nbytes
         room = self.budget - (self.workers + 1) * EXTENT_BYTES  # for one of the same size from each worker
-        return kept > self.budget // 2 or kept + self.workers * nbytes > room
+        return kept > room // 2 or kept + self.workers * nbytes > room
 
     def conclude(self, job: Job, task: Task, value: Any, error: BaseException | None) -> None:
         if error is None:

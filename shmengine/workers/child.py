@@ -50,6 +50,8 @@ FUNCTIONS_KEPT = 64
 # are shared by all workers, read-only.
 CAPTURED_COPY_BYTES = 1 << 20
 IDLE_SECONDS = 0.25
+# Main feeds all workers: where there are no more cores than workers, it must not wait for its turn behind them.
+NICE = 5
 
 _ndarray = np.ndarray
 
@@ -58,6 +60,7 @@ def main(region_fd: int, parent_pidfd: int, setup_fd: int) -> None:
     """Serve until the task ring is closed; end with the main process, whatever user code is doing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
     lib.shmr_watch_parent(parent_pidfd)
+    os.nice(NICE)
     # All workers have the same open file: one that read on from its position would be in the way of the others.
     setup = pickle.loads(os.pread(setup_fd, os.fstat(setup_fd).st_size, 0))
     os.close(setup_fd)
@@ -76,6 +79,7 @@ class Worker:
     def __init__(self, region: Region, setup: dict[str, Any]) -> None:
         self.region = region
         self.arena = messages.arena_here = Arena(region, limit=setup["arena_limit"])
+        messages.objects_kept_bytes = setup["arena_limit"] // 4
         self.payload_check = int(setup["payload_check"])
         self.initializer: bytes | None = setup["initializer"]
         self.functions: OrderedDict[Any, Callable[..., Any]] = OrderedDict()

@@ -70,6 +70,7 @@ MODES = {False: READ_ONLY, True: PRIVATE, "private": PRIVATE, "shared": SHARED}
 # A function up to this size travels with each batch; a larger one is put into shared memory once.
 INLINE_FUNCTION_BYTES = 4096
 OBJECTS_KEPT = 32
+objects_kept_bytes = 1 << 62  # together; a worker sets a part of the memory budget
 
 _ACCOUNT = struct.Struct("<QQQ")
 
@@ -172,7 +173,7 @@ def load_shared(frame: Bytes, copy: bool = False) -> Any:
         return known[1]
     # The frame is kept, so its block, and with it the key, stays what it is.
     obj = decode(frame, resolve=_resolve, copy=copy)
-    if len(_loaded) >= OBJECTS_KEPT:
+    if len(_loaded) >= OBJECTS_KEPT or sum(size for _, size in _loaded) + frame.nbytes > objects_kept_bytes:
         _loaded.clear()
     _loaded[key] = (frame, obj)
     return obj

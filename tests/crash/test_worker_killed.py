@@ -455,7 +455,8 @@ def test_an_initializer_that_dies_now_and_then_is_tried_again(make_engine, tmp_p
 
     engine = make_engine(initializer=initializer)
     assert list(engine.map(abs, range(30))) == list(range(30))
-    assert engine.stats().worker_deaths == 1
+    poll_until(lambda: engine.stats().worker_deaths == 1, what="the first to come has died")
+    assert list(engine.map(abs, range(30))) == list(range(30))
 
 
 # --- time limits ----------------------------------------------------------------------------------
