@@ -48,7 +48,7 @@ __all__ = ["BATCHES_PER_WORKER", "RING_CAPACITY", "Batch", "Dispatcher", "Job", 
 
 CLOSED_TEXT = "this engine is closed; make a new one"
 RING_CAPACITY = 4096
-BATCHES_PER_WORKER = 4  # one running, some waiting: main may be held up for as long as they last
+BATCHES_PER_WORKER = 3  # one running, some waiting: main may be held up for as long as they last
 LOOK_NS = 250_000_000
 
 
