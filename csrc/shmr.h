@@ -67,6 +67,43 @@ typedef struct {
     uint64_t participants, deaths, joins;
 } shmr_counters;
 
+#define SHMR_SCATTER_SOURCES 16
+#define SHMR_SCATTER_UNSENT 0 /* a block: not sent, or taken over by the caller before that */
+#define SHMR_SCATTER_OUT 1    /* at the workers */
+#define SHMR_SCATTER_BACK 2   /* its answer is here, or it was given up */
+
+typedef struct {
+    const char *address; /* of an array that is cut into blocks, one behind the other in memory */
+    uint64_t pitch;      /* bytes of one block */
+    uint64_t bytes;      /* of all */
+    uint64_t before;     /* bytes of its neighbours that each block gets, too, as far as there are any */
+    uint64_t after;
+} shmr_scatter_source;
+
+typedef struct {
+    /* Set by the caller; between calls it may change `stop`, `limit`, the spec and the target. */
+    uint32_t sources;
+    uint32_t task_ring, result_ring;
+    uint32_t task_kind, result_kind;
+    int payload_check;
+    shmr_scatter_source source[16];
+    char *target;          /* where results go that come by reference */
+    uint64_t target_pitch; /* bytes of one block's result */
+    uint64_t target_bytes;
+    unsigned char *states; /* SHMR_SCATTER_... of each block */
+    uint64_t count;        /* of blocks */
+    uint64_t first_tag;    /* of the message with block 0; the others follow */
+    uint64_t stop;         /* do not send this block, nor those behind it */
+    int64_t limit;         /* blocks out at once */
+    uint32_t spec_bytes;   /* of what goes along with each block */
+    unsigned char spec[128];
+    /* Counted here. */
+    uint64_t next; /* block to be sent */
+    int64_t out;   /* sent, and neither back nor given up */
+    int64_t arrived;
+    uint64_t bytes_sent, bytes_copied;
+} shmr_scatter;
+
 /* ---- life ------------------------------------------------------------------------------------------------- */
 
 /* Bytes that a region of this configuration takes (sparse); 0 if the configuration is out of range. */
@@ -157,6 +194,20 @@ void shmr_leave_extents(shmr *h, uint32_t count);
 /* End this process, at once, when the process behind `pidfd` ends: a thread that needs no interpreter. */
 int shmr_watch_parent(int pidfd);
 
+/* ---- scatter and gather ---------------------------------------------------------------------------------------- */
+
+/* One thread sends, and may run the whole exchange while it is the only one that leases from the result ring; any one thread
+ * that leases from there may accept. */
+
+/* Send blocks until `stop` or the limit; ITEM_WAITS, TIMEOUT and so on when that takes memory that is not there. */
+int shmr_scatter_send(shmr *h, shmr_scatter *scatter, int64_t deadline);
+/* Put the result in a leased message to its place and release it. WOULD_BLOCK: its kind is another. */
+int shmr_scatter_accept(shmr *h, shmr_scatter *scatter, shmr_block *message);
+/* Mark the block of this tag as back; 0 if it was not out. */
+int shmr_scatter_settle(shmr_scatter *scatter, uint64_t tag);
+/* Send and accept in turn, at most so often. OK: a message that is the caller's business; TIMEOUT: none. */
+int shmr_scatter_run(shmr *h, shmr_scatter *scatter, uint32_t turns, int64_t deadline, shmr_block *message);
+
 /* ---- memory for NumPy (NEP 49) ------------------------------------------------------------------------------- */
 
 /* A PyDataMem_Handler whose allocations of at least `threshold` bytes land in this process's arena, while that
@@ -169,6 +220,8 @@ void *shmr_numpy_handler(shmr *h, uint64_t threshold, uint64_t limit);
 uint32_t shmr_crc32c(uint32_t crc, const void *bytes, uint64_t length);
 /* memcpy; large ones write around the cache, since the reader is elsewhere or late. */
 void shmr_copy(void *target, const void *source, uint64_t length);
+/* memcpy; the target should be in a cache, for somebody reads it at once. */
+void shmr_copy_near(void *target, const void *source, uint64_t length);
 int shmr_last_errno(void);
 const char *shmr_last_detail(void);
 const char *shmr_status_text(int status);

@@ -87,6 +87,18 @@ static inline int64_t shmr_count_get(const shmr_count *count) {
     return atomic_load_explicit(&((shmr_count *)(uintptr_t)count)->value, memory_order_seq_cst);
 }
 
+/* The same for words and marks of private structs whose layout callers know, too. */
+static inline int64_t shmr_tally_add(int64_t *tally, int64_t delta) {
+    return __atomic_add_fetch(tally, delta, __ATOMIC_SEQ_CST);
+}
+static inline int64_t shmr_tally_get(const int64_t *tally) { return __atomic_load_n(tally, __ATOMIC_SEQ_CST); }
+static inline void shmr_mark_set(unsigned char *mark, unsigned char value) {
+    __atomic_store_n(mark, value, __ATOMIC_SEQ_CST);
+}
+static inline bool shmr_mark_move(unsigned char *mark, unsigned char from, unsigned char to) {
+    return __atomic_compare_exchange_n(mark, &from, to, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
+
 /* Tell the core that we are spinning. */
 static inline void shmr_pause(void) {
 #if defined(__x86_64__)

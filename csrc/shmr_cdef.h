@@ -65,6 +65,38 @@ typedef struct {
     uint64_t late_releases, rescued_wakeups;
     uint64_t participants, deaths, joins;
 } shmr_counters;
+#define SHMR_SCATTER_SOURCES ...
+#define SHMR_SCATTER_UNSENT ...
+#define SHMR_SCATTER_OUT ...
+#define SHMR_SCATTER_BACK ...
+typedef struct {
+    const char *address;
+    uint64_t pitch;
+    uint64_t bytes;
+    uint64_t before;
+    uint64_t after;
+} shmr_scatter_source;
+typedef struct {
+    uint32_t sources;
+    uint32_t task_ring, result_ring;
+    uint32_t task_kind, result_kind;
+    int payload_check;
+    shmr_scatter_source source[16];
+    char *target;
+    uint64_t target_pitch;
+    uint64_t target_bytes;
+    unsigned char *states;
+    uint64_t count;
+    uint64_t first_tag;
+    uint64_t stop;
+    int64_t limit;
+    uint32_t spec_bytes;
+    unsigned char spec[128];
+    uint64_t next;
+    int64_t out;
+    int64_t arrived;
+    uint64_t bytes_sent, bytes_copied;
+} shmr_scatter;
 uint64_t shmr_region_bytes(const shmr_config *config);
 int shmr_create(int fd, const shmr_config *config, shmr **out);
 int shmr_attach(int fd, shmr **out);
@@ -106,9 +138,14 @@ void shmr_deny(shmr *h, uint32_t slot);
 void shmr_trim(shmr *h);
 void shmr_leave_extents(shmr *h, uint32_t count);
 int shmr_watch_parent(int pidfd);
+int shmr_scatter_send(shmr *h, shmr_scatter *scatter, int64_t deadline);
+int shmr_scatter_accept(shmr *h, shmr_scatter *scatter, shmr_block *message);
+int shmr_scatter_settle(shmr_scatter *scatter, uint64_t tag);
+int shmr_scatter_run(shmr *h, shmr_scatter *scatter, uint32_t turns, int64_t deadline, shmr_block *message);
 void *shmr_numpy_handler(shmr *h, uint64_t threshold, uint64_t limit);
 uint32_t shmr_crc32c(uint32_t crc, const void *bytes, uint64_t length);
 void shmr_copy(void *target, const void *source, uint64_t length);
+void shmr_copy_near(void *target, const void *source, uint64_t length);
 int shmr_last_errno(void);
 const char *shmr_last_detail(void);
 const char *shmr_status_text(int status);

@@ -5,6 +5,7 @@
 #include "shmr_internal.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_acle.h>
@@ -86,6 +87,22 @@ __attribute__((target("avx"))) static void stream(char *target, const char *sour
     memcpy(target, source, length);
 }
 
+/* The CPU's own string copy ("enhanced rep movsb") fetches no line that it overwrites whole, either, yet leaves them
+ * in the cache. Leaf 7 of CPUID tells whether it is the fast one. */
+static bool cpu_has_string_copy(void) {
+    unsigned a, b = 0, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && b & 1u << 9;
+}
+
+void shmr_copy_near(void *target, const void *source, uint64_t length) {
+    static _Thread_local int known; /* 1: yes, 2: no */
+    if (!known) known = cpu_has_string_copy() ? 1 : 2;
+    if (known == 1)
+        __asm__ __volatile__("rep movsb" : "+D"(target), "+S"(source), "+c"(length) : : "memory");
+    else
+        memcpy(target, source, length);
+}
+
 void shmr_copy(void *target, const void *source, uint64_t length) {
     if (length >= STREAM_FROM && __builtin_cpu_supports("avx"))
         stream(target, source, length);
@@ -93,5 +110,6 @@ void shmr_copy(void *target, const void *source, uint64_t length) {
         memcpy(target, source, length);
 }
 #else
+void shmr_copy_near(void *target, const void *source, uint64_t length) { memcpy(target, source, length); }
 void shmr_copy(void *target, const void *source, uint64_t length) { memcpy(target, source, length); }
 #endif

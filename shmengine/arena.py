@@ -134,6 +134,10 @@ class Arena:
         """Tell whether the array's memory is this region's."""
         return self._low <= address_of(array) < self._high
 
+    def offset_of(self, array: Array) -> int:
+        """Return where in the region an array's element ``[0, 0, ...]`` lies."""
+        return address_of(array) - self._low
+
     @property
     def pinned_bytes(self) -> int:
         """Bytes of the extents that views made by `resolve`, and leases counted by `holding`, keep from being used."""
@@ -197,6 +201,15 @@ class Arena:
             yield self.region.root(ref.offset, ref.length, writable=True)
         finally:
             lib.shmr_drop(self._handle, block, generation)
+
+    def hold(self, reference: Any) -> bool:
+        """Keep the block that a reference names from being freed until `drop`; False if it is gone."""
+        ref = ffi.new("shmr_ref *")
+        return bool(lib.shmr_hold(self._handle, reference[1], reference[2], ref) == OK)
+
+    def drop(self, reference: Any) -> None:
+        """Undo `hold`."""
+        lib.shmr_drop(self._handle, reference[1], reference[2])
 
     def resolve(self, reference: Any, *, writable: bool = False) -> Bytes:
         """Return the bytes of the block that a reference names; held until the last view of them dies.

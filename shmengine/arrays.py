@@ -12,6 +12,8 @@ import ast
 import math
 import re
 import struct
+import sys
+from collections.abc import Callable
 from ctypes import c_size_t
 from dataclasses import dataclass
 from pickle import PickleBuffer
@@ -29,9 +31,13 @@ __all__ = [
     "address_of",
     "compact",
     "decode_spec",
+    "detach",
     "encode_spec",
     "extent_of",
+    "has_views",
+    "is_alone",
     "is_plain_dtype",
+    "owner_of",
     "pack_spec",
     "readonly",
     "spec_of",
@@ -337,6 +343,64 @@ else:  # pragma: no cover - another build of CPython or numpy
     def address_of(array: Array) -> int:
         """Return the address of element ``[0, 0, ...]``."""
         return cast("int", array.__array_interface__["data"][0])
+
+
+def owner_of(array: Array) -> Array:
+    """Return the array that the memory of a view comes from: the last one in its chain of bases."""
+    while isinstance(array.base, _ndarray):
+        array = array.base
+    return array
+
+
+def is_alone(holder: list[Any], i: int) -> bool:
+    """Tell whether nobody but ``holder[i]``, an array, can reach its memory; `holder` alone must refer to it."""
+    base = holder[i].base
+    if base is not None and (
+        not isinstance(base, _ndarray) or base.base is not None or sys.getrefcount(base) > _ALONE
+    ):
+        return False
+    del base
+    array = holder[i]
+    return sys.getrefcount(array) <= _ALONE
+
+
+def _references(holder: list[Any], i: int) -> int:
+    array = holder[i]
+    return sys.getrefcount(array)
+
+
+# The count of an array to which one list and one local variable refer; measured, since interpreters count differently.
+_ALONE = _references([np.empty(0)], 0)
+
+
+def _nowhere_else(array: Array) -> bool:  # noqa: ARG001  # as `detach` has it
+    return False
+
+
+def detach(holder: list[Any], depth: int = 2, kept: Callable[[Array], bool] = _nowhere_else) -> None:
+    """Replace, in `holder`, every array whose memory somebody else may hold too by a copy of it.
+
+    Looks into exact tuples, lists and dicts, `depth` deep. Arrays for which `kept` is true stay as they are.
+    """
+    for i in range(len(holder)):
+        kind = type(holder[i])
+        if kind is tuple or kind is list or kind is dict:
+            if not depth:
+                continue
+            container, holder[i] = holder[i], None
+            parts = list(container.values() if kind is dict else container)
+            keys = list(container) if kind is dict else []
+            del container  # now `parts` alone refers to them, unless the container is kept elsewhere
+            detach(parts, depth - 1, kept)
+            holder[i] = dict(zip(keys, parts, strict=True)) if kind is dict else kind(parts)
+        elif isinstance(holder[i], _ndarray) and not is_alone(holder, i) and not kept(holder[i]):
+            holder[i] = holder[i].copy(order="K")
+
+
+def has_views(holder: list[Any]) -> bool:
+    """Tell whether anything but ``holder[0]``, which `holder` alone must refer to, refers to that array."""
+    array = holder[0]
+    return sys.getrefcount(array) > _ALONE
 
 
 def extent_of(array: Array) -> tuple[int, int]:

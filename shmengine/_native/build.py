@@ -24,6 +24,7 @@ SOURCES = (
     "shmr_held.c",
     "shmr_block.c",
     "shmr_ring.c",
+    "shmr_scatter.c",
     "shmr_wait.c",
     "shmr_recover.c",
     "shmr_numpy.c",

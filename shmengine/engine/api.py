@@ -23,9 +23,11 @@ import numpy as np
 
 from shmengine.config import default_workers, parse_bytes
 from shmengine.engine.backend import (
+    PLACED,
     Backend,
     Call,
     Entropy,
+    Outcome,
     Ref,
     TaskOptions,
     Writable,
@@ -401,8 +403,8 @@ class Engine:
             return initial
         so_far = initial
         kwargs, _refs = ship_keywords(self._backend, kwargs)
-        calls = (Call(cut.blocks(index), kwargs) for index in range(cut.count))
-        with closing(self._stream(fn, calls, options, True, "raise", progress, cut.count)) as partials:
+        stream = self._backend.stream_blocks(fn, cut, _nowhere, options, kwargs, ordered=True)
+        with closing(self._results(stream, options, "raise", progress, cut.count)) as partials:
             for partial in partials:
                 so_far = partial if so_far is _MISSING else combine(so_far, partial)
                 del partial  # so that its memory can be used for the next one
@@ -439,19 +441,11 @@ class Engine:
             allocate=backend.empty_result,
         )
         kwargs, _refs = ship_keywords(backend, kwargs)
-        placer = backend.placer(fn, gather.part)
-        if placer is None:
-            calls = (Call(cut.blocks(index), kwargs) for index in range(cut.count))
-        else:
-            # Once the first block has told what the result is, workers write theirs to its place.
-            fn = placer.fn
-            calls = (Call((placer.place(index), *cut.blocks(index)), kwargs) for index in range(cut.count))
-        with closing(self._stream(fn, calls, options, False, "raise", progress, cut.count)) as results:
+        stream = backend.stream_blocks(fn, cut, gather.target, options, kwargs, ordered=False)
+        with closing(self._results(stream, options, "raise", progress, cut.count)) as results:
             while (outcome := results.step()) is not None:
-                if placer is None:
+                if outcome.value is not PLACED:
                     gather.place(outcome.index, outcome.value)
-                elif not placer.is_placed(outcome.value):
-                    gather.place(outcome.index, outcome.value[0])
                 del outcome
         result = gather.result()
         if out is None:
@@ -606,9 +600,18 @@ class Engine:
     ) -> Results:
         self._check_usable()
         check_choice("on_error", on_error, ("raise", "return", "skip"))
-        report = reporter(progress, options.label, total)
         stream = self._backend.stream(fn, calls, options, ordered=ordered)
+        return self._results(stream, options, on_error, progress, total)
+
+    def _results(
+        self, stream: Iterator[Outcome], options: TaskOptions, on_error: str, progress: Any, total: int | None
+    ) -> Results:
+        report = reporter(progress, options.label, total)
         return Results(stream, options, self._check_process, on_error, report)
+
+
+def _nowhere() -> None:
+    """Say that results have no place: `reduce` folds them."""
 
 
 def _close_backend(backend: Backend, pid: int) -> None:

@@ -20,18 +20,20 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from contextlib import AbstractContextManager
 
+    from shmengine.engine.blocks import Cut
     from shmengine.stats import EngineStats
 
 __all__ = [
+    "PLACED",
     "Backend",
     "Call",
     "Entropy",
     "Outcome",
-    "Placer",
     "Ref",
     "TaskOptions",
     "Writable",
     "annotate",
+    "block_calls",
     "function_name",
     "make_backend",
     "ship_keywords",
@@ -60,6 +62,10 @@ class Outcome(NamedTuple):
     """Position of its call among all calls of the stream, from 0."""
     value: Any
     error: BaseException | None = None
+
+
+PLACED: Any = object()
+"""The value of an outcome whose result has been written to its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +98,6 @@ class Ref(ABC):
     @abstractmethod
     def get(self) -> Any:
         """Return the object."""
-
-
-class Placer(Protocol):
-    """How workers write the results of block functions to their places."""
-
-    fn: Callable[..., Any]
-    """Called as ``fn(place, *blocks, **kwargs)``."""
-
-    def place(self, index: int) -> Any:
-        """Return where block `index` belongs, or None if workers cannot write there (yet)."""
-        ...
-
-    def is_placed(self, value: Any) -> bool:
-        """Tell whether a task's value says that its result is in place; else it is ``(result,)``."""
-        ...
 
 
 class Backend(Protocol):
@@ -157,13 +148,24 @@ class Backend(Protocol):
         """Return an uninitialised array for a result, where workers can write to it if there is room."""
         ...
 
-    def placer(self, fn: Callable[..., Any], part: Callable[[int], Any]) -> Placer | None:
-        """Return how workers write results of `fn` to their places, or None if main does that here.
+    def stream_blocks(
+        self,
+        fn: Callable[..., Any],
+        cut: Cut,
+        target: Callable[[], tuple[np.ndarray, int] | None],
+        options: TaskOptions,
+        kwargs: Mapping[str, Any],
+        *,
+        ordered: bool,
+    ) -> Iterator[Outcome]:
+        """Run ``fn(*blocks, **kwargs)`` once for each block of a cut; like `stream`.
+
+        A result may be written to its place: its outcome then has the value `PLACED` (and no index).
 
         Parameters
         ----------
-        part : callable
-            `Gather.part`.
+        target : callable
+            `Gather.target`; what returns None where results are to be values.
         """
         ...
 
@@ -174,6 +176,11 @@ class Backend(Protocol):
     def close(self, *, wait: bool = True) -> None:
         """End; pending tasks are dropped. `wait`: until running tasks have ended (idempotent)."""
         ...
+
+
+def block_calls(cut: Cut, kwargs: Mapping[str, Any]) -> Iterator[Call]:
+    """Return the calls for the blocks of a cut."""
+    return (Call(cut.blocks(index), kwargs) for index in range(cut.count))
 
 
 def make_backend(kind: str, *, workers: int, **settings: Any) -> Backend:

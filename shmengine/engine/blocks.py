@@ -103,7 +103,7 @@ class Cut:
         dimensions = [len(array.shape) for array in self.arrays]
         if not any(dimensions):
             self.axis = None
-            self._axes: tuple[int, ...] = ()
+            self.axes: tuple[int, ...] = ()
             self.length = self.rows = self.count = 1
             return
         if not all(dimensions):
@@ -111,11 +111,11 @@ class Cut:
                 f"array {dimensions.index(0)} is 0-d and cannot be cut together with the others"
                 " (pass it as a keyword argument)"
             )
-        self._axes = tuple(
+        self.axes = tuple(
             axis_of(self.given_axis, array.shape, f"array {i}") for i, array in enumerate(self.arrays)
         )
-        self.axis = self._axes[0]
-        lengths = [int(array.shape[ax]) for array, ax in zip(self.arrays, self._axes, strict=True)]
+        self.axis = self.axes[0]
+        lengths = [int(array.shape[ax]) for array, ax in zip(self.arrays, self.axes, strict=True)]
         self.length = lengths[0]
         for i, length in enumerate(lengths):
             if length != self.length:
@@ -145,12 +145,21 @@ class Cut:
             return tuple(_read(array, ()) for array in self.arrays)
         start, stop = self.span(index)
         return tuple(
-            [_read(array, along(ax, start, stop)) for array, ax in zip(self.arrays, self._axes, strict=True)]
+            [_read(array, along(ax, start, stop)) for array, ax in zip(self.arrays, self.axes, strict=True)]
         )
 
     def ghosts(self, index: int) -> tuple[int, int]:  # noqa: ARG002  # GhostCut needs it
         """Return how many positions block `index` has before and after its own span."""
         return 0, 0
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """Most positions that a block has before and after its own span."""
+        return 0, 0
+
+    def whole_blocks(self) -> range:
+        """Return which blocks have no positions from beyond the ends of the arrays."""
+        return range(self.count)
 
 
 class GhostCut(Cut):
@@ -200,6 +209,21 @@ class GhostCut(Cut):
             return self.before, self.after
         start, stop = self.span(index)
         return min(self.before, start), min(self.after, self.length - stop)
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """Most ghost positions of a block."""
+        return self.before, self.after
+
+    def whole_blocks(self) -> range:
+        """Return which blocks have no ghost cells from beyond the ends of the array."""
+        if self.boundary == "none":
+            return range(self.count)
+        first = -(-self.before // self.rows)
+        last = self.count
+        while last > first and self.span(last - 1)[1] + self.after > self.length:
+            last -= 1
+        return range(first, last)
 
     def blocks(self, index: int) -> tuple[np.ndarray, ...]:
         """Return block `index` with its ghost cells: a view of the array, except at the outer ends."""
@@ -332,15 +356,11 @@ class Gather:
         assert target is not None
         self._copy_into(target[along(ax, start, stop)], block)
 
-    def part(self, index: int) -> tuple[np.ndarray, int, int] | None:
-        """Return the part of the result that belongs to block `index`, the axis, and the ghost cells before it.
-
-        None as long as the first block is not there, and where there is no axis.
-        """
+    def target(self) -> tuple[np.ndarray, int] | None:
+        """Return the array that results go to and its axis; None until the first block, and where there is no axis."""
         if self._target is None or self._cut.axis is None:
             return None
-        start, stop = self._cut.span(index)
-        return self._target[along(self._axis, start, stop)], self._axis, self._cut.ghosts(index)[0]
+        return self._target, self._axis
 
     def result(self) -> np.ndarray:
         """Return the gathered array (every block has been placed)."""

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,90 +30,38 @@ from shmengine import codec, config
 from shmengine._native import ffi, lib
 from shmengine._native.status import CLOSED, INTERRUPTED, ITEM_WAITS, OK, TIMEOUT, WOULD_BLOCK, fail
 from shmengine.arena import Arena
-from shmengine.engine.backend import TaskOptions, annotate, timed_out
-from shmengine.errors import ArrayError, Closed, MemoryBudgetExceeded, RemoteError, ShmError, WorkerDied
+from shmengine.arrays import has_views
+from shmengine.engine.deaths import Deaths
+from shmengine.engine.futures import Futures
+from shmengine.engine.inflight import Batch, InFlight, Job, Task, always
+from shmengine.errors import ArrayError, Closed, MemoryBudgetExceeded, RemoteError, ShmError
 from shmengine.filemap import forget_files
 from shmengine.leases import release_with
 from shmengine.region import EXTENT_BYTES, Region
 from shmengine.stats import EngineStats
 from shmengine.workers import messages
-from shmengine.workers.messages import BROKEN, EVENT, RESULT_RING, SHORT, TASK, TASK_RING, VALUE, WHOLE_BATCH
-from shmengine.workers.pool import Death, Pool
+from shmengine.workers.messages import (
+    BROKEN,
+    EVENT,
+    NUMBER,
+    PLACED,
+    RESULT_RING,
+    SHORT,
+    TASK,
+    TASK_RING,
+    VALUE,
+)
+from shmengine.workers.pool import Pool
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
+    from shmengine.engine.scatter import Scatter
 
-__all__ = ["BATCHES_PER_WORKER", "RING_CAPACITY", "Batch", "Dispatcher", "Job", "Task"]
+__all__ = ["BATCHES_PER_WORKER", "RING_CAPACITY", "Dispatcher", "Patience"]
 
 CLOSED_TEXT = "this engine is closed; make a new one"
 RING_CAPACITY = 4096
 BATCHES_PER_WORKER = 3  # one running, some waiting: main may be held up for as long as they last
 LOOK_NS = 250_000_000
-
-
-class Task:
-    __slots__ = ("args", "attempts", "index", "kwargs")
-
-    def __init__(self, index: int, args: tuple[Any, ...], kwargs: Any) -> None:
-        self.index = index
-        self.args = args
-        self.kwargs = kwargs
-        self.attempts = 0
-
-
-class Batch:
-    """Tasks that travel together, until their results are back."""
-
-    __slots__ = ("job", "nbytes", "tasks")
-
-    def __init__(self, job: Job, tasks: list[Task]) -> None:
-        self.job = job
-        self.tasks = tasks
-        self.nbytes = 0
-
-
-def _always() -> bool:
-    return True
-
-
-class Job:
-    """One stream or one future: a function, and where outcomes go."""
-
-    __slots__ = (
-        "abandoned",
-        "begin",
-        "bytes_in_flight",
-        "deliver",
-        "function",
-        "future_bytes",
-        "in_flight",
-        "keep",
-        "options",
-        "result_bytes",
-        "retries",
-        "task_ns",
-    )
-
-    def __init__(
-        self,
-        function: Any,
-        options: TaskOptions,
-        retries: int,
-        deliver: Callable[..., None],
-        keep: object = None,
-    ) -> None:
-        self.function = function  # bytes, or the frame of a put function
-        self.options = options
-        self.retries = retries
-        self.deliver = deliver  # deliver(task, value, error), by the drainer
-        self.abandoned = False
-        self.begin: Callable[[], bool] = _always  # False: cancelled meanwhile
-        self.in_flight = 0  # batches
-        self.future_bytes = 0  # of the arguments of a future that runs
-        self.bytes_in_flight = 0
-        self.task_ns = 0.0  # what a task takes, smoothed; 0: not known
-        self.result_bytes = 0.0  # of one task, smoothed
-        self.keep = keep
 
 
 class Patience:
@@ -155,24 +102,18 @@ class Dispatcher:
         self.budget = int(c.budget)
         self.closed = False
         self.broken: Callable[[], BaseException] | None = None  # makes the error that everything ends with
-        self.failed_starts = 0  # workers that died before their first task, since the last result
-        self.failed_starts_allowed = workers + 3
-        self.ids = itertools.count(1)
-        self.batches: dict[int, Batch] = {}
-        self.lock = threading.RLock()  # batches, counters of jobs, dispatch
+        self.in_flight = InFlight()
+        self.lock = self.in_flight.lock  # counters of jobs and futures, too
         self.turn = threading.Condition()  # who drains
         self.drainer: int | None = None
-        self.running_futures = 0
-        self.future_bytes = 0  # of their arguments
-        self.future_limit = BATCHES_PER_WORKER * workers + 1
-        self.pending: deque[Batch] = deque()  # futures that nobody has begun
+        self.futures = Futures(self, BATCHES_PER_WORKER * workers + 1)
+        self.deaths = Deaths(self)
         self.outbox: deque[Batch] = deque()  # due, to be sent by the next thread that is not draining
         self.later: deque[Batch] = (
             deque()
         )  # due when nothing is on its way: there was no room for their results
         self.flushing = threading.local()
         self.collector: threading.Thread | None = None
-        self.deaths: dict[int, Death] = {}
         self.stuck: tuple[list[tuple[int, int]], int] = (
             [],
             0,
@@ -191,7 +132,7 @@ class Dispatcher:
         limits = config.thread_limit_environment(threads)
         environment = {name: value for name, value in limits.items() if name not in os.environ}
         environment["SHMENGINE_WORKER"] = "1"
-        self.pool = Pool(region, workers, setup, environment, self.on_death, self.time_limit)
+        self.pool = Pool(region, workers, setup, environment, self.deaths.announce, self.time_limit)
 
     def has_ended(self) -> bool:
         """Tell whether `end` was called, by any thread."""
@@ -242,7 +183,7 @@ class Dispatcher:
                 raise self.broken()
             self.check_open()
             lib.shmr_trim(self.handle)
-            if not self.batches:
+            if not self.in_flight:
                 if patience.left():
                     return
                 c = self.region.counters()
@@ -270,12 +211,7 @@ class Dispatcher:
 
     def encode_function(self, fn: Callable[..., Any]) -> Any:
         """Serialise a function: bytes that travel with each batch, or a frame in shared memory."""
-        try:
-            encoded = codec.encode(fn, share=None, label="fn")
-        except codec.SerializationError:
-            if isinstance(fn, messages.Placed):
-                codec.encode(fn.fn, label="fn")  # the path to the culprit is not to lead through our wrapper
-            raise
+        encoded = codec.encode(fn, share=None, label="fn")
         if encoded.nbytes <= messages.INLINE_FUNCTION_BYTES:
             return encoded.to_bytes()
         return self.put(encoded)
@@ -317,13 +253,10 @@ class Dispatcher:
             self.dispatch(Batch(batch.job, batch.tasks[:half]))
             self.dispatch(Batch(batch.job, batch.tasks[half:]))
             return
-        with self.lock:
-            number = next(self.ids)
-            self.batches[number] = batch
-            batch.job.begin = _always
-            batch.nbytes = encoded.nbytes
-            batch.job.in_flight += 1
-            batch.job.bytes_in_flight += batch.nbytes
+        batch.job.begin = always
+        batch.nbytes = encoded.nbytes
+        number = self.in_flight.reserve()
+        self.in_flight.add(batch, number)
         if batch.job.options.timeout is not None:
             self.pool.watch_time()
         block = self.spare.pop() if self.spare else ffi.new("shmr_block *")
@@ -347,34 +280,26 @@ class Dispatcher:
                 )
                 if status == OK:
                     break
-                with self.lock:  # not among those that could free memory
-                    self.batches.pop(number, None)
+                self.in_flight.take(number)  # not among those that could free memory
                 try:
                     self.relieve(status, encoded.nbytes, "send a task", patience)
                 finally:
                     with self.lock:
                         if not self.closed:
-                            self.batches[number] = batch
+                            self.in_flight.add(batch, number)
         except BaseException:
-            with self.lock:
-                self.forget(number)
+            self.in_flight.take(number)
             raise
         self.spare.append(block)
         self.bytes_copied += encoded.bytes_inline
         self.bytes_shared += encoded.bytes_shared
 
-    def forget(self, number: int) -> Batch | None:
-        """Take a batch off the list of those at the workers (lock held)."""
-        batch = self.batches.pop(number, None)
-        if batch is not None:
-            batch.job.in_flight -= 1
-            batch.job.bytes_in_flight -= batch.nbytes
-        return batch
-
     # --- back ------------------------------------------------------------------------------------
 
-    def drain(self, deadline: int) -> bool:
+    def drain(self, deadline: int, scatter: Scatter | None = None) -> bool:
         """Take results off the ring, if nobody else does: the ones that are there, waiting for the first.
+
+        Meanwhile go on sending the blocks of `scatter`.
 
         Returns
         -------
@@ -386,7 +311,7 @@ class Dispatcher:
                 return False
             before, self.drainer = self.drainer, threading.get_ident()
         try:
-            took = self._drain(deadline)
+            took = self._drain(deadline, scatter)
         finally:
             with self.turn:
                 self.drainer = before  # ourselves, if a callback of a future waits for more
@@ -400,12 +325,12 @@ class Dispatcher:
             return
         self.flushing.now = True
         try:
-            while self.outbox or (self.later and not self.batches):
+            while self.outbox or (self.later and not self.in_flight):
                 batch = (self.outbox or self.later).popleft()
                 if batch.job.abandoned:
                     continue
                 if not batch.job.begin():
-                    self.end_future(batch.job.future_bytes)
+                    self.futures.ended(batch.job.future_bytes)
                     continue
                 try:
                     self.dispatch(batch)
@@ -419,13 +344,18 @@ class Dispatcher:
         finally:
             self.flushing.now = False
 
-    def _drain(self, deadline: int) -> bool:
+    def _drain(self, deadline: int, scatter: Scatter | None) -> bool:
         took = False
         while True:
             block = self.spare.pop() if self.spare else ffi.new("shmr_block *")
-            status = lib.shmr_lease(
-                self.handle, RESULT_RING, self.payload_check, 0 if took else deadline, block
-            )
+            if scatter is not None:
+                status = scatter.exchange(deadline, block)
+                took = took or scatter.is_ready()
+                scatter = None
+            else:
+                status = lib.shmr_lease(
+                    self.handle, RESULT_RING, self.payload_check, 0 if took else deadline, block
+                )
             if status == OK:
                 took = True
                 self.receive(block)
@@ -443,13 +373,27 @@ class Dispatcher:
         if kind == EVENT:
             lib.shmr_release(self.handle, block)
             self.spare.append(block)
-            self.after_death(number)
+            self.deaths.settle(number)
+            return
+        if kind == PLACED:
+            self.deaths.failed_starts = 0
+            if not self.in_flight.accept(block):
+                lib.shmr_release(self.handle, block)
+            self.spare.append(block)
+            return
+        if kind == NUMBER:
+            nanoseconds, value = messages.number_in(block)
+            lib.shmr_release(self.handle, block)
+            self.spare.append(block)
+            self.deaths.failed_starts = 0
+            if (batch := self.in_flight.take(number)) is not None and not batch.job.abandoned:
+                batch.job.task_ns = _smoothed(batch.job.task_ns, nanoseconds)
+                self.conclude(batch.job, batch.tasks[0], value, None)
             return
         root = messages.frame_root(self.arena, block)
         nanoseconds, inline, shared = messages.account_of(block)
         copied = self.must_copy(inline + shared)
-        with self.lock:
-            batch = self.forget(number)
+        batch = self.in_flight.take(number)
         payload: Any = None
         error: BaseException | None = None
         if kind == BROKEN or (batch is not None and not batch.job.abandoned):
@@ -460,17 +404,19 @@ class Dispatcher:
         self.bytes_shared += shared
         self.bytes_copied += inline + (inline + shared if copied else 0)
         # Views of the frame itself keep it leased; references are held on their own.
-        if sys.getrefcount(root) <= 2:
+        holder = [root]
+        del root
+        if has_views(holder):
+            release_with(holder[0], self.region, block, self.arena.holding(block.offset, block.length))
+        else:
             lib.shmr_release(self.handle, block)
             self.spare.append(block)
-        else:
-            release_with(root, self.region, block, self.arena.holding(block.offset, block.length))
-        del root
+        del holder
         if kind == BROKEN:
             cause = codec.decode_exception(payload) if error is None else error
             self.fail_all(lambda: _initializer_error(cause))
             return
-        self.failed_starts = 0
+        self.deaths.failed_starts = 0
         if batch is None:
             return
         job = batch.job
@@ -503,7 +449,7 @@ class Dispatcher:
     def run_later(self, batch: Batch, payload: Any, error: BaseException | None) -> None:
         """Its results found no room: try again when nothing else is on its way, or give up."""
         job = batch.job
-        if len(batch.tasks) > 1 or (job.retries and self.batches):
+        if len(batch.tasks) > 1 or (job.retries and self.in_flight):
             self.later.extend(Batch(job, [task]) for task in batch.tasks)
         else:
             self.conclude(job, batch.tasks[0], None, error or codec.decode_exception(payload))
@@ -521,13 +467,13 @@ class Dispatcher:
             self.failed += 1
         job.deliver(task, value, error)
 
-    def wait(self, ready: Callable[[], bool]) -> None:
+    def wait(self, ready: Callable[[], bool], scatter: Scatter | None = None) -> None:
         """Return when `ready`; meanwhile drain, or sleep while another thread does."""
         while not ready():
             if self.broken is not None:
                 raise self.broken()
             self.check_open()
-            if self.drain(self.look()):
+            if self.drain(self.look(), scatter):
                 continue
             with self.turn:
                 if self.drainer is not None and not ready():
@@ -551,64 +497,7 @@ class Dispatcher:
             self.stuck = ([], 0)
             self.pool.deny(starving[0][0])
 
-    # --- futures ---------------------------------------------------------------------------------
-
-    def submit(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: TaskOptions
-    ) -> Future[Any]:
-        from concurrent.futures import Future
-
-        self.check_open()
-        future: Future[Any] = Future()
-
-        def deliver(_: Task, value: Any, error: BaseException | None) -> None:
-            self.end_future(nbytes)  # not the job: that would be a cycle, and keep the result
-            if error is None:
-                future.set_result(value)
-            else:
-                future.set_exception(annotate(error, options))
-
-        retries = self.retries if options.retries is None else options.retries
-        job = Job(self.encode_function(fn), options, retries, deliver)
-        job.begin = future.set_running_or_notify_cancel
-        batch = Batch(job, [Task(0, tuple(args), dict(kwargs) or None)])
-        encoded = self.encode_batch(batch)  # here, so that what cannot be pickled is raised here
-        nbytes = job.future_bytes = encoded.nbytes
-        with self.lock:
-            start = self.may_start(job)
-            if not start:
-                self.pending.append(batch)
-            elif self.drainer == threading.get_ident():  # in a callback, whose future still holds its result
-                start = False
-                self.outbox.append(batch)
-        if start:
-            future.set_running_or_notify_cancel()
-            try:
-                self.dispatch(batch, encoded)
-            except BaseException:
-                self.end_future(nbytes)
-                raise
-        self.collect()
-        return future
-
-    def may_start(self, job: Job) -> bool:
-        """Count a future as running unless enough of them are, by number or by bytes (lock held)."""
-        if self.running_futures and (
-            self.running_futures >= self.future_limit
-            or self.future_bytes + job.future_bytes > self.budget // 4
-        ):
-            return False
-        self.running_futures += 1
-        self.future_bytes += job.future_bytes
-        return True
-
-    def end_future(self, nbytes: int) -> None:
-        """A future has ended: those that wait may be sent, as far as there is room for them."""
-        with self.lock:
-            self.running_futures -= 1
-            self.future_bytes -= nbytes
-            while self.pending and self.may_start(self.pending[0].job):
-                self.outbox.append(self.pending.popleft())
+    # --- who waits ---------------------------------------------------------------------------------
 
     def abandon(self, job: Job) -> None:
         """Nobody wants the results of a job any more: those that are on their way must not take up memory."""
@@ -618,7 +507,7 @@ class Dispatcher:
 
     def nobody_waits(self) -> bool:
         """Tell whether every result that will come has a stream that drains for it."""
-        return self.running_futures == 0 and not any(b.job.abandoned for b in list(self.batches.values()))
+        return self.futures.running == 0 and not self.in_flight.any_abandoned()
 
     def collect(self) -> None:
         """Make sure that somebody drains for futures, and for streams that were abandoned."""
@@ -646,102 +535,21 @@ class Dispatcher:
                 # A callback's, or a failure to send a future that has been told: others go on.
                 threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), threading.current_thread()]))
 
-    # --- death -----------------------------------------------------------------------------------
-
-    def time_limit(self, number: int) -> float | None:
-        batch = self.batches.get(number)
-        return batch.job.options.timeout if batch is not None else None
-
-    def on_death(self, death: Death) -> bool:
-        """Queue a message to ourselves behind the dead worker's last results (in the pool's thread)."""
-        with self.lock:
-            self.failed_starts += death.starting
-            number = next(self.ids)
-            self.deaths[number] = death
-        block = ffi.new("shmr_block *")
-        status = WOULD_BLOCK
-        while status != OK:
-            if self.has_ended():
-                return False
-            status = lib.shmr_claim(self.handle, 64, ffi.NULL, 0, -1, self.look(), block)
-        block.kind, block.tag, block.length = EVENT, number, 0
-        while (status := lib.shmr_commit(self.handle, RESULT_RING, 0, -1, self.look(), block)) != OK:
-            if self.has_ended():
-                lib.shmr_abort(self.handle, block)
-                return False
-        # Not drained here: what it makes due may have to wait for room, and the dead must be replaced meanwhile.
-        return (
-            not self.has_ended() and self.broken is None and self.failed_starts < self.failed_starts_allowed
-        )
-
-    def after_death(self, number: int) -> None:
-        """All results of the dead worker have been received: what it still had is run again, or fails."""
-        death = self.deaths.pop(number)
-        if death.starting and self.failed_starts >= self.failed_starts_allowed:
-            self.fail_all(lambda: self.start_error(death))
-            return
-        again: list[Batch] = []
-        for tag in death.leased:
-            with self.lock:
-                batch = self.forget(tag)
-            if batch is None or batch.job.abandoned:
-                continue
-            again.extend(self.sort_out(batch, death, running=tag == death.tag))
-        self.outbox.extend(again)
-
-    def sort_out(self, batch: Batch, death: Death, *, running: bool) -> list[Batch]:
-        """Blame the task that was running; return batches of those that run again."""
-        job = batch.job
-        again = []
-        whole = death.index == WHOLE_BATCH and len(batch.tasks) == 1
-        for task in batch.tasks:
-            guilty = running and (whole or task.index == death.index)
-            if guilty:
-                task.attempts += 1
-                if death.timed_out:
-                    error: BaseException = timed_out(job.options, task.index if job.options.label else None)
-                    self.conclude(job, task, None, error)
-                    continue
-                if task.attempts > job.retries:
-                    self.conclude(job, task, None, self.death_error(death, job, task))
-                    continue
-                self.retried += 1
-            again.append(Batch(job, [task]))  # alone: if it kills again, it harms no other
-        return again
-
-    def death_error(self, death: Death, job: Job, task: Task) -> WorkerDied:
-        return WorkerDied(
-            death.pid,
-            death.returncode,
-            f"task {task.index} of {job.options.label}" if job.options.label else f"task {task.index}",
-            task.attempts,
-            death.cause,
-            death.stderr_tail,
-        )
-
-    def start_error(self, death: Death) -> WorkerDied:
-        """Say that workers die before they can do anything."""
-        return WorkerDied(
-            death.pid,
-            death.returncode,
-            "its start and the initializer",
-            self.failed_starts,
-            death.cause,
-            death.stderr_tail,
-        )
+    # --- observing and ending ---------------------------------------------------------------------
 
     def fail_all(self, make_error: Callable[[], BaseException]) -> None:
         """Nothing can run any more: everybody gets an error of his own."""
         self.broken = make_error
-        with self.lock:
-            batches = [batch for number in list(self.batches) if (batch := self.forget(number)) is not None]
-        for batch in batches:
+        for batch in self.in_flight.take_all():
             for task in batch.tasks:
                 self.conclude(batch.job, task, None, make_error())
         with self.turn:
             self.turn.notify_all()
 
-    # --- observing and ending ---------------------------------------------------------------------
+    def time_limit(self, number: int) -> float | None:
+        """Return the seconds that a task of this batch may run (for the pool)."""
+        options = self.in_flight.options(number)
+        return None if options is None else options.timeout
 
     def stats(self) -> EngineStats:
         if self.closed:
@@ -750,8 +558,6 @@ class Dispatcher:
             )
         c = self.region.counters()
         fill = lib.shmr_approx_fill(self.handle, TASK_RING) + lib.shmr_approx_fill(self.handle, RESULT_RING)
-        with self.lock:
-            in_flight = sum(len(batch.tasks) for batch in self.batches.values())
         return EngineStats(
             backend="process",
             workers=self.workers,
@@ -765,7 +571,7 @@ class Dispatcher:
             memory_used=int(c.reserved),
             ring_fill=int(fill),
             ring_capacity=2 * RING_CAPACITY,
-            tasks_in_flight=in_flight,
+            tasks_in_flight=self.in_flight.tasks(),
             rescued_wakeups=int(c.rescued_wakeups),
             late_releases=int(c.late_releases),
         )
@@ -784,19 +590,17 @@ class Dispatcher:
             if self.closed:
                 return
             self.closed = True
-            waiting = [*self.outbox, *self.later, *self.pending]
+            waiting = [*self.outbox, *self.later, *self.futures.pending]
             self.outbox.clear()
             self.later.clear()
-            self.pending.clear()
+            self.futures.pending.clear()
         # Tasks that nobody has begun are dropped.
         block = ffi.new("shmr_block *")
         lib.shmr_close_ring(self.handle, TASK_RING)
         while lib.shmr_lease(self.handle, TASK_RING, 0, 0, block) == OK:
             lib.shmr_release(self.handle, block)
         self.pool.close(wait=wait, meanwhile=self.wind_down)
-        with self.lock:
-            batches = [batch for number in list(self.batches) if (batch := self.forget(number)) is not None]
-        for batch in batches:
+        for batch in self.in_flight.take_all():
             for task in batch.tasks:
                 batch.job.deliver(task, None, Closed(CLOSED_TEXT))
         for batch in waiting:

@@ -7,7 +7,6 @@ and what it returns belongs to the caller alone, never to an input or to another
 from __future__ import annotations
 
 import queue
-import sys
 import threading
 import time
 import weakref
@@ -18,8 +17,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shmengine.arrays import readonly
-from shmengine.engine.backend import Call, Outcome, Placer, Ref, TaskOptions, annotate, task_rng, timed_out
+from shmengine.arrays import detach, readonly
+from shmengine.engine.backend import (
+    Call,
+    Outcome,
+    Ref,
+    TaskOptions,
+    annotate,
+    block_calls,
+    task_rng,
+    timed_out,
+)
+from shmengine.engine.blocks import Cut
 from shmengine.errors import Closed
 from shmengine.stats import EngineStats
 
@@ -71,8 +80,22 @@ class _LocalBackend:
     def empty_result(self, shape: Any, dtype: Any, order: Literal["C", "F"]) -> np.ndarray:
         return np.empty(shape, dtype, order=order)
 
-    def placer(self, fn: Callable[..., Any], part: Callable[[int], Any]) -> Placer | None:  # noqa: ARG002
-        return None  # nothing is gained: results are copied within one process anyway
+    def stream_blocks(
+        self,
+        fn: Callable[..., Any],
+        cut: Cut,
+        target: Callable[[], tuple[np.ndarray, int] | None],  # noqa: ARG002  # no copy to be saved within a process
+        options: TaskOptions,
+        kwargs: Mapping[str, Any],
+        *,
+        ordered: bool,
+    ) -> Iterator[Outcome]:
+        return self.stream(fn, block_calls(cut, kwargs), options, ordered=ordered)
+
+    def stream(
+        self, fn: Callable[..., Any], calls: Iterable[Call], options: TaskOptions, *, ordered: bool
+    ) -> Iterator[Outcome]:
+        raise NotImplementedError
 
     def is_shared(self, array: np.ndarray) -> bool:  # noqa: ARG002  # as the contract has it
         return True
@@ -118,7 +141,7 @@ class _LocalBackend:
             kwargs["rng"] = task_rng(options.rng, index or 0)
         returned = [fn(*args, **kwargs)]
         del args, kwargs  # so that a private copy which the function returned is ours alone
-        _detach(returned)
+        detach(returned)
         return returned.pop()
 
 
@@ -416,47 +439,6 @@ class ThreadBackend(_LocalBackend):
             assert task.index is not None
             del running[task.index]
             return Outcome(task.index, value, error)
-
-
-def _detach(holder: list[Any], depth: int = 2) -> None:
-    """Replace, in `holder`, every array whose memory somebody else may hold too by a copy of it.
-
-    With processes a result shares memory with nothing; here only an array that nobody else refers to
-    may stay as it is. Looks into exact tuples, lists and dicts, `depth` deep.
-    """
-    for i in range(len(holder)):
-        kind = type(holder[i])
-        if kind is tuple or kind is list or kind is dict:
-            if not depth:
-                continue
-            container, holder[i] = holder[i], None
-            parts = list(container.values() if kind is dict else container)
-            keys = list(container) if kind is dict else []
-            del container  # now `parts` alone refers to them, unless the container is kept elsewhere
-            _detach(parts, depth - 1)
-            holder[i] = dict(zip(keys, parts, strict=True)) if kind is dict else kind(parts)
-        elif isinstance(holder[i], np.ndarray) and not _is_alone(holder, i):
-            holder[i] = holder[i].copy(order="K")
-
-
-def _is_alone(holder: list[Any], i: int) -> bool:
-    base = holder[i].base
-    if base is not None and (
-        not isinstance(base, np.ndarray) or base.base is not None or sys.getrefcount(base) > _ALONE
-    ):
-        return False
-    del base
-    array = holder[i]
-    return sys.getrefcount(array) <= _ALONE
-
-
-def _references(holder: list[Any], i: int) -> int:
-    array = holder[i]
-    return sys.getrefcount(array)
-
-
-# The count of an array to which one list refers; measured, because interpreters count differently.
-_ALONE = _references([np.empty(0)], 0)
 
 
 def _presented(array: np.ndarray, writable: Any) -> np.ndarray:

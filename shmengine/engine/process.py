@@ -16,8 +16,10 @@ from shmengine import codec, config
 from shmengine._native import ffi, lib
 from shmengine.arena import Arena
 from shmengine.arrays import address_of
-from shmengine.engine.backend import Call, Outcome, Placer, Ref, TaskOptions
+from shmengine.engine.backend import Call, Outcome, Ref, TaskOptions, block_calls
+from shmengine.engine.blocks import Cut
 from shmengine.engine.dispatch import RING_CAPACITY, Dispatcher
+from shmengine.engine.scatter import TargetOf, scatter_blocks
 from shmengine.engine.stream import run_stream
 from shmengine.errors import MemoryBudgetExceeded
 from shmengine.region import EXTENT_BYTES, Region, RegionConfig
@@ -48,27 +50,6 @@ class ProcessRef(Ref):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return messages.load_shared, (self._frame,)
-
-
-class _Placer:
-    """Places in the engine's shared memory."""
-
-    def __init__(self, core: Dispatcher, fn: Callable[..., Any], part: Callable[[int], Any]) -> None:
-        self.fn: Callable[..., Any] = messages.Placed(fn)
-        self._core = core
-        self._part = part
-
-    def place(self, index: int) -> Any:
-        part = self._part(index)
-        if part is None or not self._core.arena.contains(part[0]):
-            return None
-        return messages.place_of(self._core.arena, *part)
-
-    def is_placed(self, value: Any) -> bool:
-        if type(value) is not int:
-            return False
-        self._core.bytes_copied += value
-        return True
 
 
 class ProcessBackend:
@@ -133,11 +114,25 @@ class ProcessBackend:
         """Run `fn` once for each call."""
         return run_stream(self, self._core, fn, calls, options, ordered)
 
+    def stream_blocks(
+        self,
+        fn: Callable[..., Any],
+        cut: Cut,
+        target: TargetOf,
+        options: TaskOptions,
+        kwargs: Mapping[str, Any],
+        *,
+        ordered: bool,
+    ) -> Iterator[Outcome]:
+        """Run `fn` once for each block."""
+        scattered = scatter_blocks(self, self._core, fn, cut, target, options, kwargs, ordered)
+        return scattered or self.stream(fn, block_calls(cut, kwargs), options, ordered=ordered)
+
     def submit(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: TaskOptions
     ) -> Future[Any]:
         """Run one task."""
-        return self._core.submit(fn, args, kwargs, options)
+        return self._core.futures.submit(fn, args, kwargs, options)
 
     # --- memory ----------------------------------------------------------------------------------
 
@@ -166,10 +161,6 @@ class ProcessBackend:
                 with contextlib.suppress(MemoryBudgetExceeded):
                     return core.arena.empty(shape, dtype, order)
         return np.empty(shape, dtype, order=order)
-
-    def placer(self, fn: Callable[..., Any], part: Callable[[int], Any]) -> Placer:
-        """Workers write to places in shared memory themselves."""
-        return _Placer(self._core, fn, part)
 
     def is_shared(self, array: np.ndarray) -> bool:
         """Tell whether tasks get `array` by reference."""

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from shmengine.engine.backend import Call, Outcome, TaskOptions
-from shmengine.engine.dispatch import BATCHES_PER_WORKER, Batch, Dispatcher, Job, Task
+from shmengine.engine.dispatch import BATCHES_PER_WORKER, Dispatcher
+from shmengine.engine.inflight import Batch, Job, Task
 
 __all__ = ["run_stream"]
 

@@ -13,6 +13,7 @@ import pickle
 import signal
 import sys
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from types import FunctionType, MethodType
@@ -24,13 +25,16 @@ from shmengine import codec
 from shmengine._native import ffi, lib
 from shmengine._native.status import CLOSED, INTERRUPTED, OK, TIMEOUT, fail
 from shmengine.arena import Arena
+from shmengine.arrays import detach, has_views, owner_of
 from shmengine.errors import MemoryBudgetExceeded
 from shmengine.leases import release_with
 from shmengine.region import Region
 from shmengine.workers import messages
 from shmengine.workers.messages import (
     BATCH,
+    BLOCK,
     BROKEN,
+    PLACED,
     PRIVATE,
     RESULT_RING,
     SHARED,
@@ -40,6 +44,7 @@ from shmengine.workers.messages import (
     VALUE,
     WHOLE_BATCH,
 )
+from shmengine.workers.scatter import BLOCK_SPEC, PLACED_SPEC, Plan, PlanRunner
 
 __all__ = ["main"]
 
@@ -50,6 +55,8 @@ FUNCTIONS_KEPT = 64
 # are shared by all workers, read-only.
 CAPTURED_COPY_BYTES = 1 << 20
 IDLE_SECONDS = 0.25
+PLANS_KEPT = 4
+PLAN_IDLE_SECONDS = 0.005  # they hold arrays of the caller's, and are cheap to decode again
 # Main feeds all workers: where there are no more cores than workers, it must not wait for its turn behind them.
 NICE = 5
 
@@ -78,15 +85,17 @@ class Worker:
 
     def __init__(self, region: Region, setup: dict[str, Any]) -> None:
         self.region = region
-        self.arena = messages.arena_here = Arena(region, limit=setup["arena_limit"])
+        self.arena = Arena(region, limit=setup["arena_limit"])
         messages.objects_kept_bytes = setup["arena_limit"] // 4
         self.payload_check = int(setup["payload_check"])
         self.initializer: bytes | None = setup["initializer"]
         self.functions: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
         self.prepared: dict[str, Any] = {}
         self.prepared_module = ""
+        self.plans: dict[tuple[int, int], PlanRunner] = {}
         self.block = messages.empty_block()
         self.reply = messages.empty_block()
+        self.named = ffi.new("shmr_ref[1]")
 
     def serve(self) -> None:
         """Run tasks until there can be no more."""
@@ -105,13 +114,22 @@ class Worker:
         while True:
             block = self.block
             deadline = -1
-            if messages.has_shared():
+            if self.plans:
+                deadline = time.monotonic_ns() + int(PLAN_IDLE_SECONDS * 1e9)
+            elif messages.has_shared():
                 deadline = time.monotonic_ns() + int(IDLE_SECONDS * 1e9)
             status = lease(handle, TASK_RING, self.payload_check, deadline, block)
             if status == OK:
-                self.run(block)
+                if block.kind == BLOCK:
+                    self.run_block(block)
+                else:
+                    self.run(block)
             elif status == TIMEOUT:
-                messages.forget_shared()  # nothing to do: whatever was put may be freed
+                # Nothing to do: what is kept may be freed.
+                if self.plans:
+                    self.plans.clear()
+                else:
+                    messages.forget_shared()
             elif status == CLOSED:
                 return
             elif status != INTERRUPTED:
@@ -158,6 +176,7 @@ class Worker:
             results.append((False, codec.encode_exception(error)))
             calls = indices = ()
         fn: Any = None
+        several = len(calls) > 1
         for index, (args, kwargs) in zip(indices, calls, strict=True):
             lib.shmr_set_progress(handle, tag, index)
             try:
@@ -167,7 +186,10 @@ class Worker:
                     args, kwargs = _private(args, kwargs)
                 if entropy is not None:
                     kwargs = {**(kwargs or {}), "rng": messages.task_rng(entropy, index)}
-                results.append((True, fn(*args, **kwargs) if kwargs else fn(*args)))
+                value = [fn(*args, **kwargs) if kwargs else fn(*args)]
+                if several:  # the next call may write to what this one has returned
+                    detach(value, kept=_comes_from_elsewhere)
+                results.append((True, value.pop()))
             except BaseException as error:
                 results.append((False, codec.encode_exception(error)))
                 _forget_frames(error)
@@ -176,17 +198,127 @@ class Worker:
         lib.shmr_set_progress(handle, tag, WHOLE_BATCH)
         self.answer(tag, results, time.perf_counter_ns() - start)
         del results
-        # The task is settled after the result is committed: if we die in between, main knows both.
-        if root is None or sys.getrefcount(root) <= 2:
-            lib.shmr_release(handle, block)
-        else:
+        holder = [root]
+        root = None
+        self.settle(block, holder)
+
+    def settle(self, block: Any, holder: list[Any]) -> None:
+        """Release a task, or leave that to the last view of its bytes, which `holder` alone refers to.
+
+        After its result is committed: if we die in between, main knows both.
+        """
+        if holder[0] is not None and has_views(holder):
             self.block = messages.empty_block()
-            release_with(root, self.region, block)
-        lib.shmr_set_progress(handle, 0, 0)
+            release_with(holder[0], self.region, block)
+        else:
+            lib.shmr_release(self.region.handle, block)
+        lib.shmr_set_progress(self.region.handle, 0, 0)
+
+    def run_block(self, block: Any) -> None:
+        """Run a block function once; see `shmengine.workers.scatter`."""
+        tag = block.tag
+        start = time.perf_counter_ns()
+        lib.shmr_set_progress(self.region.handle, tag, WHOLE_BATCH)
+        root: Any = None
+        blocks: Any = None
+        kwargs: Any = None
+        results: list[Any] = []
+        placed = error = None
+        try:
+            *reference, first_tag = BLOCK_SPEC.unpack_from(ffi.buffer(block.spec))
+            runner = self.runner(reference)
+            index = tag - first_tag
+            root = messages.frame_root(self.arena, block, writable=runner.private)
+            blocks = runner.blocks(index, root)
+            kwargs = runner.kwargs
+            if runner.private:
+                blocks, kwargs = _private(blocks, kwargs)
+            if runner.entropy is not None:
+                kwargs = {**kwargs, "rng": messages.task_rng(runner.entropy, index)}
+            results = [runner.fn(*blocks, **kwargs)]
+            blocks = kwargs = None
+            placed = runner.place(index, results)
+        except BaseException as caught:
+            blocks = kwargs = None
+            error = codec.encode_exception(caught)
+            _forget_frames(caught)
+        if placed is not None:
+            self.answer_placed(tag, *placed)
+        else:
+            results[:] = [(True, results[0]) if error is None else (False, error)]
+            self.answer(tag, results, time.perf_counter_ns() - start)
+        results.clear()
+        holder = [root]
+        root = None
+        self.settle(block, holder)
+
+    def runner(self, reference: list[int]) -> PlanRunner:
+        """Return what runs the blocks of the plan that a reference names."""
+        key = (reference[1], reference[2])
+        runner = self.plans.get(key)
+        if runner is None:
+            frame = self.arena.resolve((*reference, 0))
+            plan = Plan(*messages.read_frame(frame, self.arena.resolve))
+            if len(self.plans) >= PLANS_KEPT:
+                self.plans.clear()
+            runner = PlanRunner(plan, self.function(plan.function), self.arena)
+            # The frame is kept, so its block, and with it the key, stays what it is.
+            runner.frame = frame
+            self.plans[key] = runner
+        return runner
+
+    def answer_placed(self, tag: int, nbytes: int, offset: int, reference: Any) -> None:
+        """Say that a result is in its place, or where it is."""
+        references, count = ffi.NULL, 0
+        words = 0, 0, nbytes
+        if reference is not None:
+            references, count = self.named, 1
+            references[0].block, references[0].generation = reference.block, reference.generation
+            words = nbytes, offset, 0
+        self.check_sent(
+            messages.write_bare(
+                self.arena,
+                PLACED,
+                tag,
+                PLACED_SPEC.pack(*words),
+                references=references,
+                count=count,
+                payload_check=self.payload_check,
+                block=self.reply,
+            )
+        )
+
+    def check_sent(self, status: int) -> None:
+        """End this worker if there is nobody to send results to."""
+        if status == CLOSED:
+            raise SystemExit(0)
+        if status != OK:
+            fail(status, "send a result")
 
     def answer(self, tag: int, results: list[Any], nanoseconds: int) -> None:
-        """Send the results of a batch; one that cannot be pickled becomes the error that says so."""
-        share = self.arena.share
+        """Send the results of a batch, and empty the list; one that cannot be sent becomes the error that says so."""
+        owners: list[weakref.ref[Any]] = []
+
+        def share(array: Any) -> Any:
+            reference = self.arena.share(array)
+            if reference is not None and (owner := owner_of(array)).base is None:
+                owners.append(weakref.ref(owner))
+            return reference
+
+        if len(results) == 1 and results[0][0]:
+            number = messages.pack_number(results[0][1])
+            if number is not None:
+                self.check_sent(
+                    messages.write_number(
+                        self.arena,
+                        tag,
+                        nanoseconds,
+                        number,
+                        payload_check=self.payload_check,
+                        block=self.reply,
+                    )
+                )
+                return
         try:
             if len(results) == 1 and results[0][0]:
                 encoded = codec.encode(results[0][1], share=share, memmap_mode="r", label="result")
@@ -196,9 +328,23 @@ class Worker:
                 kind = BATCH
         except BaseException:
             kind = BATCH
+            owners.clear()
             encoded = codec.encode([self.sendable(result) for result in results], share=share)
-        if self.send(kind, tag, encoded, nanoseconds):
-            return
+        held = [reference for reference in encoded.references if self.arena.hold(reference)] if owners else []
+        try:
+            if owners:
+                results.clear()
+            if any(owner() is not None for owner in owners):
+                # The function keeps an array that it returned, and may write to it again: main gets a copy.
+                kept = codec.decode(np.frombuffer(encoded.to_bytes(), np.uint8), resolve=self.arena.resolve)
+                encoded = codec.encode(kept, memmap_mode="r")
+                del kept
+            if self.send(kind, tag, encoded, nanoseconds):
+                return
+        finally:
+            for reference in held:
+                self.arena.drop(reference)
+            results.clear()
         shortage = codec.encode_exception(_no_room(encoded.nbytes, self.region))
         self.send(SHORT, tag, codec.encode(shortage), nanoseconds)
 
@@ -229,9 +375,7 @@ class Worker:
                 if encoded.nbytes > BORN_SHARED_BYTES:
                     return False
                 continue  # a few bytes: there will be room for them
-            if status == CLOSED:
-                raise SystemExit(0)
-            fail(status, "send a result")
+            self.check_sent(status)
 
     def function(self, encoded: Any) -> Callable[..., Any]:
         """Return the function that these bytes stand for; kept by its bytes, since a global of it may have changed."""
@@ -271,6 +415,11 @@ def _private(args: Any, kwargs: Any) -> tuple[Any, Any]:
     if kwargs:
         kwargs = {name: _copied(a) for name, a in kwargs.items()}
     return args, kwargs
+
+
+def _comes_from_elsewhere(array: Any) -> bool:
+    """Tell whether no function that runs here can have made this array: it is read from the region, or a file."""
+    return owner_of(array).base is not None
 
 
 def _copied(argument: Any) -> Any:

@@ -3,7 +3,9 @@
 ::
 
     main ── TASK ──► task ring ──► any worker          a batch of calls of one function, tag = batch number
-    main ◄── VALUE | BATCH | BROKEN ◄── result ring    the same tag
+         ── BLOCK ──►                                  one call of a block function, likewise
+    main ◄── VALUE | NUMBER | BATCH | BROKEN ◄──       the same tag; through the result ring
+         ◄── PLACED                                    instead of a block function's result
          ◄── EVENT                                     from main to itself: a worker died; behind its last results
 
 A frame (`shmengine.codec`) lies in a block of its own and names the blocks that it refers to, so these stay
@@ -21,14 +23,17 @@ import numpy as np
 from shmengine._native import ffi, lib
 from shmengine._native.status import INTERRUPTED, OK
 from shmengine.arena import Arena
-from shmengine.arrays import Bytes, decode_spec, encode_spec, spec_of, view
-from shmengine.codec import Encoded, copy_array, decode
+from shmengine.arrays import Bytes
+from shmengine.codec import Encoded, decode
 
 __all__ = [
     "BATCH",
+    "BLOCK",
     "BROKEN",
     "EVENT",
     "MODES",
+    "NUMBER",
+    "PLACED",
     "PRIVATE",
     "READ_ONLY",
     "RESULT_RING",
@@ -39,7 +44,6 @@ __all__ = [
     "TASK_RING",
     "VALUE",
     "WHOLE_BATCH",
-    "Placed",
     "account_of",
     "load_shared",
     "pack_account",
@@ -56,6 +60,9 @@ BATCH = 12  # a list of (True, value) or (False, encoded exception)
 BROKEN = 13  # the initializer failed; the payload is an encoded exception
 EVENT = 14
 SHORT = 15  # there was no memory for the results of a batch; the payload is an encoded exception
+BLOCK = 16  # main to worker: one block of each array as bare bytes, see `shmengine.workers.scatter`
+NUMBER = 18  # worker to main: one task, its value a number that is in the descriptor
+PLACED = 17  # worker to main: its result is in its place, or named by reference
 
 # What a worker says it is doing, beside "task so-and-so of batch so-and-so":
 STARTING = (1 << 64) - 1  # as the batch: it has not run its initializer yet
@@ -140,6 +147,80 @@ def pack_account(nanoseconds: int, copied: int, shared: int) -> bytes:
     return _ACCOUNT.pack(nanoseconds, copied, shared)
 
 
+_PYTHON_NUMBERS = {float: b"f", int: b"i", bool: b"b", type(None): b"-"}
+_NUMPY_NUMBERS = frozenset("?bBhHiIlLqQefdgFDG")
+_DOUBLE, _LONG = struct.Struct("<d"), struct.Struct("<q")
+
+
+def pack_number(value: Any) -> bytes | None:
+    """Return a number (or None, or a NumPy scalar of a numeric type) as a few bytes; None if it is none, or large."""
+    kind = _PYTHON_NUMBERS.get(type(value))
+    if kind is None:
+        if isinstance(value, np.generic) and value.dtype.char in _NUMPY_NUMBERS:
+            dtype = value.dtype
+            return b"n" + dtype.char.encode() + value.tobytes() if type(value) is dtype.type else None
+        return None
+    if kind == b"f":
+        return kind + _DOUBLE.pack(value)
+    if kind == b"i":
+        return kind + _LONG.pack(value) if -(1 << 63) <= value < 1 << 63 else None
+    return kind + b"\1" if value else kind
+
+
+def unpack_number(raw: bytes) -> Any:
+    """Return what `pack_number` packed."""
+    kind = raw[:1]
+    if kind == b"n":
+        return np.frombuffer(raw, raw[1:2].decode(), 1, 2)[0]
+    if kind == b"f":
+        return _DOUBLE.unpack_from(raw, 1)[0]
+    if kind == b"i":
+        return _LONG.unpack_from(raw, 1)[0]
+    return None if kind == b"-" else len(raw) > 1
+
+
+def write_number(
+    arena: Arena, tag: int, nanoseconds: int, number: bytes, *, payload_check: int, block: Any
+) -> int:
+    """Commit a task's value that `pack_number` packed to the result ring; return a status code."""
+    spec = pack_account(nanoseconds, 0, 0) + number
+    return write_bare(arena, NUMBER, tag, spec, payload_check=payload_check, block=block)
+
+
+def number_in(block: Any) -> tuple[int, Any]:
+    """Return (nanoseconds, value) of such a message."""
+    raw = ffi.buffer(block.spec, block.spec_bytes)[:]
+    return _ACCOUNT.unpack_from(raw)[0], unpack_number(raw[_ACCOUNT.size :])
+
+
+def write_bare(
+    arena: Arena,
+    kind: int,
+    tag: int,
+    spec: bytes,
+    *,
+    references: Any = ffi.NULL,
+    count: int = 0,
+    payload_check: int,
+    block: Any,
+) -> int:
+    """Commit a message without payload, all of it in the descriptor, to the result ring; return a status code."""
+    handle = arena.region.handle
+    status: int = INTERRUPTED
+    while status in (INTERRUPTED, lib.SHMR_DENIED):  # a few bytes: there will be room for them
+        status = lib.shmr_claim(handle, 1, references, count, -1, -1, block)
+    if status != OK:
+        return status
+    block.kind, block.tag, block.length, block.spec_bytes = kind, tag, 0, len(spec)
+    ffi.memmove(block.spec, spec, len(spec))
+    status = INTERRUPTED
+    while status == INTERRUPTED:
+        status = lib.shmr_commit(handle, RESULT_RING, payload_check, -1, -1, block)
+    if status != OK:
+        lib.shmr_abort(handle, block)
+    return status
+
+
 def task_rng(entropy: Any, index: int) -> np.random.Generator:
     """Return the generator of task `index`: independent of all others, whatever worker runs it."""
     return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(index,)))
@@ -187,54 +268,6 @@ def forget_shared() -> None:
 def has_shared() -> bool:
     """Tell whether `load_shared` keeps anything."""
     return bool(_loaded)
-
-
-# --- results written in place ---------------------------------------------------------------------------------------
-
-# Where this process's references lead to; set by a worker at its start.
-arena_here: Arena | None = None
-
-
-def place_of(arena: Arena, target: np.ndarray[Any, Any], axis: int, before: int) -> tuple[Any, ...] | None:
-    """Say where a block's result belongs, if workers can reach it; plain values, cheap to pickle.
-
-    Parameters
-    ----------
-    target : ndarray
-        The part of the result array.
-    axis, before : int
-        Ghost cells of the function's result that come before it on this axis.
-    """
-    reference = arena.share(target)
-    if reference is None:
-        return None
-    spec = encode_spec(spec_of(target))
-    return (*reference, spec, axis, before)
-
-
-class Placed:
-    """Calls a block function and writes what it returns to its place, if it is just what belongs there.
-
-    Returns the bytes that were written, or else ``(result,)``, for main to judge.
-    """
-
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self.fn = fn
-
-    def __call__(self, place: tuple[Any, ...] | None, /, *args: Any, **kwargs: Any) -> Any:
-        result = self.fn(*args, **kwargs)
-        if place is None or type(result) is not np.ndarray or arena_here is None:
-            return (result,)
-        *reference, raw, axis, before = place
-        spec = decode_spec(raw)
-        inner = result
-        if result.ndim == len(spec.shape) and result.shape != spec.shape:
-            inner = result[(slice(None),) * axis + (slice(before, before + spec.shape[axis]),)]
-        if inner.shape != spec.shape or inner.dtype != spec.dtype:
-            return (result,)
-        with arena_here.borrowed(reference) as root:
-            copy_array(view(root, spec, reference[3]), inner)
-        return inner.nbytes
 
 
 def empty_block() -> Any:
