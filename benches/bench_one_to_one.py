@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benches.measure import two_cpus
-from benches.rivals import HandWrittenLoop, Link, Pair, PipeLink, QueueLink, RingLink
+from benches.rivals import HandWrittenLoop, Link, Pair, PipeLink, QueueLink, RingLink, RingWithLink
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -39,6 +39,7 @@ def test_one_to_one(nbytes: int, count: int, bound: float, compare: Any, targets
         result = compare(
             {
                 "shmengine.Ring": rounds_of(stack, RingLink(nbytes), count),
+                "shmengine.Ring, by with": rounds_of(stack, RingWithLink(nbytes), count),
                 "by hand, posix_ipc": rounds_of(stack, HandWrittenLoop(nbytes, "posix_ipc"), count),
                 "by hand, multiprocessing": rounds_of(
                     stack, HandWrittenLoop(nbytes, "multiprocessing"), count
@@ -49,6 +50,8 @@ def test_one_to_one(nbytes: int, count: int, bound: float, compare: Any, targets
         )
     ratio = result.ratio("shmengine.Ring", "by hand, posix_ipc", "by hand, multiprocessing")
     targets.at_least("Ring to a hand-written SharedMemory loop", ratio, bound)
+    by_with = result.ratio("shmengine.Ring, by with", "by hand, posix_ipc", "by hand, multiprocessing")
+    targets.note("the same, claims and leases as context managers", f"{by_with:.3g}x")
 
 
 def test_one_to_one_queue(compare: Any, targets: Any) -> None:

@@ -52,7 +52,7 @@ class Link:
 
 
 class RingLink(Link):
-    """Ours: `shmengine.Ring`, filled and read in place."""
+    """Ours: `shmengine.Ring`, filled and read in place; each claim and lease ended by a call."""
 
     def __init__(self, nbytes: int) -> None:
         super().__init__(nbytes)
@@ -60,6 +60,26 @@ class RingLink(Link):
 
     def close(self) -> None:
         self.ring.close()
+
+    def produce(self, count: int) -> int:
+        claim, shape = self.ring.claim, (self.nbytes,)
+        for number in range(count):
+            frame = claim(shape, "u1", PATIENCE)
+            frame.array.fill(number & 255)
+            frame.commit()
+        return count
+
+    def consume(self, count: int) -> int:
+        lease, expected, right = self.ring.lease, self.expected(), 0
+        for number in range(count):
+            frame = lease(PATIENCE)
+            right += frame.array[::PAGE].tobytes() == expected[number & 255]
+            frame.release()
+        return right
+
+
+class RingWithLink(RingLink):
+    """The same, claims and leases as context managers."""
 
     def produce(self, count: int) -> int:
         ring, shape = self.ring, (self.nbytes,)
