@@ -71,13 +71,13 @@ int main(void) {
     FIELD(shmr_participant, task_since_ns);
     FIELD(shmr_participant, starving);
     FIELD(shmr_participant, denied);
-    FIELD(shmr_participant, committed);
-    FIELD(shmr_participant, leased);
     FIELD(shmr_participant, aborted);
     FIELD(shmr_participant, released);
-    FIELD(shmr_participant, bytes_committed);
     FIELD(shmr_participant, late_releases);
     FIELD(shmr_participant, rescued_wakeups);
+    FIELD(shmr_participant, committed);
+    FIELD(shmr_participant, leased);
+    FIELD(shmr_participant, bytes_committed);
     STRUCT(shmr_doorbell);
     FIELD(shmr_doorbell, owner);
     FIELD(shmr_doorbell, bell);

@@ -272,7 +272,6 @@ static int try_claim(shmr *h, void *argument) {
     h->record_flags[block] = SHMR_MINE;
     shmr_store_release(&r->state, state); /* R1: a recoverer reads offset and room */
     pthread_mutex_unlock(&h->lock);
-    shmr_pin(h, 1);
     c->out->attempts = 0;
     c->out->state = state;
     c->out->block = block;
@@ -299,6 +298,7 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
     if (status != SHMR_OK) return status;
     struct claim_attempt attempt = {total, refs, count, items, out};
     status = try_claim(h, &attempt);
+    if (status == SHMR_OK) return status; /* the pin is now that of the claim */
     if (status != SHMR_WOULD_BLOCK || deadline == 0) return shmr_leave(h, status);
 
     struct shmr_participant *me = shmr_participant_at(h, h->self);
@@ -311,7 +311,7 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
     shmr_store_relaxed(&me->starving, total); /* for observers */
     status = shmr_wait(h, sources, items >= 0 ? 3 : 2, SHMR_SPIN_SPACE, try_claim, &attempt, deadline);
     shmr_store_relaxed(&me->starving, 0); /* for observers */
-    return shmr_leave(h, status);
+    return status == SHMR_OK ? status : shmr_leave(h, status);
 }
 
 /* ---- ends ---------------------------------------------------------------------------------------------------------------- */
@@ -327,16 +327,16 @@ static int end_block(shmr *h, shmr_block *block, enum shmr_state from) {
                           shmr_state_pack(shmr_state_generation(expected), 0, 0, 0, SHMR_FREE))) /* S2 R2 */
         return SHMR_STALE;
     block->state = 0;
+    struct shmr_participant *me = shmr_participant_at(h, h->self);
     pthread_mutex_lock(&h->lock);
     bool mine = h->record_flags[block->block] & SHMR_MINE;
     if (mine) shmr_reclaim(h, block->block);
+    shmr_tally(from == SHMR_CLAIMED ? &me->aborted : &me->released, 1);
     pthread_mutex_unlock(&h->lock);
     if (mine)
-        shmr_notify_all(h, shmr_participant_at(h, h->self)->space_waiters);
+        shmr_notify_all(h, me->space_waiters);
     else
         shmr_freed_by_me(h, block->block);
-    struct shmr_participant *me = shmr_participant_at(h, h->self);
-    shmr_add_relaxed(from == SHMR_CLAIMED ? &me->aborted : &me->released, 1); /* statistics */
     shmr_pin(h, -1);
     return SHMR_OK;
 }

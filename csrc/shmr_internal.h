@@ -182,6 +182,10 @@ int shmr_usable(const shmr *h); /* OK, CLOSED or FORKED */
 int shmr_fail(int status, int error, const char *detail);
 void shmr_pin(shmr *h, int64_t delta);
 int shmr_enter(shmr *h); /* OK: usable, and pinned so that a close by another thread waits for us */
+/* Count in a statistics word of this participant's, which is written under a private lock only: no locked instruction. */
+static inline void shmr_tally(shmr_word *own, uint64_t more) {
+    shmr_store_relaxed(own, shmr_load_relaxed(own) + more); /* own word */
+}
 static inline int shmr_leave(shmr *h, int status) {
     shmr_pin(h, -1);
     return status;

@@ -15,7 +15,7 @@
 #include "shmr_atomics.h"
 
 #define SHMR_MAGIC UINT64_C(0x31676e69726d6873) /* "shmring1", stored last by the creator */
-#define SHMR_ABI 1
+#define SHMR_ABI 2
 
 #define SHMR_LINE 128             /* separation: the adjacent-line prefetcher pairs 64-byte lines */
 #define SHMR_PAGE 4096u
@@ -134,10 +134,13 @@ struct shmr_participant {
     shmr_word task_tag, task_index, task_since_ns; /* what it runs now */
     shmr_word starving;                            /* bytes it waits for, 0: none */
     shmr_word denied;                              /* set by an observer: stop waiting for space */
-    shmr_word committed, leased, aborted, released, bytes_committed, late_releases, rescued_wakeups;
-    char pad3[SHMR_LINE - 96];
+    shmr_word aborted, released, late_releases, rescued_wakeups;
+    char pad3[SHMR_LINE - 72];
+    shmr_word committed[SHMR_MAX_RINGS], leased[SHMR_MAX_RINGS]; /* each under the private lock of its ring */
+    shmr_word bytes_committed[SHMR_MAX_RINGS];                   /* likewise */
+    char pad4[2 * SHMR_LINE - 24 * SHMR_MAX_RINGS];
 };
-_Static_assert(sizeof(struct shmr_participant) == 4 * SHMR_LINE, "four lines a participant");
+_Static_assert(sizeof(struct shmr_participant) == 6 * SHMR_LINE, "six lines a participant");
 
 struct shmr_doorbell {
     shmr_word owner; /* participant + 1, 0: nobody's */

@@ -481,11 +481,13 @@ void shmr_read_counters(shmr *h, shmr_counters *out) {
     out->pins = (uint64_t)shmr_count_get(&h->pins);
     for (uint32_t i = 0; i < h->g.config.participants; i++) {
         struct shmr_participant *p = shmr_participant_at(h, i);
-        out->committed += shmr_load_relaxed(&p->committed); /* statistics, all of these */
-        out->leased += shmr_load_relaxed(&p->leased);
+        for (uint32_t r = 0; r < h->g.config.rings; r++) { /* statistics, all of these */
+            out->committed += shmr_load_relaxed(&p->committed[r]);
+            out->leased += shmr_load_relaxed(&p->leased[r]);
+            out->bytes_committed += shmr_load_relaxed(&p->bytes_committed[r]);
+        }
         out->aborted += shmr_load_relaxed(&p->aborted);
         out->released += shmr_load_relaxed(&p->released);
-        out->bytes_committed += shmr_load_relaxed(&p->bytes_committed);
         out->late_releases += shmr_load_relaxed(&p->late_releases);
         out->rescued_wakeups += shmr_load_relaxed(&p->rescued_wakeups);
     }

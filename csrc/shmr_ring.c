@@ -211,6 +211,9 @@ static int try_commit(shmr *h, void *argument) {
     status = shmr_insert(h, c->ring, b->block, generation, h->g.config.capacity[c->ring]);
     if (status == SHMR_OK) {
         h->next_seq[c->ring]++; /* I8 */
+        struct shmr_participant *me = shmr_participant_at(h, h->self);
+        shmr_tally(&me->committed[c->ring], 1);
+        shmr_tally(&me->bytes_committed[c->ring], b->length);
     } else { /* I7: only we could insert it, so nobody has seen it */
         b->state = shmr_state_pack(generation, h->self, shmr_state_ring(b->state), shmr_state_flags(b->state),
                                    shmr_state_kind(b->state)); /* a lease stays one: its message must not be lost */
@@ -233,7 +236,6 @@ int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t de
         return SHMR_STALE;
     struct commit_attempt attempt = {ring, items, block, 0};
     if (payload_check) attempt.payload_crc = shmr_crc32c(0, h->base + block->offset, block->length);
-    uint64_t length = block->length;
     status = try_commit(h, &attempt);
     if (status == SHMR_WOULD_BLOCK && deadline != 0) {
         struct shmr_ring *q = shmr_ring_at(h, ring);
@@ -247,9 +249,6 @@ int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t de
     if (status != SHMR_OK) return status;
     block->state = 0;
     shmr_notify_one(h, shmr_ring_at(h, ring)->item_waiters);
-    struct shmr_participant *me = shmr_participant_at(h, h->self);
-    shmr_add_relaxed(&me->committed, 1);            /* statistics */
-    shmr_add_relaxed(&me->bytes_committed, length); /* statistics */
     shmr_pin(h, -1);
     return SHMR_OK;
 }
@@ -291,6 +290,7 @@ static int try_lease(shmr *h, void *argument) {
     pthread_mutex_lock(&h->lease_lock[a->ring]);
     status = take(h, a->ring, &block, &state);
     if (status == SHMR_OK) {
+        shmr_tally(&shmr_participant_at(h, h->self)->leased[a->ring], 1);
         status = shmr_read_descriptor(h, block, state, a->out);
         if (status == SHMR_OK) {
             bool sole = shmr_load_acquire(&q->lessee) == h->self + 1; /* A10 */
@@ -329,8 +329,6 @@ int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr
         if (stored != 0 && stored != shmr_crc32c(0, h->base + out->offset, out->length))
             status = shmr_fail(SHMR_CORRUPT, 0, "checksum of the payload");
     }
-    struct shmr_participant *me = shmr_participant_at(h, h->self);
-    shmr_add_relaxed(&me->leased, 1); /* statistics */
     if (status == SHMR_CORRUPT) shmr_release(h, out); /* reported, and out of everybody's way */
     return status;
 }
