@@ -91,7 +91,7 @@ typedef struct {
     uint64_t target_pitch; /* bytes of one block's result */
     uint64_t target_bytes;
     unsigned char *states; /* SHMR_SCATTER_... of each block */
-    uint64_t count;        /* of blocks */
+    uint64_t count;        /* of blocks: each source has so many */
     uint64_t first_tag;    /* of the message with block 0; the others follow */
     uint64_t stop;         /* do not send this block, nor those behind it */
     int64_t limit;         /* blocks out at once */
@@ -193,6 +193,9 @@ void shmr_trim(shmr *h);
 void shmr_leave_extents(shmr *h, uint32_t count);
 /* End this process, at once, when the process behind `pidfd` ends: a thread that needs no interpreter. */
 int shmr_watch_parent(int pidfd);
+/* From now on that thread also gives back what this process has free, when others wait for memory: four looks a second.
+ * The handle must stay until the end of the process. */
+void shmr_watch_shortage(shmr *h);
 
 /* ---- scatter and gather ---------------------------------------------------------------------------------------- */
 
@@ -201,7 +204,8 @@ int shmr_watch_parent(int pidfd);
 
 /* Send blocks until `stop` or the limit; ITEM_WAITS, TIMEOUT and so on when that takes memory that is not there. */
 int shmr_scatter_send(shmr *h, shmr_scatter *scatter, int64_t deadline);
-/* Put the result in a leased message to its place and release it. WOULD_BLOCK: its kind is another. */
+/* Put the result in a leased message to its place and release it (one whose tag is not out is only released).
+ * WOULD_BLOCK: its kind is another. CORRUPT: it names what is not in the region; its block is given up. */
 int shmr_scatter_accept(shmr *h, shmr_scatter *scatter, shmr_block *message);
 /* Mark the block of this tag as back; 0 if it was not out. */
 int shmr_scatter_settle(shmr_scatter *scatter, uint64_t tag);

@@ -95,9 +95,15 @@ static inline int64_t shmr_tally_get(const int64_t *tally) { return __atomic_loa
 static inline void shmr_mark_set(unsigned char *mark, unsigned char value) {
     __atomic_store_n(mark, value, __ATOMIC_SEQ_CST);
 }
+static inline unsigned char shmr_mark_get(const unsigned char *mark) {
+    return __atomic_load_n(mark, __ATOMIC_SEQ_CST);
+}
 static inline bool shmr_mark_move(unsigned char *mark, unsigned char from, unsigned char to) {
     return __atomic_compare_exchange_n(mark, &from, to, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
+
+static inline void shmr_pointer_set(void **pointer, void *value) { __atomic_store_n(pointer, value, __ATOMIC_SEQ_CST); }
+static inline void *shmr_pointer_get(void **pointer) { return __atomic_load_n(pointer, __ATOMIC_SEQ_CST); }
 
 /* Tell the core that we are spinning. */
 static inline void shmr_pause(void) {

@@ -38,8 +38,9 @@ static int send_block(shmr *h, shmr_scatter *scatter, uint64_t index, int64_t de
     shmr_mark_set(&scatter->states[index], SHMR_SCATTER_OUT);
     status = shmr_commit(h, scatter->task_ring, scatter->payload_check, items, deadline, &block);
     if (status != SHMR_OK) {
-        shmr_mark_set(&scatter->states[index], SHMR_SCATTER_UNSENT);
-        shmr_tally_add(&scatter->out, -1);
+        /* Unless it was given up meanwhile. */
+        if (shmr_mark_move(&scatter->states[index], SHMR_SCATTER_OUT, SHMR_SCATTER_UNSENT))
+            shmr_tally_add(&scatter->out, -1);
         shmr_abort(h, &block);
         return status;
     }
@@ -49,8 +50,10 @@ static int send_block(shmr *h, shmr_scatter *scatter, uint64_t index, int64_t de
 
 int shmr_scatter_send(shmr *h, shmr_scatter *scatter, int64_t deadline) {
     while (scatter->next < scatter->stop && shmr_tally_get(&scatter->out) < scatter->limit) {
-        int status = send_block(h, scatter, scatter->next, deadline);
-        if (status != SHMR_OK) return status;
+        if (shmr_mark_get(&scatter->states[scatter->next]) == SHMR_SCATTER_UNSENT) {
+            int status = send_block(h, scatter, scatter->next, deadline);
+            if (status != SHMR_OK) return status;
+        }
         scatter->next++;
     }
     return SHMR_OK;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 /* A worker must not outlive its main process, even while user code in it holds the interpreter for minutes:
  * a thread of plain C waits for the main process's pidfd and ends this one. (PR_SET_PDEATHSIG will not do: it
- * fires when the *thread* that started us ends.) */
+ * fires when the *thread* that started us ends.) The same thread gives back free memory that others wait for. */
 #include <errno.h>
 #include <poll.h>
 #include <signal.h>
@@ -9,11 +9,21 @@
 
 #include "shmr_internal.h"
 
+#define TICK_MS 250
+
+static shmr *served; /* set once, by the thread that serves */
+
 static void *watch(void *argument) {
     struct pollfd parent = {(int)(intptr_t)argument, POLLIN, 0};
-    while (poll(&parent, 1, -1) < 1) continue;
+    while (poll(&parent, 1, TICK_MS) < 1) {
+        shmr *h = shmr_pointer_get((void **)&served);
+        /* Somebody is short of memory: ours that is free must not wait until user code returns. */
+        if (h && shmr_any_waiter(shmr_header_of(h)->extent_waiters)) shmr_trim(h);
+    }
     _exit(0);
 }
+
+void shmr_watch_shortage(shmr *h) { shmr_pointer_set((void **)&served, h); }
 
 int shmr_watch_parent(int pidfd) {
     pthread_t thread;
