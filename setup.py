@@ -6,8 +6,10 @@ the compiler's flags; they are read by ``shmengine/_native/build.py``.
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import sys
+from pathlib import Path
 
 import numpy as np
 from setuptools import Extension, setup
@@ -20,6 +22,12 @@ if sys.platform != "linux" or platform.machine() not in MACHINES:
         f"{platform.machine()}. What there is to port: csrc (waiting, regions)."
     )
 
+# The package itself cannot be imported yet.
+spec = importlib.util.spec_from_file_location("build", Path(__file__).parent / "shmengine/_native/build.py")
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+compile_args, link_args = build.flags()
+
 setup(
     cffi_modules=["shmengine/_native/build.py:ffi"],
     ext_modules=[
@@ -28,7 +36,8 @@ setup(
             ["csrc/handles.c"],
             include_dirs=["csrc", np.get_include()],
             depends=["csrc/shmr.h", "csrc/shmr_status.h"],
-            extra_compile_args=["-std=c11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
+            extra_compile_args=compile_args,
+            extra_link_args=link_args,
         )
     ],
 )

@@ -23,6 +23,9 @@ PEER_LOST: int = lib.SHMR_PEER_LOST
 DENIED: int = lib.SHMR_DENIED
 CORRUPT: int = lib.SHMR_CORRUPT
 
+PLACES = 256
+"""Most participants of a region."""
+
 
 def detail() -> str:
     """What the last failing call of this thread said about itself."""
@@ -63,7 +66,9 @@ def fail(status: int, what: str, *, seconds: float | None = None) -> NoReturn:
     if status == PEER_LOST:
         raise errors.PeerLost(f"{what}: the last other participant died, so nobody can answer")
     if status == lib.SHMR_CROWDED:
-        raise errors.ShmError(f"{what}: {reason}")
+        raise errors.ShmError(
+            f"{what}: {reason}: at most {PLACES} processes can use it at once; close it where it is not needed"
+        )
     if status == lib.SHMR_SYSTEM:
         code = lib.shmr_last_errno()
         raise OSError(code, f"{what}: {detail()}: {os.strerror(code)}")

@@ -1,0 +1,47 @@
+"""Claims and leases in C (csrc/handles.c) under AddressSanitizer: the unit tests of the ring once more."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.scripts import ROOT
+
+TESTS = ["tests/unit/test_ring.py", "tests/lifetime/test_views.py"]
+
+
+def library(name):
+    found = subprocess.run(["cc", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.watchdog(400)
+def test_the_ring_under_address_sanitizer(tmp_path):
+    tree = tmp_path / "tree"
+    skipped = shutil.ignore_patterns(".*", "build", "__pycache__", "*.so", "_core.c", "*.egg-info")
+    shutil.copytree(ROOT, tree, ignore=skipped)
+    environment = {**os.environ, "SHMENGINE_SANITIZE": "address"}
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(build, cwd=tree, env=environment, check=True, capture_output=True)
+    environment |= {
+        "LD_PRELOAD": library("libasan.so"),
+        # Python's own small blocks would hide what is written beyond ours.
+        "PYTHONMALLOC": "malloc",
+        "ASAN_OPTIONS": f"detect_leaks=0:log_path={tmp_path / 'report'}",
+        "PYTHONPATH": str(tree),
+    }
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
+    done = subprocess.run(
+        run, cwd=tree, env=environment, check=False, capture_output=True, text=True, start_new_session=True
+    )
+    reports = [path.read_text() for path in tmp_path.glob("report*")]
+    assert not reports, reports[0]
+    assert done.returncode == 0, done.stdout + done.stderr
+    where = [sys.executable, "-c", "import shmengine._native._handles as h; print(h.__file__)"]
+    loaded = subprocess.run(where, cwd=tree, env=environment, check=True, capture_output=True, text=True)
+    assert loaded.stdout.startswith(str(tree))
