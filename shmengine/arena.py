@@ -20,7 +20,7 @@ import numpy as np
 
 from shmengine._native import ffi, lib
 from shmengine._native.status import NOT_SHARED, OK, STALE, fail
-from shmengine.arrays import Array, Bytes, SharedReference, address_of, extent_of
+from shmengine.arrays import Array, Bytes, GivenReference, SharedReference, address_of, extent_of
 from shmengine.config import format_bytes
 from shmengine.errors import MemoryBudgetExceeded, StaleReference
 from shmengine.region import EXTENT_BYTES, Region
@@ -214,6 +214,8 @@ class Arena:
     def resolve(self, reference: Any, *, writable: bool = False) -> Bytes:
         """Return the bytes of the block that a reference names; held until the last view of them dies.
 
+        Writable if that is asked for, or the reference says so.
+
         Raises
         ------
         StaleReference
@@ -222,6 +224,7 @@ class Arena:
         region, block, generation, _ = reference
         if region != self.region.number:
             raise StaleReference("this reference belongs to another engine")
+        writable = writable or type(reference) is GivenReference
         key = (block, generation, writable)
         known = self._roots.get(key)
         if known is not None:

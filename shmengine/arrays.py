@@ -27,6 +27,7 @@ __all__ = [
     "MAX_NDIM",
     "ArraySpec",
     "Bytes",
+    "GivenReference",
     "SharedReference",
     "address_of",
     "compact",
@@ -80,6 +81,12 @@ class SharedReference(NamedTuple):
     block: int
     generation: int
     offset: int
+
+
+class GivenReference(SharedReference):
+    """The same for an array that its sender cannot reach any more: who gets it may write to it."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)

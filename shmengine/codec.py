@@ -23,6 +23,7 @@ from shmengine._native import copy_bytes, crc32c
 from shmengine.arrays import (
     Array,
     Bytes,
+    GivenReference,
     SharedReference,
     address_of,
     compact,
@@ -80,7 +81,8 @@ _CHECKED_FROM = 8
 _ENTRY = struct.Struct("<QQII")
 _PART_BUFFER = 0
 _PART_ARRAY = 1
-_PART_SHARED = 2
+_PART_SHARED = 2  # from here on without bytes in the frame
+_PART_GIVEN = 3
 
 _REFERENCE = struct.Struct("<QQQQ")
 
@@ -151,7 +153,8 @@ class _Parts:
         self.references.append(reference)
         self.bytes_shared += array.nbytes
         self.specs.append(spec)
-        self.entries.append((0, len(spec), _PART_SHARED))
+        what = _PART_GIVEN if type(reference) is GivenReference else _PART_SHARED
+        self.entries.append((0, len(spec), what))
 
 
 def copy_array(target: Array, source: Array) -> None:
@@ -203,7 +206,7 @@ class Encoded:
             sources = iter(parts.sources)
             for nbytes, spec_bytes, what in entries:
                 offset = 0
-                if what != _PART_SHARED:
+                if what < _PART_SHARED:
                     offset = (end + 63) & -64
                     end = offset + nbytes
                     inline += nbytes
@@ -297,7 +300,8 @@ def encode(
         if the frame is. A ``memoryview`` comes back as one, over the frame.
     share : callable, optional
         ``share(array)`` returns a `SharedReference` if the array lies in shared memory that the
-        reader can reach. It may be called more than once for an array.
+        reader can reach (a `GivenReference` if only the reader will write to it). It may be called
+        more than once for an array.
     allow_pickle : bool, optional
         False: only arrays, None, bool, int, float, complex, str, bytes, list, tuple and dict, and
         no references to files.
@@ -406,7 +410,8 @@ def decode(
     frame : ndarray of uint8, or any flat buffer
         May be longer than the frame. Arrays are views of it, read-only if it is, and keep it alive.
     resolve : callable, optional
-        ``resolve(reference)`` returns the memory of a block in shared memory from its first byte.
+        ``resolve(reference)`` returns the memory of a block in shared memory from its first byte, writable for
+        a `GivenReference`.
     allow_pickle : bool, optional
         False: refuse frames that contain a pickle, without looking at it.
     verify : bool, optional
@@ -464,8 +469,9 @@ def _read_parts(
         spec_end = spec_start + spec_bytes
         if spec_end > prefix_end:
             raise Corrupt("the spec of an array is outside of its place", "parts")
-        if what == _PART_SHARED:
-            parts.append(_read_shared(raw[spec_start:spec_end], resolve, copy))
+        if _PART_SHARED <= what <= _PART_GIVEN:
+            kind = GivenReference if what == _PART_GIVEN else SharedReference
+            parts.append(_read_shared(raw[spec_start:spec_end], kind, resolve, copy))
             spec_start = spec_end
             continue
         if offset < body_end or offset + nbytes > total or offset & (FRAME_ALIGNMENT - 1):
@@ -493,10 +499,10 @@ def _read_parts(
     return parts
 
 
-def _read_shared(raw: bytes, resolve: Resolve | None, copy: bool) -> Array:
+def _read_shared(raw: bytes, kind: type[SharedReference], resolve: Resolve | None, copy: bool) -> Array:
     if len(raw) < _REFERENCE.size:
         raise Corrupt(f"{len(raw)} bytes for a reference to shared memory", "parts")
-    reference = SharedReference(*_REFERENCE.unpack_from(raw))
+    reference = kind(*_REFERENCE.unpack_from(raw))
     spec = decode_spec(raw[_REFERENCE.size :])
     if resolve is None:
         raise StaleReference(f"{reference} is shared memory of others")

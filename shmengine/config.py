@@ -33,6 +33,11 @@ EXTENT_BYTES = 2 * MIB
 MINIMUM_BUDGET = 16 * MIB
 """Less than this does not carry two workers' windows of blocks."""
 
+POOL_THREAD = "shmengine-pool"
+RESULTS_THREAD = "shmengine-results"
+SERVICE_THREADS = (POOL_THREAD, RESULTS_THREAD)
+"""Names of the threads that an engine has in the main process."""
+
 THREAD_LIMIT_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",

@@ -37,6 +37,7 @@ MAX_MAXSIZE = MAX_BLOCKS - SPARE_BLOCKS
 UNBOUNDED_CAPACITY = 1 << 18
 BYTES_PER_SLOT = 256
 FIRST_LOOK_NS = 1_000_000  # a moment's wait: what the departed have left is taken over while waiting
+STRANGERS_NS = 10_000_000_000  # how long to hope for threads that have never taken a message
 NEXT_LOOK_NS = 100_000_000  # how often to look whether anybody could still relieve a shortage
 
 
@@ -63,7 +64,8 @@ class Queue(Attached, Generic[T]):
     memory : int or str, optional
         Budget for all waiting messages together: bytes, or text such as ``"256 MiB"``; by default a quarter
         of what is free. Memory is taken as it is needed, in steps of 2 MiB. When it is used up, `put` waits;
-        if nobody is left who could ever take a message, it raises a `Full` that names the budget instead.
+        if nobody is left who could ever take a message, it raises a `Full` that names the budget instead (after
+        ten seconds, if there are threads that have never taken one).
     ctx : multiprocessing context, optional
         The one whose processes will use the queue; by default `multiprocessing`'s own.
 
@@ -97,6 +99,7 @@ class Queue(Attached, Generic[T]):
 
     def _setup(self, region: Region, maxsize: int, by_value: bool) -> None:
         self._attach(region)
+        self._takers: set[int | None] = set()  # threads here that have called `get`, by ident
         self._maxsize = maxsize
         self._by_value = by_value
 
@@ -173,6 +176,7 @@ class Queue(Attached, Generic[T]):
             Whether to give up when nobody is left who could take a message.
         """
         until = 0 if relieved_by_others else deadline
+        patience = time.monotonic_ns() + STRANGERS_NS
         while (status := call(until)) != OK:
             if status == FORKED:
                 self._rejoin()
@@ -182,7 +186,7 @@ class Queue(Attached, Generic[T]):
                     until = now + FIRST_LOOK_NS
                 elif 0 <= deadline <= now:
                     self._refuse_put(frame)
-                elif relieved_by_others and not self._can_be_relieved():
+                elif relieved_by_others and not self._can_be_relieved(strangers=now < patience):
                     self._refuse_put(frame, "nobody is left who could take a message")
                 else:
                     until = now + NEXT_LOOK_NS if deadline < 0 else min(deadline, now + NEXT_LOOK_NS)
@@ -197,19 +201,34 @@ class Queue(Attached, Generic[T]):
             elif status != INTERRUPTED:
                 fail(status, "put into this queue")
 
-    def _can_be_relieved(self) -> bool:
-        """Tell whether anybody else could take a message: a process that is here or may come, or a thread."""
+    def _can_be_relieved(self, *, strangers: bool) -> bool:
+        """Tell whether anybody else could take a message: a process that is here or may come, or a thread.
+
+        A thread counts if it has taken messages before; others, and not ours, only if `strangers` do: whoever
+        is about to take one for the first time will do so soon.
+        """
         handle = self._handle()
         lib.shmr_check_deaths(handle)
-        if lib.shmr_live_participants(handle) > 1 or threading.active_count() > 1:
+        if lib.shmr_live_participants(handle) > 1:
             return True
+        me = threading.current_thread()
+        for thread in threading.enumerate():
+            if thread is me:
+                continue
+            if thread.ident in self._takers or (strangers and thread.name not in config.SERVICE_THREADS):
+                return True
         processes = sys.modules.get("multiprocessing")
         return processes is not None and bool(processes.active_children())
 
     def _refuse_put(self, frame: Encoded, why: str = "") -> NoReturn:
         fill = self._fill()
         if fill >= self._capacity:
-            limit = "the maxsize of this queue" if self._maxsize else "as many as it has slots for"
+            limit = "the maxsize of this queue"
+            if not self._maxsize:
+                budget = format_bytes(self._budget())
+                limit = (
+                    f"as many as it has slots for with a memory budget of {budget} (give maxsize= for more)"
+                )
             what = f"{fill} messages wait, {limit}"
         else:
             what = (
@@ -250,6 +269,7 @@ class Queue(Attached, Generic[T]):
             The queue is closed.
         """
         self._check_open()
+        self._takers.add(threading.get_ident())
         deadline = _deadline(block, timeout)
         message = new_block()
         try:

@@ -24,7 +24,7 @@ import numpy as np
 
 from shmengine import config
 from shmengine._native import ffi, lib
-from shmengine._native.status import OK, WOULD_BLOCK, fail
+from shmengine._native.status import OK, PLACES, WOULD_BLOCK, fail
 from shmengine.arrays import Bytes
 from shmengine.errors import LayoutMismatch, MemoryBudgetExceeded, ShmError, UseAfterFork
 
@@ -43,8 +43,8 @@ class RegionConfig:
 
     arena_bytes: int
     capacities: tuple[int, ...]
-    participants: int = 64
-    doorbells: int = 256
+    participants: int = PLACES
+    doorbells: int = 512
     blocks: int = 0
     start: int = 0
     creator_recovers: bool = False

@@ -167,6 +167,18 @@ class Dispatcher:
         finally:
             lib.shmr_drop(self.handle, ref.block, ref.generation)
 
+    def make_room(self, nbytes: int, what: str) -> None:
+        """Wait until this process has so much memory free, or say that there is none."""
+        block = ffi.new("shmr_block *")
+        patience = Patience()
+        while True:
+            self.check_open()
+            status = lib.shmr_claim(self.handle, nbytes, ffi.NULL, 0, RESULT_RING, self.look(), block)
+            if status == OK:
+                lib.shmr_abort(self.handle, block)
+                return
+            self.relieve(status, nbytes, what, patience)
+
     def look(self) -> int:
         return time.monotonic_ns() + LOOK_NS
 
@@ -189,8 +201,8 @@ class Dispatcher:
                 c = self.region.counters()
                 raise MemoryBudgetExceeded(
                     f"{what}: no room for {config.format_bytes(nbytes)}; the memory budget of"
-                    f" {config.format_bytes(self.budget)} is taken by arrays that are alive"
-                    f" ({config.format_bytes(c.used)} of this process), and no task is running that could free"
+                    f" {config.format_bytes(self.budget)} is used up: {config.format_bytes(c.used)} by arrays of"
+                    " this process that are alive, the rest by workers, and no task is running that could free"
                     " any; give the engine a larger memory=, or let arrays go",
                     nbytes,
                     self.budget,
@@ -390,7 +402,7 @@ class Dispatcher:
                 batch.job.task_ns = _smoothed(batch.job.task_ns, nanoseconds)
                 self.conclude(batch.job, batch.tasks[0], value, None)
             return
-        root = messages.frame_root(self.arena, block)
+        root = messages.frame_root(self.arena, block, writable=True)  # ours alone from now on
         nanoseconds, inline, shared = messages.account_of(block)
         copied = self.must_copy(inline + shared)
         batch = self.in_flight.take(number)
@@ -502,7 +514,7 @@ class Dispatcher:
     def abandon(self, job: Job) -> None:
         """Nobody wants the results of a job any more: those that are on their way must not take up memory."""
         job.abandoned = True
-        if job.in_flight and not self.closed:
+        if not self.closed and self.in_flight.any_abandoned():
             self.collect()
 
     def nobody_waits(self) -> bool:
@@ -513,7 +525,9 @@ class Dispatcher:
         """Make sure that somebody drains for futures, and for streams that were abandoned."""
         with self.turn:
             if self.collector is None:
-                self.collector = threading.Thread(target=self._collect, name="shmengine-results", daemon=True)
+                self.collector = threading.Thread(
+                    target=self._collect, name=config.RESULTS_THREAD, daemon=True
+                )
                 self.collector.start()
             else:
                 self.turn.notify_all()

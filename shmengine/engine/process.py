@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["ProcessBackend", "ProcessRef"]
 
 SHARED_RESULT_BYTES = 1 << 20
+ATTEMPTS = 3  # to use room that was there a moment ago, but may be taken by another thread
 BORN_SHARED_BYTES = 1024  # within `allocator`; smaller arrays are as cheap to copy
 
 
@@ -142,13 +142,14 @@ class ProcessBackend:
 
     def empty(self, shape: Any, dtype: Any, order: Literal["C", "F"]) -> np.ndarray:
         """Return an uninitialised array in shared memory."""
-        for pause in (0.001, 0.01, 0.1):
-            self._core.check_open()
-            try:
-                return self._core.arena.empty(shape, dtype, order)
-            except MemoryBudgetExceeded:
-                time.sleep(pause)  # workers give arguments back a little after the result is here
-        return self._core.arena.empty(shape, dtype, order)
+        core = self._core
+        core.check_open()
+        for _ in range(ATTEMPTS):
+            with contextlib.suppress(MemoryBudgetExceeded):
+                return core.arena.empty(shape, dtype, order)
+            # Workers give arguments back a little after the result is here, and what they keep when they are idle.
+            core.make_room(math.prod(np.atleast_1d(shape).tolist()) * np.dtype(dtype).itemsize, "make an array")
+        return core.arena.empty(shape, dtype, order)
 
     def empty_result(self, shape: Any, dtype: Any, order: Literal["C", "F"]) -> np.ndarray:
         """Return an uninitialised array: in shared memory if it is large, and as long as half of that stays free."""

@@ -5,6 +5,7 @@ What is counted are completed tasks.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def reporter(progress: Any, label: str, total: int | None) -> Reporter | None:
         from rich.console import Console
 
         console = Console(stderr=True)
-        if console.is_terminal or console.is_jupyter:
+        if console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets")):
             return _Bar(_new_bar(console), label, total, own=True)
         return _Lines(label, total)
     if hasattr(progress, "add_task") and hasattr(progress, "advance"):

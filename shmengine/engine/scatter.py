@@ -117,6 +117,7 @@ class Scatter:
         self.first_tag = core.in_flight.reserve(cut.count)
         self._arrays = arrays
         self._target_of: TargetOf | None = target
+        self._target: np.ndarray[Any, Any] | None = None  # kept for whoever is just writing to it
         self._ordered = ordered
         self._ready: dict[int, Outcome] = {}  # in order
         self._values: deque[Outcome] = deque()  # as they come
@@ -201,6 +202,7 @@ class Scatter:
         core, c = self.core, self._exchange
         if self._target_of is not None and (found := self._target_of()) is not None:
             self._target_of = None
+            self._target = found[0]
             self._make_plan(self._describe_target(*found))
         self._set_bounds()
         patience = Patience()

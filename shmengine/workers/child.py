@@ -25,7 +25,7 @@ from shmengine import codec
 from shmengine._native import ffi, lib
 from shmengine._native.status import CLOSED, INTERRUPTED, OK, TIMEOUT, fail
 from shmengine.arena import Arena
-from shmengine.arrays import detach, has_views, owner_of
+from shmengine.arrays import GivenReference, detach, has_views, owner_of
 from shmengine.errors import MemoryBudgetExceeded
 from shmengine.leases import release_with
 from shmengine.region import Region
@@ -76,6 +76,7 @@ def main(region_fd: int, parent_pidfd: int, setup_fd: int) -> None:
     with contextlib.suppress(OSError):
         os.chdir(setup["cwd"])
     region = Region.attach(region_fd)
+    lib.shmr_watch_shortage(region.handle)
     lib.shmr_set_progress(region.handle, STARTING, 0)
     Worker(region, setup).serve()
 
@@ -301,9 +302,10 @@ class Worker:
 
         def share(array: Any) -> Any:
             reference = self.arena.share(array)
-            if reference is not None and (owner := owner_of(array)).base is None:
-                owners.append(weakref.ref(owner))
-            return reference
+            if reference is None or (owner := owner_of(array)).base is not None:
+                return reference
+            owners.append(weakref.ref(owner))
+            return GivenReference(*reference)
 
         if len(results) == 1 and results[0][0]:
             number = messages.pack_number(results[0][1])

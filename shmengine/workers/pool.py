@@ -123,7 +123,7 @@ class Pool:
             self.kill()
             self._descriptors.close()
             raise
-        self._thread = threading.Thread(target=self._watch, name="shmengine-pool", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name=config.POOL_THREAD, daemon=True)
         self._thread.start()
 
     def _keep(self, fd: int) -> int:

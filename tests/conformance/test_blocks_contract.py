@@ -14,6 +14,7 @@ from shmengine.errors import ArrayError, BlockError
 
 NUMERIC = ["?", *"bhilqBHILQ", "e", "f", "d", "g", "F", "D", "G", ">i4", ">u2", ">f8", ">c16"]
 OTHER = ["M8[us]", ">m8[s]", "S5", "U4", ">U3", [("a", "i2"), ("b", ">f8", (2,))], object]
+RARE = ["V3", "S0", [("a", object), ("b", "i4")], np.dtypes.StringDType()]
 
 
 def read_only(array):
@@ -63,6 +64,21 @@ def assert_same(result, expected):
 
 
 # --- map_blocks: dtypes and layouts -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", RARE, ids=str)
+def test_rare_dtypes(engine, dtype):
+    array = np.zeros((11, 5), dtype)
+    dtype = np.dtype(dtype)
+    if dtype.kind == "V" and not dtype.names:
+        array[:] = [[bytes([i, 0, 5 - i % 5])] for i in range(11)]
+    elif dtype.names:
+        array["a"], array["b"] = "text", np.arange(55).reshape(11, 5)
+    elif dtype.itemsize:
+        array[:] = [[f"string {i}" * i] for i in range(11)]
+    result = engine.map_blocks(lambda b: b, array, block_bytes=3 * 5 * max(array.itemsize, 1))
+    assert (result.dtype, result.shape) == (array.dtype, array.shape)
+    assert result.tolist() == array.tolist()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -517,3 +517,55 @@ def run_in_fork(child):
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# --- what is handed out -------------------------------------------------------------------------------
+
+
+def make(count):
+    return {"large": np.ones(count), "several": (np.zeros(3), [np.full(count, 2.0)[::2]])}
+
+
+@pytest.mark.parametrize("count", [5, 100_000])
+def test_results_are_the_callers_to_write_to(engine, count):
+    for found in (engine.submit(make, count).result(), *engine.map(make, [count] * 3)):
+        for array in (found["large"], found["several"][0], found["several"][1][0]):
+            array += 1
+            assert (array == array[0]).all()
+        assert (found["large"][0], found["several"][0][0], found["several"][1][0][0]) == (2, 1, 3)
+
+
+def add_in_place(a, b):
+    a += b
+    return a
+
+
+@pytest.mark.parametrize("columns", [2, 50_000])
+def test_combine_may_write_to_the_partials(engine, columns):
+    x = np.arange(12.0 * columns).reshape(12, columns)
+    total = engine.reduce(lambda b: b.sum(0), x, combine=add_in_place, block_bytes=3 * x[0].nbytes)
+    assert np.array_equal(total, x.sum(0))
+
+
+def test_functions_run_where_the_backend_says(engine):
+    here = os.getpid()
+    found = {
+        engine.submit(os.getpid).result(),
+        *engine.map(lambda _: os.getpid(), range(5)),
+        engine.reduce(lambda _: os.getpid(), np.ones(10), combine=max, block_bytes=8),
+        int(engine.map_blocks(lambda b: np.full(len(b), os.getpid()), np.ones(10), block_bytes=8)[-1]),
+        int(engine.map_blocks(lambda _: np.array(os.getpid()), np.array(1.0))),
+        engine.reduce(lambda _: os.getpid(), np.ones(0), combine=max),
+    }
+    if engine.backend == "process":
+        assert here not in found
+    else:
+        assert found == {here}
+
+
+def test_payloads_are_checked_if_asked_for(make_engine):
+    engine = make_engine(check="payload")
+    x = np.arange(300_000.0)
+    assert np.array_equal(engine.map_blocks(np.sqrt, x, block_bytes="64 KiB"), np.sqrt(x))
+    assert engine.submit(np.sum, x).result() == x.sum()
+    assert [a.sum() for a in engine.map(np.ones, [10, 100_000])] == [10, 100_000]

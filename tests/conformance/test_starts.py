@@ -198,6 +198,7 @@ cells = [
     "def shift(p): return Point(p.x + 10)\\n[p.x for p in engine.map(shift, [Point(1)])]",
     "_ = engine.submit(lambda: print('from a worker', flush=True)).result()",
     "engine",
+    "list(engine.map(abs, range(3), progress=True))",
     "engine.close()",
 ]
 notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
@@ -212,7 +213,9 @@ def test_a_notebook():
     """Cells in a real kernel, whose main module is no file."""
     result = run_script(NOTEBOOK, check=True, timeout=90, env={"IPYTHONDIR": None})
     lines = result.stdout.splitlines()
-    assert [line for line in lines if line.startswith("[")] == ["[2, 3]", "[2.0, 2.0, 2.0]", "[11]"]
+    expected = ["[2, 3]", "[2.0, 2.0, 2.0]", "[11]", "[0, 1, 2]"]
+    assert [line for line in lines if line.startswith("[")] == expected
+    assert "map(abs): 3/3 (100 %)" in result.stdout
     assert "from a worker" in lines
     assert "tasks done" in result.stdout
 
@@ -445,6 +448,20 @@ def test_a_forked_child_that_exits_as_a_program_does():
         assert engine.submit(np.sum, array).result() == 300_000
         assert [r[-1] for r in results] == list(range(5))
         assert engine.stats().worker_deaths == 0
+    """
+    result = run_script(source, check=True, timeout=SECONDS)
+    assert result.stderr == ""
+
+
+def test_the_default_engine_cuts_and_folds():
+    source = """
+        import os
+        import numpy as np
+        import shmengine as shm
+        x = np.arange(1_000_000.0)
+        assert np.array_equal(shm.map_blocks(np.sqrt, x), np.sqrt(x))
+        assert shm.reduce(np.sum, x, combine=np.add, block_bytes="1 MiB") == x.sum()
+        assert os.getpid() not in set(shm.map(lambda _: os.getpid(), range(10)))
     """
     result = run_script(source, check=True, timeout=SECONDS)
     assert result.stderr == ""

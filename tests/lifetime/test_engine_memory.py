@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -411,7 +412,9 @@ def test_a_result_larger_than_the_budget(make_engine, size):
 def test_memory_full_of_kept_arrays_gives_an_error_with_numbers(make_engine):
     engine = make_engine(memory="16 MiB")
     kept = []
-    with pytest.raises(MemoryBudgetExceeded, match=r"of the memory budget of 16 MiB are in use") as caught:
+    with pytest.raises(
+        MemoryBudgetExceeded, match=r"memory budget of 16 MiB is used up: 1\d MiB by arrays of"
+    ) as caught:
         kept.extend(engine.zeros(MIB, "u1") for _ in range(100))
     assert caught.value.used >= len(kept) * MIB
     assert len(kept) >= 10
@@ -620,8 +623,14 @@ def test_memory_is_back_after_everything(make_engine):
     poll_until(lambda: held(engine) == 0, what="nothing of the workers' is held")
 
 
-def test_a_hundred_thousand_small_arrays_live(make_engine):
-    engine = make_engine(memory="256 MiB")
+def wait_for_file(path):
+    while not os.path.exists(path):
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("memory", [None, "256 MiB"], ids=["default", "256 MiB"])
+def test_a_hundred_thousand_small_arrays_live(make_engine, memory):
+    engine = make_engine(memory=memory)
     fds = len(open_fds())
     mappings = count_mappings()
     results = list(engine.map(lambda i: np.full(3, i), range(50_000)))
@@ -635,6 +644,21 @@ def test_a_hundred_thousand_small_arrays_live(make_engine):
     assert len(open_fds()) <= fds
     assert count_mappings() < mappings + 200
     assert list(engine.map(np.sum, made[::1000])) == [a.sum() for a in made[::1000]]
+
+
+def test_what_a_busy_worker_has_free_is_not_lost_to_others(make_engine, tmp_path):
+    engine = make_engine(1, memory="64 MiB")
+    size = 40 << 20
+    assert engine.submit(np.ones, size, "u1").result().nbytes == size  # the worker's, and free again
+    busy = engine.submit(wait_for_file, str(tmp_path / "gate"))
+    poll_until(busy.running)
+    array = engine.empty(size, "u1")  # while the worker is in user code
+    del array
+    ref = engine.put(np.ones(size, "u1"))
+    assert not busy.done()
+    del ref
+    (tmp_path / "gate").touch()
+    busy.result()
 
 
 def test_descriptors_do_not_grow(make_engine):

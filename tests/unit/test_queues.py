@@ -14,6 +14,7 @@ import threading
 import numpy as np
 import pytest
 
+from shmengine.engine import Engine
 from shmengine.errors import Closed, Full, SerializationError, ShmError
 from shmengine.queues import JoinableQueue, Queue
 
@@ -207,9 +208,33 @@ def test_a_put_that_nobody_can_relieve_raises(kind):
 
 def test_slots_too_are_not_waited_for_in_vain():
     q = Queue(memory="2 MiB")
-    with pytest.raises(Full, match=r"8192 messages wait, .* nobody is left"):
+    with pytest.raises(Full, match=r"8192 messages wait, as many as .* budget of 2 MiB .* nobody is left"):
         for i in range(10_000):
             q.put(i)
+
+
+def test_an_engine_beside_it_relieves_nothing():
+    with Engine(1, memory="16 MiB") as engine:
+        assert engine.submit(abs, -1).result() == 1  # now it has both of its threads
+        q = Queue(memory="2 MiB")
+        with pytest.raises(Full, match="nobody is left"):
+            for _ in range(100):
+                q.put(np.arange(50_000.0))
+
+
+def test_threads_that_never_got_anything_are_hoped_for_a_while(monkeypatch):
+    q = Queue(memory="2 MiB")
+    stop = threading.Event()
+    idle = threading.Thread(target=stop.wait)
+    idle.start()
+    monkeypatch.setattr("shmengine.queues.STRANGERS_NS", 300_000_000)
+    try:
+        with pytest.raises(Full, match="nobody is left"):
+            for _ in range(100):
+                q.put(np.arange(50_000.0))
+    finally:
+        stop.set()
+        idle.join()
 
 
 def test_a_message_larger_than_the_budget_is_refused_at_once(kind):
