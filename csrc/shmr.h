@@ -150,6 +150,8 @@ int shmr_references(shmr *h, const shmr_block *block, shmr_ref *out, uint32_t co
 
 /* A reference to whatever block holds these bytes, if it is one that can be shared. */
 int shmr_share(shmr *h, const void *address, uint64_t bytes, shmr_ref *out);
+/* Whether these bytes belong to something that this process has allocated: 1 or 0. */
+int shmr_allocated_here(shmr *h, const void *address);
 /* Hold the block on (one count a call); out: its offset from the start of the mapping and its length. */
 int shmr_hold(shmr *h, uint32_t block, uint32_t generation, shmr_ref *out);
 int shmr_drop(shmr *h, uint32_t block, uint32_t generation);

@@ -512,6 +512,16 @@ int shmr_share(shmr *h, const void *address, uint64_t bytes, shmr_ref *out) {
     return status;
 }
 
+int shmr_allocated_here(shmr *h, const void *address) {
+    const char *arena = shmr_arena_base(h), *at = address;
+    if (at < arena || at >= arena + h->g.config.arena_bytes) return 0;
+    uint64_t start, room;
+    pthread_mutex_lock(&h->lock);
+    int mine = shmr_arena_record(h, (uint64_t)(at - arena), &start, &room) != NULL;
+    pthread_mutex_unlock(&h->lock);
+    return mine;
+}
+
 /* ---- descriptors ------------------------------------------------------------------------------------------------------------ */
 
 /* CRC32C over what a reader will rely on. */

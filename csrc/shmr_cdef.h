@@ -118,6 +118,7 @@ int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr
 int shmr_release(shmr *h, shmr_block *block);
 int shmr_references(shmr *h, const shmr_block *block, shmr_ref *out, uint32_t count);
 int shmr_share(shmr *h, const void *address, uint64_t bytes, shmr_ref *out);
+int shmr_allocated_here(shmr *h, const void *address);
 int shmr_hold(shmr *h, uint32_t block, uint32_t generation, shmr_ref *out);
 int shmr_drop(shmr *h, uint32_t block, uint32_t generation);
 int shmr_publish(shmr *h, shmr_block *block, shmr_ref *out);

@@ -74,6 +74,7 @@ class Arena:
         self._capsules: dict[int, Any] = {}
         self._roots: dict[tuple[int, int, bool], weakref.ref[Any]] = {}
         self._watched: dict[int, weakref.ref[Any]] = {}  # by id: two threads may resolve the same at once
+        self._root_ids: set[int] = set()  # of the roots that are alive
         self._lock = threading.Lock()
         self._pins: dict[int, int] = {}  # an extent: how many roots and leases lie in it
         self._unpinned: deque[tuple[int, int]] = deque()
@@ -133,6 +134,18 @@ class Arena:
     def contains(self, array: Array) -> bool:
         """Tell whether the array's memory is this region's."""
         return self._low <= address_of(array) < self._high
+
+    def made_here(self, array: Array, owner: Array) -> bool:
+        """Tell whether the array's memory was allocated by this process and did not come by reference.
+
+        Parameters
+        ----------
+        owner : ndarray
+            ``owner_of(array)``.
+        """
+        if id(owner) in self._root_ids:
+            return False
+        return bool(lib.shmr_allocated_here(self._handle, ffi.cast("void *", address_of(array))))
 
     def offset_of(self, array: Array) -> int:
         """Return where in the region an array's element ``[0, 0, ...]`` lies."""
@@ -241,13 +254,17 @@ class Arena:
         root = self.region.root(offset, nbytes, writable=writable)
         self._pin(offset, nbytes)
 
+        identity = id(root)
+
         def drop(gone: weakref.ref[Any]) -> None:
             del self._watched[id(gone)]
+            self._root_ids.discard(identity)
             if self._roots.get(key) is gone:
                 del self._roots[key]
             self._unpinned.append((offset, nbytes))
             lib.shmr_drop(self._handle, block, generation)
 
+        self._root_ids.add(identity)
         watcher = weakref.ref(root, drop)
         self._watched[id(watcher)] = self._roots[key] = watcher
         return root

@@ -33,6 +33,7 @@ __all__ = ["EXTENT_BYTES", "Region", "RegionConfig", "RegionToken"]
 EXTENT_BYTES = config.EXTENT_BYTES
 SHM_DIRECTORY = "/dev/shm"  # where POSIX shared memory is on Linux
 NAME_PREFIX = "shmengine."
+RECORD_BYTES = 256  # struct shmr_record; few of those that there could be are ever used
 GROUP = 256  # records that change hands together (SHMR_GROUP)
 ATTACH_SECONDS = 5.0  # a creator that is alive takes milliseconds from the file to the magic
 
@@ -161,7 +162,7 @@ class Region:
         total = lib.shmr_region_bytes(c)
         if total == 0:
             raise ValueError(f"no region can have this geometry: {settings}")
-        fd = _make_file(total, int(c.arena_bytes), name)
+        fd = _make_file(total, int(c.arena_bytes), total - int(c.blocks) * RECORD_BYTES, name)
         out = ffi.new("shmr **")
         status = lib.shmr_create(fd, c, out)
         if status != OK:
@@ -402,10 +403,10 @@ def _unlink(name: str) -> None:
         resource_tracker.unregister(f"/{NAME_PREFIX}{name}", "shared_memory")
 
 
-def _make_file(total: int, arena: int, name: str | None) -> int:
-    """Return a descriptor of a new sparse file of `total` bytes."""
+def _make_file(total: int, arena: int, needed: int, name: str | None) -> int:
+    """Return a descriptor of a new sparse file of `total` bytes, of which `needed` may really be used."""
     free = config.shm_free()
-    if name is None and free < total:
+    if name is None and free < needed:
         try:
             fd = os.memfd_create("shmengine", os.MFD_CLOEXEC)
             os.truncate(fd, total)

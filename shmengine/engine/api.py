@@ -286,7 +286,8 @@ class Engine:
             depend on shape, dtype and axis alone (``"auto"``: a little less than 2 MiB).
         out : ndarray, optional
             Where to write the result, cast with ``same_kind``; may share memory with an input. After an
-            error its content is undefined.
+            error its content is undefined, and if it was born shared, workers may still write the blocks
+            that they are at.
         dtype : dtype, optional
             Of the result; blocks are cast with ``same_kind``.
         writable : {False, "private", "shared"}

@@ -308,6 +308,7 @@ class Gather:
         self._given: np.ndarray | None = None
         self._axis = 0
         self._rest: tuple[int, ...] = ()  # shape without the axis
+        self._first: tuple[int, Any] = 0, ((), None)  # the block that came first: its number, shape and dtype
         if out is not None:
             self._given = out.view(np.ndarray)
             if cut.axis is not None:
@@ -398,6 +399,7 @@ class Gather:
             if block.shape[self._axis] != before + stop - start + after:
                 self._refuse_length(index, block)
             self._rest = block.shape[: self._axis] + block.shape[self._axis + 1 :]
+            self._first = index, (block.shape, block.dtype)
             shape = (*block.shape[: self._axis], cut.length, *block.shape[self._axis + 1 :])
         if self._dtype is None:
             self._dtype = block.dtype
@@ -422,23 +424,27 @@ class Gather:
                     f" {self._dtype} with casting 'same_kind'"
                 )
         elif block.dtype != self._dtype:
+            (_, (_, one)), (later, (_, other)) = self._beside_first(index, block)
             raise BlockError(
-                f"block {index} of {self._label} has dtype {block.dtype}, others have {self._dtype};"
+                f"block {later} of {self._label} has dtype {other}, an earlier one has {one};"
                 " all blocks must agree, or pass dtype= to cast them"
             )
         self._seen_dtype = block.dtype
 
     def _refuse_shape(self, index: int, block: np.ndarray) -> None:
-        if len(block.shape) == len(self._rest) + 1:
-            start, stop = self._cut.span(index)
-            expected_length = sum(self._cut.ghosts(index)) + stop - start
-            if block.shape[self._axis] == expected_length:
-                expected = (*self._rest[: self._axis], expected_length, *self._rest[self._axis :])
-                raise BlockError(
-                    f"block {index} of {self._label} has shape {block.shape}, expected {expected}:"
-                    " all blocks must agree in their other dimensions"
-                )
-        self._refuse_length(index, block)
+        start, stop = self._cut.span(index)
+        length, axis = sum(self._cut.ghosts(index)) + stop - start, self._cut.given_axis
+        if not -block.ndim <= axis < block.ndim or block.shape[axis] != length:
+            self._refuse_length(index, block)
+        (_, (one, _)), (later, (other, _)) = self._beside_first(index, block)
+        raise BlockError(
+            f"block {later} of {self._label} has shape {other}, an earlier one has {one}:"
+            " all blocks must agree in their other dimensions"
+        )
+
+    def _beside_first(self, index: int, block: np.ndarray) -> list[tuple[int, Any]]:
+        """Return this block and the one that all were compared with, in order: who came first does not matter."""
+        return sorted([self._first, (index, (block.shape, block.dtype))], key=lambda item: item[0])
 
     def _refuse_length(self, index: int, block: np.ndarray) -> None:
         start, stop = self._cut.span(index)

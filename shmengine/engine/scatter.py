@@ -12,6 +12,7 @@ do not fit, or whose worker dies go on as ordinary tasks.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -122,6 +123,7 @@ class Scatter:
         self._ready: dict[int, Outcome] = {}  # in order
         self._values: deque[Outcome] = deque()  # as they come
         self._yielded = self._placed = 0
+        self._placing = threading.Lock()
         retries = core.retries if options.retries is None else options.retries
         self.job = Job(core.encode_function(fn), options, retries, self._deliver, keep)
         self._frames: list[Any] = []  # of all plans: a block that is out may need an earlier one
@@ -170,16 +172,21 @@ class Scatter:
                     core.dispatch(Batch(self.job, [self._task(index)]))
             while True:
                 self._send()
+                before = self._yielded
                 while (outcome := self._next()) is not None:
                     self._yielded += 1
                     yield outcome
+                    del outcome
                 if self._yielded == self.count:
                     return
-                core.wait(self.is_ready, self)
+                if self._yielded == before:  # else more may be sent now
+                    core.wait(self.is_ready, self)
         finally:
             core.done += c.arrived
             core.bytes_copied += c.bytes_sent + c.bytes_copied
             self.job.deliver = _nowhere  # or else we would be a cycle, and keep results
+            with self._placing:  # another thread that drains may be writing to the target
+                self.job.abandoned = True
             core.abandon(self.job)
             core.in_flight.remove_scattered(self)
 
@@ -283,10 +290,11 @@ class Scatter:
 
     def accept(self, block: Any) -> bool:
         """Put the result in a leased message to its place and release it; False if it is no such message."""
-        if self.job.abandoned:
-            lib.shmr_scatter_settle(self._exchange, block.tag)
-            return False
-        status = lib.shmr_scatter_accept(self.core.handle, self._exchange, block)
+        with self._placing:
+            if self.job.abandoned:
+                lib.shmr_scatter_settle(self._exchange, block.tag)
+                return False
+            status = lib.shmr_scatter_accept(self.core.handle, self._exchange, block)
         if status not in (OK, WOULD_BLOCK):
             fail(status, "receive a result")
         return bool(status == OK)

@@ -13,6 +13,7 @@ import pickle
 import signal
 import sys
 import time
+import traceback
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -57,6 +58,7 @@ CAPTURED_COPY_BYTES = 1 << 20
 IDLE_SECONDS = 0.25
 PLANS_KEPT = 4
 PLAN_IDLE_SECONDS = 0.005  # they hold arrays of the caller's, and are cheap to decode again
+TIDY_NS = 50_000_000  # how often a busy worker looks for what it keeps and has not used lately
 # Main feeds all workers: where there are no more cores than workers, it must not wait for its turn behind them.
 NICE = 5
 
@@ -78,7 +80,15 @@ def main(region_fd: int, parent_pidfd: int, setup_fd: int) -> None:
     region = Region.attach(region_fd)
     lib.shmr_watch_shortage(region.handle)
     lib.shmr_set_progress(region.handle, STARTING, 0)
-    Worker(region, setup).serve()
+    try:
+        Worker(region, setup).serve()
+    except SystemExit:
+        raise
+    except BaseException:
+        # An end like a death: leaving in good order would give back, unseen, the task that was being run.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 class Worker:
@@ -94,6 +104,7 @@ class Worker:
         self.prepared: dict[str, Any] = {}
         self.prepared_module = ""
         self.plans: dict[tuple[int, int], PlanRunner] = {}
+        self.tidy_at = 0
         self.block = messages.empty_block()
         self.reply = messages.empty_block()
         self.named = ffi.new("shmr_ref[1]")
@@ -157,11 +168,21 @@ class Worker:
             name: value for name, value in namespace.items() if before.get(name, missing) is not value
         }
 
+    def tidy(self) -> int:
+        """Let go of what other calls and tasks have left here, now and then; return the time."""
+        now = time.perf_counter_ns()
+        if now >= self.tidy_at:
+            self.tidy_at = now + TIDY_NS
+            for key in [key for key, runner in self.plans.items() if runner.used < now - TIDY_NS]:
+                del self.plans[key]
+            messages.forget_unused(now - int(IDLE_SECONDS * 1e9))
+        return now
+
     def run(self, block: Any) -> None:
         """Run the calls of one batch and send what they returned."""
         tag = block.tag
         handle = self.region.handle
-        start = time.perf_counter_ns()
+        start = self.tidy()
         results: list[Any] = []
         root: Any = None
         function: Any = None
@@ -189,7 +210,7 @@ class Worker:
                     kwargs = {**(kwargs or {}), "rng": messages.task_rng(entropy, index)}
                 value = [fn(*args, **kwargs) if kwargs else fn(*args)]
                 if several:  # the next call may write to what this one has returned
-                    detach(value, kept=_comes_from_elsewhere)
+                    detach(value, kept=self.comes_from_elsewhere)
                 results.append((True, value.pop()))
             except BaseException as error:
                 results.append((False, codec.encode_exception(error)))
@@ -218,7 +239,7 @@ class Worker:
     def run_block(self, block: Any) -> None:
         """Run a block function once; see `shmengine.workers.scatter`."""
         tag = block.tag
-        start = time.perf_counter_ns()
+        start = self.tidy()
         lib.shmr_set_progress(self.region.handle, tag, WHOLE_BATCH)
         root: Any = None
         blocks: Any = None
@@ -239,6 +260,7 @@ class Worker:
             results = [runner.fn(*blocks, **kwargs)]
             blocks = kwargs = None
             placed = runner.place(index, results)
+            runner.used = time.perf_counter_ns()
         except BaseException as caught:
             blocks = kwargs = None
             error = codec.encode_exception(caught)
@@ -302,8 +324,13 @@ class Worker:
 
         def share(array: Any) -> Any:
             reference = self.arena.share(array)
-            if reference is None or (owner := owner_of(array)).base is not None:
+            owner = owner_of(array)
+            if reference is None or not self.arena.made_here(array, owner):
                 return reference
+            if owner.base is not None:
+                return (
+                    None  # memory of an array that lent it by other means: who may write to it, nobody knows
+                )
             owners.append(weakref.ref(owner))
             return GivenReference(*reference)
 
@@ -338,9 +365,15 @@ class Worker:
                 results.clear()
             if any(owner() is not None for owner in owners):
                 # The function keeps an array that it returned, and may write to it again: main gets a copy.
-                kept = codec.decode(np.frombuffer(encoded.to_bytes(), np.uint8), resolve=self.arena.resolve)
-                encoded = codec.encode(kept, memmap_mode="r")
-                del kept
+                try:
+                    kept = codec.decode(
+                        np.frombuffer(encoded.to_bytes(), np.uint8), resolve=self.arena.resolve
+                    )
+                    encoded = codec.encode(kept, memmap_mode="r")
+                    del kept
+                except BaseException as error:
+                    kind = BATCH
+                    encoded = codec.encode([(False, codec.encode_exception(error))])
             if self.send(kind, tag, encoded, nanoseconds):
                 return
         finally:
@@ -349,6 +382,16 @@ class Worker:
             results.clear()
         shortage = codec.encode_exception(_no_room(encoded.nbytes, self.region))
         self.send(SHORT, tag, codec.encode(shortage), nanoseconds)
+
+    def comes_from_elsewhere(self, array: Any) -> bool:
+        """Tell whether no function that runs here can write to this array: it is read from the region, or a file."""
+        mapped = codec.mapping_behind(array)
+        if mapped is not None:
+            return mapped.mode == "r"
+        owner = owner_of(array)
+        if not self.arena.contains(array) or owner.flags.writeable:
+            return False
+        return not self.arena.made_here(array, owner)
 
     def sendable(self, result: tuple[bool, Any]) -> tuple[bool, Any]:
         """Return the result, or the error that it cannot be sent."""
@@ -417,11 +460,6 @@ def _private(args: Any, kwargs: Any) -> tuple[Any, Any]:
     if kwargs:
         kwargs = {name: _copied(a) for name, a in kwargs.items()}
     return args, kwargs
-
-
-def _comes_from_elsewhere(array: Any) -> bool:
-    """Tell whether no function that runs here can have made this array: it is read from the region, or a file."""
-    return owner_of(array).base is not None
 
 
 def _copied(argument: Any) -> Any:

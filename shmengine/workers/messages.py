@@ -15,6 +15,7 @@ alive for as long as the frame does.
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +84,7 @@ _ACCOUNT = struct.Struct("<QQQ")
 
 # What an unpickled reference reads from: set where objects are decoded.
 _resolve: Callable[[Any], Bytes] | None = None
-_loaded: dict[tuple[int, int], tuple[Any, Any]] = {}
+_loaded: dict[tuple[int, int], list[Any]] = {}  # (address, bytes) of a frame -> frame, object, last use
 
 
 def write_frame(
@@ -251,18 +252,25 @@ def load_shared(frame: Bytes, copy: bool = False) -> Any:
     key = (frame.__array_interface__["data"][0], frame.nbytes)
     known = _loaded.get(key)
     if known is not None:
+        known[2] = time.perf_counter_ns()
         return known[1]
     # The frame is kept, so its block, and with it the key, stays what it is.
     obj = decode(frame, resolve=_resolve, copy=copy)
     if len(_loaded) >= OBJECTS_KEPT or sum(size for _, size in _loaded) + frame.nbytes > objects_kept_bytes:
         _loaded.clear()
-    _loaded[key] = (frame, obj)
+    _loaded[key] = [frame, obj, time.perf_counter_ns()]
     return obj
 
 
 def forget_shared() -> None:
     """Let go of the objects that `load_shared` has kept."""
     _loaded.clear()
+
+
+def forget_unused(before: int) -> None:
+    """Let go of those that were last used before this time."""
+    for key in [key for key, (_, _, used) in _loaded.items() if used < before]:
+        del _loaded[key]
 
 
 def has_shared() -> bool:

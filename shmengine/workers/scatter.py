@@ -11,6 +11,7 @@ Anything else (an error, a result that does not fit) comes back as the result of
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -84,6 +85,7 @@ class PlanRunner:
     def __init__(self, plan: Plan, fn: Callable[..., Any], arena: Arena) -> None:
         self.fn = fn
         self.frame: Bytes | None = None
+        self.used = time.perf_counter_ns()
         self.entropy = plan.entropy
         self.private = plan.private
         self.kwargs = plan.kwargs

@@ -324,9 +324,9 @@ def test_fortran_order_is_kept_as_numpy_does():
     ("block", "text"),
     [
         (np.zeros((3, 5)), r"block 1 .* returned shape \(3, 5\), but must keep the block's length 2"),
-        (np.zeros((2, 6)), r"block 1 .* has shape \(2, 6\), expected \(2, 5\)"),
-        (np.zeros(2), r"block 1 .* returned shape \(2,\)"),
-        (np.zeros((2, 5), "f4"), "has dtype float32, others have float64"),
+        (np.zeros((2, 6)), r"block 1 .* has shape \(2, 6\), an earlier one has \(2, 5\)"),
+        (np.zeros(2), r"block 1 .* has shape \(2,\), an earlier one has \(2, 5\)"),
+        (np.zeros((2, 5), "f4"), "has dtype float32, an earlier one has float64"),
         (np.zeros((2, 5), ">f8"), "dtype"),
         ([[0.0] * 5] * 2, "returned list"),
         (np.float64(1), "returned float64.*reduce"),
