@@ -18,12 +18,15 @@ static void *watch(void *argument) {
     while (poll(&parent, 1, TICK_MS) < 1) {
         shmr *h = shmr_pointer_get((void **)&served);
         /* Somebody is short of memory: ours that is free must not wait until user code returns. */
-        if (h && shmr_any_waiter(shmr_header_of(h)->extent_waiters)) shmr_trim(h);
+        if (h && !shmr_count_get(&h->left) && shmr_any_waiter(shmr_header_of(h)->extent_waiters)) shmr_trim(h);
     }
     _exit(0);
 }
 
-void shmr_watch_shortage(shmr *h) { shmr_pointer_set((void **)&served, h); }
+void shmr_watch_shortage(shmr *h) {
+    shmr_count_add(&h->handle, 1); /* for good: the thread has no end of its own */
+    shmr_pointer_set((void **)&served, h);
+}
 
 int shmr_watch_parent(int pidfd) {
     pthread_t thread;

@@ -34,6 +34,7 @@ from shmengine.arrays import has_views
 from shmengine.engine.deaths import Deaths
 from shmengine.engine.futures import Futures
 from shmengine.engine.inflight import Batch, InFlight, Job, Task, always
+from shmengine.engine.interrupts import InterruptsLater
 from shmengine.errors import ArrayError, Closed, MemoryBudgetExceeded, RemoteError, ShmError
 from shmengine.filemap import forget_files
 from shmengine.leases import release_with
@@ -318,16 +319,17 @@ class Dispatcher:
         bool
             Whether this thread was the drainer and took something.
         """
-        with self.turn:
-            if self.drainer not in (None, threading.get_ident()):
-                return False
-            before, self.drainer = self.drainer, threading.get_ident()
-        try:
-            took = self._drain(deadline, scatter)
-        finally:
+        with InterruptsLater():
             with self.turn:
-                self.drainer = before  # ourselves, if a callback of a future waits for more
-                self.turn.notify_all()
+                if self.drainer not in (None, threading.get_ident()):
+                    return False
+                before, self.drainer = self.drainer, threading.get_ident()
+            try:
+                took = self._drain(deadline, scatter)
+            finally:
+                with self.turn:
+                    self.drainer = before  # ourselves, if a callback of a future waits for more
+                    self.turn.notify_all()
         self.flush()
         return took
 

@@ -38,8 +38,16 @@ class Futures:
         core.check_open()
         future: Future[Any] = Future()
 
+        counted = [True]
+
+        def end() -> None:
+            with core.lock:  # once: an interrupt while it is sent may come when its result is already here
+                if counted:
+                    counted.clear()
+                    self.ended(nbytes)
+
         def deliver(_: Task, value: Any, error: BaseException | None) -> None:
-            self.ended(nbytes)  # not the job: that would be a cycle, and keep the result
+            end()  # no reference to the job: that would be a cycle, and keep the result
             if error is None:
                 future.set_result(value)
             else:
@@ -63,7 +71,7 @@ class Futures:
             try:
                 core.dispatch(batch, encoded)
             except BaseException:
-                self.ended(nbytes)
+                end()
                 raise
         core.collect()
         return future

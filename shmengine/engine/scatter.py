@@ -162,11 +162,11 @@ class Scatter:
     def run(self) -> Iterator[Outcome]:
         """Yield outcomes; see `shmengine.engine.backend.Backend.stream`."""
         core, c = self.core, self._exchange
-        self._make_plan(None)
-        core.in_flight.add_scattered(self)
-        if self.job.options.timeout is not None:
-            core.pool.watch_time()
         try:
+            self._make_plan(None)
+            core.in_flight.add_scattered(self)
+            if self.job.options.timeout is not None:
+                core.pool.watch_time()
             for index in range(self.count):
                 if index not in self._whole:  # blocks at the ends, with cells from beyond them
                     core.dispatch(Batch(self.job, [self._task(index)]))

@@ -1,0 +1,106 @@
+"""Ctrl-C at any moment of a call: a KeyboardInterrupt, and an engine that goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from shmengine.engine.interrupts import InterruptsLater
+from tests.helpers.scripts import run_script
+
+CALLS = {
+    "out": "engine.map_blocks(np.sqrt, x, out=out, block_bytes=20_000)",
+    "fresh": "engine.map_blocks(np.sqrt, x, block_bytes=20_000)",
+    "reduce": "engine.reduce(np.sum, x, combine=np.add, block_bytes=20_000)",
+    "map": "list(engine.map(np.sum, x.reshape(100, -1)))",
+    "submit": "[f.result() for f in [engine.submit(np.sum, part) for part in x.reshape(100, -1)[:20]]]",
+}
+
+SCRIPT = """
+import os, random, signal, sys, threading, time
+import numpy as np, shmengine as shm
+
+x, out = np.arange(200_000.0), np.empty(200_000)
+interrupts = 0
+with shm.Engine(2, memory="64 MiB") as engine:
+    def call():
+        return CALL
+    expected = call()
+    start = time.perf_counter()
+    call()
+    usual = time.perf_counter() - start
+    others = []
+    def submit():
+        while not others or others[-1] != "stop":
+            assert engine.submit(abs, -3).result(60) == 3
+    thread = threading.Thread(target=submit)
+    thread.start()
+    for seed in range(60):
+        wait = random.Random(seed).uniform(0, 1.5 * usual)
+        timer = threading.Timer(wait, os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            call()
+            timer.join()
+            time.sleep(0.01)
+        except KeyboardInterrupt:
+            interrupts += 1
+    others.append("stop")
+    thread.join()
+    assert np.array_equal(call(), expected)
+    core = engine._backend._core
+    deadline = time.monotonic() + 30
+    while core.in_flight or core.drainer is not None:  # the results' thread may be having a last look
+        assert time.monotonic() < deadline, (engine.stats(), core.drainer)
+        time.sleep(0.01)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+print(interrupts)
+"""
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_interrupts_at_any_moment(what):
+    result = run_script(SCRIPT.replace("CALL", CALLS[what]), check=True, timeout=50)
+    # Python swallows those that it raises in a finalizer, or in the callback of a weak reference.
+    assert int(result.stdout) >= 30
+
+
+def test_the_second_interrupt_comes_through_at_once():
+    """Whatever is called within may be stuck: a callback of a future, say."""
+    came = []
+    with pytest.raises(KeyboardInterrupt), InterruptsLater():
+        os.kill(os.getpid(), signal.SIGINT)
+        came.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        came.append(2)
+    assert came == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_first_one_waits():
+    came = []
+    with pytest.raises(KeyboardInterrupt):
+        with InterruptsLater():
+            os.kill(os.getpid(), signal.SIGINT)
+            came.append(1)
+        came.append(2)
+    assert came == [1]
+
+
+def test_other_handlers_are_called_later_and_none_stays_none():
+    came = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        with InterruptsLater():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert came == []
+        assert came == [signal.SIGINT]
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with InterruptsLater():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
