@@ -399,25 +399,41 @@ uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t 
 
 /* ---- extents ------------------------------------------------------------------------------------------------------ */
 
-/* Take extent i if it is nobody's: one CAS, and it is ours with its memory reserved, or not at all. */
-static int take_extent(shmr *h, uint32_t i) {
+/* Take extent i if it is nobody's: one CAS. Its memory may have to be reserved still. */
+static bool own_extent(shmr *h, uint32_t i) {
     shmr_word *word = shmr_extent_at(h, i);
     uint64_t seen = shmr_load_seq_cst(word); /* S3 */
-    if ((uint32_t)seen) return SHMR_WOULD_BLOCK;
-    if (!shmr_cas_acq_rel(word, &seen, seen | (h->self + 1))) return SHMR_WOULD_BLOCK; /* A6 */
-    if (seen & SHMR_EXTENT_WARM) return SHMR_OK;
+    if ((uint32_t)seen || !shmr_cas_acq_rel(word, &seen, seen | (h->self + 1))) return false; /* A6 */
+    h->arena.owned_bytes += SHMR_EXTENT;
+    return true;
+}
+
+static int warm_extent(shmr *h, uint32_t i) {
+    shmr_word *word = shmr_extent_at(h, i);
+    if (shmr_load_relaxed(word) & SHMR_EXTENT_WARM) return SHMR_OK; /* own word */
     int status = shmr_reserve_extent(h, i);
-    if (status == SHMR_OK)
-        shmr_or_release(word, SHMR_EXTENT_WARM); /* R6 */
-    else
-        shmr_store_release(word, 0); /* R6 */
+    if (status == SHMR_OK) shmr_or_release(word, SHMR_EXTENT_WARM); /* R6 */
     return status;
 }
 
 static void give_extent(shmr *h, uint32_t i) {
-    uint64_t mine = SHMR_EXTENT_WARM | (h->self + 1);
-    shmr_cas_seq_cst(shmr_extent_at(h, i), &mine, SHMR_EXTENT_WARM); /* S3 R6 */
+    uint64_t mine = shmr_load_relaxed(shmr_extent_at(h, i)); /* own word */
+    shmr_cas_seq_cst(shmr_extent_at(h, i), &mine, mine & SHMR_EXTENT_WARM); /* S3 R6 */
     h->arena.owned_bytes -= SHMR_EXTENT;
+}
+
+/* Take `need` extents from `first` on, or none. WOULD_BLOCK: somebody was faster. All are owned before any is reserved:
+ * what is reserved stays so, and two who meet here would else go on, side by side, through the whole region. */
+static int take_extents(shmr *h, uint32_t first, uint32_t need) {
+    uint32_t taken = 0;
+    int status = SHMR_OK;
+    while (taken < need && own_extent(h, first + taken)) taken++;
+    if (taken < need) status = SHMR_WOULD_BLOCK;
+    for (uint32_t k = 0; k < need && status == SHMR_OK; k++) status = warm_extent(h, first + k);
+    if (status == SHMR_OK) return SHMR_OK;
+    for (uint32_t k = 0; k < taken; k++) give_extent(h, first + k);
+    if (taken) shmr_notify_all(h, shmr_header_of(h)->extent_waiters); /* somebody may have missed them */
+    return status;
 }
 
 int shmr_arena_grow(shmr *h, uint64_t bytes) {
@@ -435,19 +451,13 @@ int shmr_arena_grow(shmr *h, uint64_t bytes) {
             bool usable = (uint32_t)seen == 0 && (pass || seen & SHMR_EXTENT_WARM);
             row = usable ? row + 1 : 0;
             if (row < need) continue;
-            uint32_t first = i + 1 - need, taken = 0;
-            int rc = SHMR_OK;
-            while (taken < need && (rc = take_extent(h, first + taken)) == SHMR_OK) {
-                taken++;
-                h->arena.owned_bytes += SHMR_EXTENT;
-            }
-            if (taken == need) {
+            uint32_t first = i + 1 - need;
+            int status = take_extents(h, first, need);
+            if (status == SHMR_OK) {
                 free_run(h, first * PAGES_PER_EXTENT, need * PAGES_PER_EXTENT);
                 return SHMR_OK;
             }
-            for (uint32_t k = 0; k < taken; k++) give_extent(h, first + k);
-            if (taken) shmr_notify_all(h, shmr_header_of(h)->extent_waiters); /* somebody may have missed them */
-            if (rc == SHMR_SYSTEM || rc == SHMR_NO_MEMORY) return rc;
+            if (status != SHMR_WOULD_BLOCK) return status;
             row = 0; /* somebody was faster: look on */
         }
     }

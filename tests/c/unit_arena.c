@@ -315,7 +315,44 @@ static void slabs(void) {
     close_arena();
 }
 
+/* Several processes that grow by several extents at once must not chase each other through the region: what each of them
+ * reserves in passing stays reserved. */
+#define GROWERS 3
+#define GROWTH (16 * MIB)
+
+static pthread_barrier_t together;
+
+static void *grow_at_once(void *of) {
+    shmr *grower = of;
+    pthread_barrier_wait(&together);
+    pthread_mutex_lock(&grower->lock);
+    CHECK(shmr_take_allocation(grower, GROWTH) != SHMR_NOWHERE);
+    pthread_mutex_unlock(&grower->lock);
+    return NULL;
+}
+
+static void growing_side_by_side(void) {
+    for (int round = 0; round < 25; round++) {
+        open_arena(512 * MIB);
+        shmr *growers[GROWERS] = {h};
+        for (int i = 1; i < GROWERS; i++) OK(shmr_attach(fd, &growers[i]));
+        pthread_t threads[GROWERS];
+        pthread_barrier_init(&together, NULL, GROWERS);
+        for (int i = 0; i < GROWERS; i++)
+            if (pthread_create(&threads[i], NULL, grow_at_once, growers[i]) != 0) exit(2);
+        for (int i = 0; i < GROWERS; i++) pthread_join(threads[i], NULL);
+        pthread_barrier_destroy(&together);
+        CHECK_EQ(counters_of(h).reserved, GROWERS * GROWTH);
+        for (int i = GROWERS; i-- > 1;) {
+            OK(shmr_close(growers[i], 1));
+            shmr_free(growers[i]);
+        }
+        close_arena();
+    }
+}
+
 int main(void) {
+    RUN(growing_side_by_side);
     RUN(size_classes);
     RUN(last_in_first_out);
     RUN(slabs);
