@@ -211,7 +211,8 @@ int shmr_scatter_send(shmr *h, shmr_scatter *scatter, int64_t deadline);
 int shmr_scatter_accept(shmr *h, shmr_scatter *scatter, shmr_block *message);
 /* Mark the block of this tag as back; 0 if it was not out. */
 int shmr_scatter_settle(shmr_scatter *scatter, uint64_t tag);
-/* Send and accept in turn, at most so often. OK: a message that is the caller's business; TIMEOUT: none. */
+/* Send and accept in turn: at most so often, until the deadline, and no longer than blocks are out (but for the first).
+ * OK: a message that is the caller's business; TIMEOUT: none. */
 int shmr_scatter_run(shmr *h, shmr_scatter *scatter, uint32_t turns, int64_t deadline, shmr_block *message);
 
 /* ---- memory for NumPy (NEP 49) ------------------------------------------------------------------------------- */

@@ -99,7 +99,8 @@ int shmr_scatter_run(shmr *h, shmr_scatter *scatter, uint32_t turns, int64_t dea
         if (status == SHMR_ITEM_WAITS) status = SHMR_OK;
         if (status == SHMR_WOULD_BLOCK && shmr_tally_get(&scatter->out)) status = SHMR_OK; /* what comes back makes room */
         if (status != SHMR_OK) return status == SHMR_WOULD_BLOCK ? SHMR_TIMEOUT : status;
-        status = shmr_lease(h, scatter->result_ring, scatter->payload_check, turn ? 0 : deadline, message);
+        if (turn && shmr_tally_get(&scatter->out) <= 0) return SHMR_TIMEOUT; /* all is back */
+        status = shmr_lease(h, scatter->result_ring, scatter->payload_check, deadline, message);
         if (status != SHMR_OK) return status == SHMR_WOULD_BLOCK ? SHMR_TIMEOUT : status;
         if (message->tag - scatter->first_tag >= scatter->count) return SHMR_OK;
         status = shmr_scatter_accept(h, scatter, message);

@@ -718,7 +718,9 @@ static void sending_and_accepting_in_turn(void) {
     CHECK_EQ(s.arrived, 1);
     CHECK_EQ(s.next, 2); /* sent before anything came back */
     CHECK_EQ(wrong_bytes(1), 0);
-    CHECK_STATUS(shmr_scatter_run(h, &s, 16, FOR_EVER, &m), SHMR_TIMEOUT); /* waits only if there was nothing */
+    end = shmr_now() + 10000000;
+    CHECK_STATUS(shmr_scatter_run(h, &s, 16, end, &m), SHMR_TIMEOUT); /* waits while blocks are out */
+    CHECK(shmr_now() >= end);
     CHECK_EQ(s.arrived, 2);
     CHECK_EQ(s.next, 4);
     CHECK_EQ(s.out, 2);
@@ -726,7 +728,7 @@ static void sending_and_accepting_in_turn(void) {
     CHECK_STATUS(shmr_scatter_run(h, &s, 3, FOR_EVER, &m), SHMR_TIMEOUT);
     CHECK_EQ(s.arrived, 5);
     CHECK_EQ(s.next, 6);
-    CHECK_STATUS(shmr_scatter_run(h, &s, 3, FOR_EVER, &m), SHMR_TIMEOUT);
+    CHECK_STATUS(shmr_scatter_run(h, &s, 3, FOR_EVER, &m), SHMR_TIMEOUT); /* but no longer */
     CHECK_EQ(s.arrived, 6);
     CHECK_EQ(s.out, 0);
     CHECK_STATUS(shmr_scatter_run(h, &s, 3, NOT_AT_ALL, &m), SHMR_TIMEOUT); /* all done */
