@@ -19,19 +19,6 @@ from tests.helpers import poll_until
 MIB = 1 << 20
 
 
-@pytest.fixture
-def make_engine():
-    made = []
-
-    def make(workers=2, **settings):
-        made.append(Engine(workers, **{"memory": "64 MiB", **settings}))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.close()
-
-
 class Killer:
     """Kills a worker at random moments, until the end of the block; something gets done between two kills."""
 

@@ -13,24 +13,10 @@ import time
 import numpy as np
 import pytest
 
-from shmengine.engine import Engine
 from shmengine.errors import RemoteError, TaskTimeout, WorkerDied
 from tests.helpers import poll_until
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def make_engine():
-    made = []
-
-    def make(workers=2, **settings):
-        made.append(Engine(workers, **{"memory": "64 MiB", **settings}))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.close()
 
 
 @pytest.fixture
