@@ -20,9 +20,11 @@
 #define SHMR_LINE 128             /* separation: the adjacent-line prefetcher pairs 64-byte lines */
 #define SHMR_PAGE 4096u
 #define SHMR_EXTENT (2u << 20)    /* arenas grow by this */
+#ifndef SHMR_GROUP                /* a test build may have smaller tables */
 #define SHMR_GROUP 256            /* records that change hands together */
 #define SHMR_MAX_PARTICIPANTS 256
 #define SHMR_MAX_DOORBELLS 512
+#endif
 #define SHMR_MAX_RINGS 8
 #define SHMR_MAX_BLOCKS (1u << 20)
 #define SHMR_MAX_REFS 65536u      /* references in one frame */
@@ -186,7 +188,7 @@ struct shmr_record {
     shmr_word version; /* counts holder bits set, so that a sweep can tell */
     shmr_word holders[SHMR_HOLDER_WORDS];
     shmr_word references; /* entries in the table at the start of the payload */
-    shmr_word spare[2];
+    shmr_word spare[6 - SHMR_HOLDER_WORDS];
     shmr_word spec[SHMR_SPEC_BYTES / 8]; /* what the bytes are; opaque here */
 };
 _Static_assert(sizeof(struct shmr_record) == 256, "a record is two lines");

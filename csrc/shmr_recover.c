@@ -469,6 +469,16 @@ int shmr_check_deaths(shmr *h) {
     return shmr_leave(h, found);
 }
 
+/* Has anybody died since that many had? Looks for itself; one whom another is clearing up after counts. */
+bool shmr_death_since(shmr *h, uint64_t deaths) {
+    if (shmr_check_deaths(h) > 0) return true;
+    for (uint32_t i = 0; i < h->g.config.participants; i++) {
+        uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 */
+        if (shmr_life_kind(life) == SHMR_RECOVERING) return true;
+    }
+    return shmr_load_relaxed(&shmr_header_of(h)->deaths) != deaths; /* after A13 */
+}
+
 void shmr_adopt_orphans(shmr *h) {
     for (uint32_t i = 0; i < h->g.config.participants; i++) {
         if (i == h->self) continue;

@@ -252,12 +252,13 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
         if (!watching_space) relieve(h);
         int64_t end = now + SLICE_NS;
         if (deadline >= 0 && deadline < end) end = deadline;
+        uint64_t deaths = shmr_load_relaxed(&shmr_header_of(h)->deaths); /* statistics */
         int error = sleep_until(h, doorbell, end);
         by_slice = error == ETIMEDOUT;
         lost = false;
         if (by_slice && doorbell >= 0 && end == now + SLICE_NS) {
             error = await_post(h, sources, count, doorbell);
-            lost = error == ETIMEDOUT;
+            lost = error == ETIMEDOUT && !shmr_death_since(h, deaths); /* then it is recovery that wakes us, or will */
         }
         if (error == EINTR) {
             status = attempt(h, argument); /* we may hold a baton */
