@@ -403,7 +403,7 @@ uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t 
 static bool own_extent(shmr *h, uint32_t i) {
     shmr_word *word = shmr_extent_at(h, i);
     uint64_t seen = shmr_load_seq_cst(word); /* S3 */
-    if ((uint32_t)seen || !shmr_cas_acq_rel(word, &seen, seen | (h->self + 1))) return false; /* A6 */
+    if ((uint32_t)seen || !shmr_cas_acquire(word, &seen, seen | (h->self + 1))) return false; /* A6 */
     h->arena.owned_bytes += SHMR_EXTENT;
     return true;
 }

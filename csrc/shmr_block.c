@@ -75,7 +75,7 @@ static int take_group(shmr *h) {
         shmr_word *word = &shmr_group_at(h, i)->owner;
         uint64_t seen = shmr_load_seq_cst(word); /* S3 A7: the look after registering */
         if ((uint32_t)seen || (n < h->g.groups && !(seen & GROUP_RESERVED))) continue;
-        if (!shmr_cas_acq_rel(word, &seen, seen | (h->self + 1))) continue; /* A7 */
+        if (!shmr_cas_acquire(word, &seen, seen | (h->self + 1))) continue; /* A7 */
         if (!(seen & GROUP_RESERVED)) {
             uint64_t bytes = SHMR_GROUP * sizeof(struct shmr_record);
             int status = shmr_reserve(h, h->g.records_at + i * bytes, bytes);

@@ -45,10 +45,11 @@ void shmr_deaths_fini(shmr *h) {
     free(h->again);
 }
 
-/* Field 22 of /proc/PID/stat; 0 if there is no such process. */
+/* When it started, in ticks: field 22 of its stat; 0 if there is no such process. */
 uint64_t shmr_start_time(uint32_t pid) {
     char path[64], text[1024];
-    snprintf(path, sizeof path, "/proc/%u/stat", pid);
+    /* Of its first thread: what the process's own file says of itself is made up by emulators of other processors. */
+    snprintf(path, sizeof path, "/proc/%u/task/%u/stat", pid, pid);
     FILE *file = fopen(path, "re");
     if (!file) return 0;
     size_t n = fread(text, 1, sizeof text - 1, file);
@@ -266,7 +267,7 @@ static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
             if (!shmr_cas_acq_rel(&r->state, &s, mine)) break; /* A1 R1 */
             add_attempt(r);
             uint64_t again = shmr_state_pack(generation + 1, h->self, ring, flags, SHMR_COMMITTED);
-            if (shmr_cas_acq_rel(&r->state, &mine, again)) insert_or_keep(h, ring, block, generation + 1); /* R1 */
+            if (shmr_cas_release(&r->state, &mine, again)) insert_or_keep(h, ring, block, generation + 1); /* R1 */
         }
         break;
     case SHMR_COMMITTED:
@@ -300,7 +301,7 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
         uint64_t seen = shmr_load_acquire(word); /* A7 */
         if (!(uint32_t)seen || !shmr_slots_have(dead, (uint32_t)seen - 1)) continue;
         if (!(seen >> 32)) { /* died while reserving it */
-            shmr_cas_acq_rel(word, &seen, 0); /* R7 */
+            shmr_cas_release(word, &seen, 0); /* R7 */
             continue;
         }
         for (uint32_t i = 0; i < SHMR_GROUP; i++) {

@@ -408,7 +408,7 @@ static bool give_groups(shmr *h) {
     for (uint32_t i = 0; i < h->my_group_count; i++) {
         shmr_word *word = &shmr_group_at(h, h->my_groups[i])->owner;
         uint64_t seen = shmr_load_relaxed(word); /* own word */
-        shmr_cas_acq_rel(word, &seen, seen & ~UINT64_C(0xffffffff)); /* R7 */
+        shmr_cas_release(word, &seen, seen & ~UINT64_C(0xffffffff)); /* R7 */
     }
     h->my_group_count = h->free_record_count = 0;
     return true;

@@ -76,12 +76,12 @@ int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation, uin
         uint64_t seen = shmr_load_acquire(at); /* A3 */
         uint32_t cycle = cycle_of(h, ring, position);
         if (shmr_slot_cycle(seen) == cycle) { /* help a slow or dead producer */
-            shmr_cas_acq_rel(&q->commit_cursor, &position, position + 1); /* R5 */
+            shmr_cas_release(&q->commit_cursor, &position, position + 1); /* R5 */
             continue;
         }
         if (shmr_slot_cycle(seen) != ((cycle - 1) & SHMR_CYCLE_MASK)) continue; /* the cursor was stale */
         if (shmr_cas_seq_cst(at, &seen, shmr_slot_pack(cycle, generation, block))) { /* S1 R3: published */
-            shmr_cas_acq_rel(&q->commit_cursor, &position, position + 1); /* R5 */
+            shmr_cas_release(&q->commit_cursor, &position, position + 1); /* R5 */
             return SHMR_OK;
         }
     }
@@ -204,7 +204,7 @@ static int try_commit(shmr *h, void *argument) {
     uint32_t generation = shmr_state_generation(b->state) + 1; /* I2 */
     uint64_t expected = b->state;
     uint64_t committed = shmr_state_pack(generation, h->self, c->ring, shmr_state_flags(b->state), SHMR_COMMITTED);
-    if (!shmr_cas_acq_rel(&r->state, &expected, committed)) { /* R1 */
+    if (!shmr_cas_release(&r->state, &expected, committed)) { /* R1 */
         pthread_mutex_unlock(&h->commit_lock[c->ring]);
         return SHMR_STALE;
     }
@@ -217,7 +217,7 @@ static int try_commit(shmr *h, void *argument) {
     } else { /* I7: only we could insert it, so nobody has seen it */
         b->state = shmr_state_pack(generation, h->self, shmr_state_ring(b->state), shmr_state_flags(b->state),
                                    shmr_state_kind(b->state)); /* a lease stays one: its message must not be lost */
-        shmr_cas_acq_rel(&r->state, &committed, b->state); /* R1 */
+        shmr_cas_release(&r->state, &committed, b->state); /* R1 */
     }
     pthread_mutex_unlock(&h->commit_lock[c->ring]);
     if (status == SHMR_WOULD_BLOCK && c->items >= 0 && shmr_ring_has_item(h, (uint32_t)c->items))

@@ -86,7 +86,7 @@ static int borrow_doorbell(shmr *h) {
             shmr_word *owner = &shmr_doorbell_at(h, i)->owner;
             uint64_t nobody = 0;
             if (shmr_load_relaxed(owner) == 0 && /* the CAS decides */
-                shmr_cas_acq_rel(owner, &nobody, h->self + 1)) /* A12 */
+                shmr_cas_acquire(owner, &nobody, h->self + 1)) /* A12 */
                 found = (int)i;
         }
     }

@@ -65,7 +65,6 @@ struct process {
     uint64_t obs;
     uint32_t clock[EX_PROCESSES];
     view seen;
-    const struct ex_site *at;
 };
 
 static char heap[HEAP_BYTES] __attribute__((aligned(64)));
@@ -103,6 +102,7 @@ static struct {
 static int trail_length, replayed;
 static bool randomly;
 static uint64_t seed;
+static unsigned busy, deadly, forgetful; /* one in so many chances, at random, is taken: of this run */
 
 static struct visited {
     uint64_t hash;
@@ -309,15 +309,19 @@ static void die(void) {
 
 /* Before an access: another may go on, or this one may die. */
 static void step(struct cell *c, bool write, const struct ex_site *site) {
+    ((struct ex_site *)(uintptr_t)site)->met = true;
     if (++steps > STEPS_MAX) ex_fail("process %d turns for ever", current);
     note_access(c, write);
     if (!c->shared) return;
-    processes[current].at = site;
     int others[EX_PROCESSES], count = 0, kill = left.kills > 0 && write;
     if (left.preemptions > 0)
         for (int i = 0; i < process_count; i++)
             if (i != current && is_enabled(&processes[i])) others[count++] = i;
-    int taken = choose(1 + kill + count, 12);
+    if (randomly && kill) { /* with a likelihood of its own */
+        if (choose(2, deadly)) die();
+        kill = 0;
+    }
+    int taken = choose(1 + kill + count, busy);
     if (taken == 0) return;
     if (kill && taken == 1) die();
     left.preemptions--;
@@ -411,7 +415,7 @@ static const struct message *pick(struct cell *c, int order, bool must_be_newest
             if ((choices[i] ? choices[i]->value : c->initial) != not_this) choices[kept++] = choices[i];
         count = kept;
     }
-    int taken = choose(count, 6);
+    int taken = choose(count, forgetful);
     if (taken) {
         left.stale--;
         ex_counts.stale++;
@@ -528,13 +532,13 @@ uint64_t ex_rmw(shmr_word *word, uint64_t operand, const struct ex_site *site) {
     return before;
 }
 
-static struct ex_site plain = {"payload", "", 0, EX_LOAD, EX_RELAXED, EX_RELAXED, EX_RELAXED};
+static struct ex_site plain = {"payload", "", 0, EX_LOAD, EX_RELAXED, EX_RELAXED, false};
 uint64_t ex_data(const shmr_word *word) { return ex_load(word, &plain); }
 void ex_set_data(shmr_word *word, uint64_t value) { ex_store(word, value, &plain); }
 
 /* ---- the kernel -------------------------------------------------------------------------------------------------------------- */
 
-static struct ex_site bell_site = {"semaphore", "", 0, EX_ADD, EX_ACQ_REL, EX_ACQ_REL, EX_ACQ_REL};
+static struct ex_site bell_site = {"semaphore", "", 0, EX_ADD, EX_ACQ_REL, EX_ACQ_REL, false};
 
 int ex_sem_init(sem_t *sem, int shared, unsigned value) {
     (void)shared;
@@ -570,7 +574,7 @@ static int sleep_on(sem_t *sem, int64_t end) {
     if (sem) step(cell_of(word), true, &bell_site);
     if (!sem || word->value == 0) {
         int kill = left.kills > 0, interrupt = left.interrupts > 0;
-        int taken = choose(1 + kill + interrupt, 12);
+        int taken = choose(1 + kill + interrupt, deadly);
         if (kill && taken == 1) die();
         if (taken) {
             left.interrupts--;
@@ -749,7 +753,6 @@ static void put_back(void) {
         struct process *p = &processes[i];
         p->status = READY;
         p->obs = (uint64_t)i;
-        p->at = NULL;
         memcpy(p->context, p->entry, sizeof p->context);
         memset(p->clock, 0, sizeof p->clock);
         memset(p->seen, 0, sizeof p->seen);
@@ -812,7 +815,10 @@ bool ex_random(const struct ex_limits *limits, uint64_t count, uint64_t first_se
     for (uint64_t i = 0; i < count; i++) {
         if (newly_shared) begin_pass();
         seed = first_seed + i;
-        next_random(&seed);
+        static const unsigned rarities[3][3] = {{2, 6, 25}, {8, 40, 150}, {1, 2, 6}};
+        busy = rarities[0][random_below(&seed, 3)];
+        deadly = rarities[1][random_below(&seed, 3)];
+        forgetful = rarities[2][random_below(&seed, 3)];
         run_once(limits);
         if (failed) {
             *failed_seed = first_seed + i;

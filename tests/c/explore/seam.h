@@ -38,11 +38,12 @@ typedef struct {
 enum { EX_RELAXED, EX_ACQUIRE, EX_RELEASE, EX_ACQ_REL, EX_SEQ_CST };
 enum { EX_LOAD, EX_STORE, EX_CAS, EX_ADD, EX_OR, EX_AND, EX_EXCHANGE };
 
-/* One access in the sources; `order` is what is written there, or weaker when a mutant of it runs. */
+/* One access in the sources; `order` is what is written there, or weaker in a mutant. */
 struct ex_site {
     const char *file;
     const char *function;
-    int line, verb, order, failure, written;
+    int line, verb, order, failure;
+    bool met; /* by a script, not only in the set-up */
 };
 
 uint64_t ex_load(const shmr_word *word, const struct ex_site *site);
@@ -52,7 +53,7 @@ uint64_t ex_rmw(shmr_word *word, uint64_t operand, const struct ex_site *site);
 
 #define EX_SITE(name, verb, order, failure)                                                               \
     static struct ex_site name __attribute__((section("ex_sites"), used, aligned(8))) = {                 \
-        __FILE__, __func__, __LINE__, verb, order, failure, order}
+        __FILE__, __func__, __LINE__, verb, order, failure, false}
 #define EX_JOIN(a, b) a##b
 #define EX_NAME(number) EX_JOIN(ex_site_, number)
 #define EX_AT(name, verb, order, failure, call, ...) ({ EX_SITE(name, verb, order, failure); call(__VA_ARGS__, &name); })
@@ -68,6 +69,8 @@ uint64_t ex_rmw(shmr_word *word, uint64_t operand, const struct ex_site *site);
 #define shmr_store_relaxed(w, v) EX_STORES(w, v, EX_RELAXED)
 #define shmr_store_release(w, v) EX_STORES(w, v, EX_RELEASE)
 #define shmr_cas_relaxed(w, e, d) EX_CASES(w, e, d, EX_RELAXED, EX_RELAXED)
+#define shmr_cas_acquire(w, e, d) EX_CASES(w, e, d, EX_ACQUIRE, EX_ACQUIRE)
+#define shmr_cas_release(w, e, d) EX_CASES(w, e, d, EX_RELEASE, EX_RELAXED)
 #define shmr_cas_acq_rel(w, e, d) EX_CASES(w, e, d, EX_ACQ_REL, EX_ACQUIRE)
 #define shmr_cas_seq_cst(w, e, d) EX_CASES(w, e, d, EX_SEQ_CST, EX_SEQ_CST)
 #define shmr_add_relaxed(w, v) EX_RMWS(EX_ADD, w, v, EX_RELAXED)
