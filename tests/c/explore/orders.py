@@ -4,7 +4,7 @@
 
 Each ordered access is made one step weaker (seq_cst to acquire or acq_rel, acq_rel to one of its halves, the others to
 relaxed): alone, and together with all others that bear the same label on the same side. ``--write`` puts the table
-into docs/memory-orders.md; without it the program exits with 1 if a label that the table calls caught is caught no more.
+into docs/memory-orders.md; without it the program exits with 1 if a label that the table calls caught is no more.
 """
 
 from __future__ import annotations
