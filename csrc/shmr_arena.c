@@ -43,7 +43,8 @@ int shmr_arena_init(shmr *h) {
     a->previous = sparse(pages * 4);
     a->record = sparse(pages * 4);
     a->slab_at = sparse(pages * sizeof(void *));
-    if (!a->run || !a->next || !a->previous || !a->record || !a->slab_at)
+    a->own = sparse(h->g.extents);
+    if (!a->run || !a->next || !a->previous || !a->record || !a->slab_at || !a->own)
         return shmr_fail(SHMR_SYSTEM, ENOMEM, "mmap of the allocator's tables");
     return SHMR_OK;
 }
@@ -62,6 +63,7 @@ void shmr_arena_fini(shmr *h) {
     if (a->previous) munmap(a->previous, pages * 4);
     if (a->record) munmap(a->record, pages * 4);
     if (a->slab_at) munmap(a->slab_at, pages * sizeof(void *));
+    if (a->own) munmap(a->own, h->g.extents);
     memset(a, 0, sizeof *a);
 }
 
@@ -376,8 +378,7 @@ void shmr_arena_release(shmr *h, uint64_t offset, uint64_t room) {
 uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t *room) {
     struct shmr_arena *a = &h->arena;
     uint32_t page = (uint32_t)(offset / SHMR_PAGE);
-    uint32_t extent = page / PAGES_PER_EXTENT;
-    if ((uint32_t)shmr_load_relaxed(shmr_extent_at(h, extent)) != h->self + 1) return NULL; /* own word: ours */
+    if (!a->own[page / PAGES_PER_EXTENT]) return NULL;
     struct shmr_slab *s = a->slab_at[page];
     if (s) {
         if (s->class_index == SHMR_CLASSES) return NULL;
@@ -403,7 +404,8 @@ uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t 
 static bool own_extent(shmr *h, uint32_t i) {
     shmr_word *word = shmr_extent_at(h, i);
     uint64_t seen = shmr_load_seq_cst(word); /* S3 */
-    if ((uint32_t)seen || !shmr_cas_acq_rel(word, &seen, seen | (h->self + 1))) return false; /* A6 */
+    if ((uint32_t)seen || h->arena.own[i] || !shmr_cas_acq_rel(word, &seen, seen | (h->self + 1))) return false; /* A6 */
+    h->arena.own[i] = 1;
     h->arena.owned_bytes += SHMR_EXTENT;
     return true;
 }
@@ -419,6 +421,7 @@ static int warm_extent(shmr *h, uint32_t i) {
 static void give_extent(shmr *h, uint32_t i) {
     uint64_t mine = shmr_load_relaxed(shmr_extent_at(h, i)); /* own word */
     shmr_cas_seq_cst(shmr_extent_at(h, i), &mine, mine & SHMR_EXTENT_WARM); /* S3 R6 */
+    h->arena.own[i] = 0;
     h->arena.owned_bytes -= SHMR_EXTENT;
 }
 
@@ -448,7 +451,7 @@ int shmr_arena_grow(shmr *h, uint64_t bytes) {
         uint32_t row = 0;
         for (uint32_t i = 0; i < h->g.extents; i++) {
             uint64_t seen = shmr_load_seq_cst(shmr_extent_at(h, i)); /* S3: the look after registering */
-            bool usable = (uint32_t)seen == 0 && (pass || seen & SHMR_EXTENT_WARM);
+            bool usable = (uint32_t)seen == 0 && !h->arena.own[i] && (pass || seen & SHMR_EXTENT_WARM);
             row = usable ? row + 1 : 0;
             if (row < need) continue;
             uint32_t first = i + 1 - need;
@@ -509,12 +512,13 @@ void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *
     for (uint32_t e = 0; e < h->g.extents; e++) {
         shmr_word *word = shmr_extent_at(h, e);
         uint64_t seen = shmr_load_acquire(word); /* A6 */
-        if (!(uint32_t)seen || !shmr_slots_have(from, (uint32_t)seen - 1)) continue;
+        if (!(uint32_t)seen || !shmr_slots_have(from, (uint32_t)seen - 1) || a->own[e]) continue;
         if (!(seen & SHMR_EXTENT_WARM)) { /* died while reserving it: nobody has used it */
             shmr_cas_seq_cst(word, &seen, 0); /* S3 R6 */
             continue;
         }
         if (!shmr_cas_acq_rel(word, &seen, SHMR_EXTENT_WARM | (h->self + 1))) continue; /* A6 R6 */
+        a->own[e] = 1;
         a->owned_bytes += SHMR_EXTENT;
         uint32_t first = e * PAGES_PER_EXTENT;
         for (uint32_t p = 0; p < PAGES_PER_EXTENT; p++) {
@@ -525,7 +529,8 @@ void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *
     for (uint32_t i = 0; i < live_count; i++) {
         uint64_t offset = h->places[live[i]].offset, room = h->places[live[i]].room;
         uint32_t page = (uint32_t)(offset / SHMR_PAGE), end = (uint32_t)((offset + room + SHMR_PAGE - 1) / SHMR_PAGE);
-        if (!is_adoptable(a, page, end, room)) {
+        bool whole_pages = offset % SHMR_PAGE == 0 && room % SHMR_PAGE == 0;
+        if ((room > SMALL_MAX && !whole_pages) || !is_adoptable(a, page, end, room)) {
             live[i] = UINT32_MAX;
             continue;
         }
@@ -578,7 +583,7 @@ void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *
     }
     /* Whatever is still unsorted is free. Slab pages look like used runs to the neighbours. */
     for (uint32_t e = 0; e < h->g.extents; e++) {
-        if ((uint32_t)shmr_load_relaxed(shmr_extent_at(h, e)) != h->self + 1) continue; /* own word: ours */
+        if (!a->own[e]) continue;
         uint32_t p = e * PAGES_PER_EXTENT, end = p + PAGES_PER_EXTENT;
         while (p < end) {
             struct shmr_slab *s = a->slab_at[p];
