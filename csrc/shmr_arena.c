@@ -308,6 +308,12 @@ static bool delete_empty_slabs(shmr *h) {
     return any;
 }
 
+/* What is kept for the next one of its size becomes pages for any. */
+static bool gather_free(shmr *h) {
+    bool any = flush_quick(h);
+    return delete_empty_slabs(h) || any;
+}
+
 static uint64_t take_small(shmr *h, uint64_t bytes) {
     struct shmr_arena *a = &h->arena;
     uint32_t class_index = class_of(bytes);
@@ -355,13 +361,13 @@ uint64_t shmr_arena_allocate(shmr *h, uint64_t bytes) {
     if (bytes <= SMALL_MAX) {
         offset = take_small(h, bytes);
         if (offset != SHMR_NOWHERE) return offset;
-        return flush_quick(h) | delete_empty_slabs(h) ? take_small(h, bytes) : SHMR_NOWHERE;
+        return gather_free(h) ? take_small(h, bytes) : SHMR_NOWHERE;
     }
     uint64_t pages = (bytes + SHMR_PAGE - 1) / SHMR_PAGE;
     if (pages > h->g.pages) return SHMR_NOWHERE;
     offset = take_quick(&h->arena, (uint32_t)pages);
     if (offset == SHMR_NOWHERE) offset = take_run(h, (uint32_t)pages);
-    if (offset == SHMR_NOWHERE && (flush_quick(h) | delete_empty_slabs(h)))
+    if (offset == SHMR_NOWHERE && gather_free(h))
         offset = take_run(h, (uint32_t)pages);
     return offset;
 }

@@ -186,7 +186,7 @@ static void forget_mapping(const shmr_mapping *m) {
 }
 #endif
 
-/* The base is placed so that the arena starts on a 2 MiB boundary: huge pages need it. */
+/* The base is placed so that the arena starts on a 2 MiB boundary: huge pages need it. On both sides nothing is mapped. */
 static shmr_mapping *map_file(int fd, const struct shmr_geometry *g) {
     shmr_mapping *m;
 #ifdef SHMR_TEST
@@ -195,10 +195,10 @@ static shmr_mapping *map_file(int fd, const struct shmr_geometry *g) {
     m = calloc(1, sizeof *m);
     if (!m) return NULL;
     m->bytes = g->total;
-    m->reserved_bytes = g->total + SHMR_EXTENT;
+    m->reserved_bytes = g->total + 2 * SHMR_EXTENT;
     m->reserved = mmap(NULL, m->reserved_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (m->reserved == MAP_FAILED) goto failed;
-    m->base = (char *)round_up((uint64_t)(uintptr_t)m->reserved, SHMR_EXTENT);
+    m->base = (char *)round_up((uint64_t)(uintptr_t)m->reserved + SHMR_PAGE, SHMR_EXTENT);
     if (mmap(m->base, m->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
         munmap(m->reserved, m->reserved_bytes);
         goto failed;
@@ -414,12 +414,12 @@ int shmr_attach(int fd, shmr **out) {
     int status = compute_geometry(&config, &g);
     if (status != SHMR_OK) return status;
     if (geometry_hash(&g) != hash) return shmr_fail(SHMR_MISMATCH, 0, "the geometry does not match its checksum");
-    if ((uint64_t)s.st_size < g.total) return shmr_fail(SHMR_MISMATCH, 0, "the file is shorter than its geometry");
+    if ((uint64_t)s.st_size != g.total) return shmr_fail(SHMR_MISMATCH, 0, "the file has another length than its geometry");
     shmr *h;
     status = new_handle(fd, &g, &h);
     if (status != SHMR_OK) return status;
     if (!file_is_whole(fd, g.total)) /* it has been cut meanwhile */
-        status = shmr_fail(SHMR_MISMATCH, 0, "the file is shorter than its geometry");
+        status = shmr_fail(SHMR_MISMATCH, 0, "the file has been cut");
     else if (shmr_load_relaxed(&shmr_header_of(h)->poisoned)) /* nothing depends on it but this refusal */
         status = shmr_poisoned();
     if (status == SHMR_OK) status = join(h);
