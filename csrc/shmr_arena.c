@@ -512,7 +512,7 @@ static bool is_adoptable(const struct shmr_arena *a, uint32_t page, uint32_t end
 
 /* Take over the extents of `from`, who are dead or left: what `live` (record numbers) covers is in use, the rest
  * is free. Blocks below a page share "adopted" slabs, which are only counted down. What cannot be taken over
- * becomes UINT32_MAX in `live`. */
+ * is marked in `live`. */
 void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *live, uint32_t live_count) {
     struct shmr_arena *a = &h->arena;
     for (uint32_t e = 0; e < h->g.extents; e++) {
@@ -537,7 +537,7 @@ void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *
         uint32_t page = (uint32_t)(offset / SHMR_PAGE), end = (uint32_t)((offset + room + SHMR_PAGE - 1) / SHMR_PAGE);
         bool whole_pages = offset % SHMR_PAGE == 0 && room % SHMR_PAGE == 0;
         if ((room > SMALL_MAX && !whole_pages) || !is_adoptable(a, page, end, room)) {
-            live[i] = UINT32_MAX;
+            live[i] |= SHMR_NOT_ADOPTED;
             continue;
         }
         a->used_bytes += room;
@@ -570,7 +570,7 @@ void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *
             if (!s) { /* its memory is lost until the region goes: nothing else breaks */
                 a->used_bytes -= room;
                 for (uint32_t p = page; p < end; p++) a->run[p] = 0;
-                live[i] = UINT32_MAX;
+                live[i] |= SHMR_NOT_ADOPTED;
                 continue;
             }
             s->page = page;

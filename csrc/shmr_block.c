@@ -116,7 +116,7 @@ int shmr_record_new(shmr *h, uint32_t *block) {
 }
 
 /* What we drop may be reclaimed and have references in turn (rubbish only, but then any number): no recursion. */
-static void drop_frame_refs(shmr *h, uint32_t block) {
+void shmr_drop_frame_refs(shmr *h, uint32_t block) {
     struct shmr_frame_refs *refs = h->frame_refs[block], first = {0};
     if (!refs) return;
     h->frame_refs[block] = NULL;
@@ -154,7 +154,7 @@ void shmr_reclaim(shmr *h, uint32_t block) {
     if (shmr_state_kind(s) != SHMR_FREE) return;
     h->record_flags[block] = 0;
     shmr_arena_release(h, h->places[block].offset, h->places[block].room);
-    drop_frame_refs(h, block);
+    shmr_drop_frame_refs(h, block);
     push_u32(&h->free_records, &h->free_record_count, &h->free_record_room, block);
 }
 

@@ -213,6 +213,7 @@ void shmr_arena_release(shmr *h, uint64_t offset, uint64_t room);
 uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t *room); /* of a used allocation */
 int shmr_arena_grow(shmr *h, uint64_t bytes);                       /* take more extents */
 void shmr_arena_trim(shmr *h);                                      /* give whole free extents back */
+#define SHMR_NOT_ADOPTED (1u << 31) /* in `live`, at the number of a record */
 void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *live, uint32_t live_count);
 
 /* ---- shmr_block.c: call with h->lock held where marked (L) --------------------------------------------------- */
@@ -223,6 +224,7 @@ void shmr_sweep(shmr *h);                                           /* (L) all m
 void shmr_freed_by_me(shmr *h, uint32_t block);                     /* after state -> FREE, any owner */
 int shmr_hold_locked(shmr *h, uint32_t block, uint32_t generation); /* (L) */
 void shmr_drop_locked(shmr *h, uint32_t block);                     /* (L) */
+void shmr_drop_frame_refs(shmr *h, uint32_t block);                 /* (L) */
 bool shmr_add_group(shmr *h, uint32_t group);                       /* (L) */
 bool shmr_owns_group(const shmr *h, uint32_t group);                /* (L) */
 void shmr_trim_groups(shmr *h);                                     /* (L) give whole free ones back */

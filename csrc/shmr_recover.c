@@ -334,7 +334,10 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
     }
     shmr_arena_adopt_extents(h, dead, live, count);
     for (uint32_t i = 0; i < count; i++) { /* before the groups: what is freed meanwhile is then found by a sweep */
-        if (live[i] == UINT32_MAX) continue; /* rubbish after all: its record is out of use */
+        if (live[i] & SHMR_NOT_ADOPTED) { /* rubbish after all: its record is out of use */
+            shmr_drop_frame_refs(h, live[i] & ~SHMR_NOT_ADOPTED);
+            continue;
+        }
         const struct shmr_place *at = &h->places[live[i]];
         if (h->holds[live[i]] && !(h->record_flags[live[i]] & SHMR_MINE))
             shmr_held_remove(h, live[i], at->offset, at->room);
