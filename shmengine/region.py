@@ -213,7 +213,8 @@ class Region:
         LayoutMismatch
             It is no region of ours: another owner, open to others, another version.
         """
-        refusal = f"{_path(name)} is not safe to attach to: it must be a plain file of this user with mode 0600, and {{}}"
+        must = "it must be a plain file of this user with mode 0600"
+        refusal = f"{_path(name)} is not safe to attach to: {must}, and {{}}"
         try:
             fd = os.open(_path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
