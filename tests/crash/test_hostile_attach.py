@@ -15,7 +15,8 @@ import pytest
 
 from shmengine import config, region
 from shmengine._native import lib
-from shmengine.errors import Corrupt, LayoutMismatch
+from shmengine.arena import Arena
+from shmengine.errors import Corrupt, LayoutMismatch, StaleReference
 from shmengine.region import Region, RegionConfig
 from shmengine.ring import Ring, read_config
 
@@ -207,6 +208,13 @@ def test_a_sleeper_is_told_at_once_of_poison():
             ring.send(np.arange(3), timeout=1)
         thread.join()
         assert len(errors) == 1
+
+
+@pytest.mark.parametrize("block", [0, 4095, 1 << 20, (1 << 32) - 1, 1 << 32, (1 << 64) - 1])
+@pytest.mark.parametrize("generation", [0, 1, (1 << 32) - 1, 1 << 32, (1 << 64) - 1])
+def test_references_to_nothing(named, block, generation):
+    with pytest.raises(StaleReference):
+        Arena(named).resolve((named.number, block, generation, 0))
 
 
 def test_memory_files_are_sealed(monkeypatch):
