@@ -4,8 +4,9 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     struct input in = {bytes, size};
-    world_begin();
-    for (int writes = next_byte(&in) % 16; writes > 0; writes--) hostile_write(&in, actors[0].h);
+    uint8_t first = next_byte(&in);
+    world_begin(!(first & 16));
+    for (int writes = first % 16; writes > 0; writes--) hostile_write(&in, actors[0].h);
     if (shmr_attach(world_fd, &actors[2].h) != SHMR_OK) actors[2].h = NULL;
     for (int i = 0; in.left && i < INSTRUCTIONS_MAX; i++) step(&in);
     world_end();

@@ -28,7 +28,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     if (size < 4) return 0;
     struct input in = {bytes + 1, size - 1};
     size_t calls = (in.left * (bytes[0] % 8 + 1)) / 10;
-    world_begin();
+    world_begin(!(bytes[0] & 16));
     if (shmr_attach(world_fd, &actors[2].h) != SHMR_OK) actors[2].h = NULL;
     traps = (struct input){in.bytes + calls, in.left - calls};
     in.left = calls;

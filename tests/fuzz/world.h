@@ -405,8 +405,9 @@ static inline void populate(struct actor *a) {
     }
 }
 
-static inline void world_begin(void) {
+static inline void world_begin(bool patient) {
     shmr_config config = world_config();
+    if (!patient) config.flags = 0; /* a wait ends when nobody else is left */
     world_fd = memfd_create("shmr-fuzz", MFD_CLOEXEC);
     if (world_fd < 0 || ftruncate(world_fd, (off_t)shmr_region_bytes(&config)) != 0 ||
         shmr_create(world_fd, &config, &actors[0].h) != SHMR_OK || shmr_attach(world_fd, &actors[1].h) != SHMR_OK) {
