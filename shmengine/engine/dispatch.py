@@ -599,7 +599,7 @@ class Dispatcher:
 
     def wind_down(self) -> None:
         """While the last tasks end: take their results, and let none wait for memory that nobody will free."""
-        with contextlib.suppress(Closed):
+        with contextlib.suppress(Closed, Corrupt):
             self.drain(0)
         for pid, _ in self.pool.starving():
             self.pool.deny(pid)
