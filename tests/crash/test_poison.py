@@ -1,4 +1,4 @@
-"""Rubbish in the cursors of a ring: all who have to do with the region are told, and nobody waits for what cannot come."""
+"""Rubbish in the cursors of a ring: all users of the region are told, and nobody waits for what cannot come."""
 
 from __future__ import annotations
 
