@@ -11,7 +11,7 @@ stamp  := $(venv)/.stamp
 native := setup.py shmengine/_native/build.py $(wildcard csrc/*.c csrc/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rebuild demo test quick bench soak lint format ctest clean
+.PHONY: help setup rebuild demo test quick bench soak fuzz lint format ctest clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -50,6 +50,11 @@ bench: $(stamp) ## Speed, as ratios against rivals in one run
 soak: $(stamp) ## The stress tests for MINUTES=5 each
 	@SHMENGINE_SOAK_MINUTES=$(MINUTES) $(python) -m pytest -m slow tests/stress
 
+fuzz: $(stamp) ## Hostile bytes for MINUTES=5 each: libFuzzer over the C core, atheris over frames (needs clang)
+	@$(MAKE) --no-print-directory -C tests/fuzz fuzz MINUTES=$(MINUTES)
+	@$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[fuzz]'
+	@$(MAKE) --no-print-directory -C tests/fuzz frames MINUTES=$(MINUTES) PYTHON=$(abspath $(python))
+
 lint: $(stamp) ## ruff and mypy
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
@@ -61,8 +66,9 @@ format: $(stamp) ## Let ruff repair what it can
 
 ctest: ## The C core's own tests, without Python
 	@$(MAKE) --no-print-directory -C csrc test
+	@$(MAKE) --no-print-directory -C tests/fuzz replay
 
 clean: ## Remove everything that was built, .venv too
-	@rm -rf $(venv) build dist *.egg-info csrc/build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf $(venv) build dist *.egg-info csrc/build tests/fuzz/build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@rm -f shmengine/_native/*.so shmengine/_native/_core.c
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -197,7 +197,8 @@ static bool was_in_ring(const shmr *h, struct recovery *rec, uint32_t ring, uint
 /* Recovery never waits for room in a ring: it may use the spare slots beyond the capacity, and what does not fit even
  * there stays COMMITTED by us, on a private list that is tried again at each lease and each slice of a wait. */
 static void insert_or_keep(shmr *h, uint32_t ring, uint32_t block, uint32_t generation) {
-    if (shmr_insert(h, ring, block, generation, h->g.most[ring]) == SHMR_OK) {
+    if (!shmr_load_relaxed(&shmr_header_of(h)->poisoned) && /* else in vain, and each time a million turns */
+        shmr_insert(h, ring, block, generation, h->g.most[ring]) == SHMR_OK) {
         shmr_notify_one(h, shmr_ring_at(h, ring)->item_waiters);
         return;
     }
@@ -213,7 +214,7 @@ static void insert_or_keep(shmr *h, uint32_t ring, uint32_t block, uint32_t gene
 }
 
 void shmr_retry_inserts(shmr *h) {
-    if (!shmr_count_get(&h->again_count)) return;
+    if (!shmr_count_get(&h->again_count) || shmr_load_relaxed(&shmr_header_of(h)->poisoned)) return;
     pthread_mutex_lock(&h->death_lock);
     uint32_t count = (uint32_t)shmr_count_get(&h->again_count), left = 0;
     for (uint32_t i = 0; i < count; i++) {
@@ -299,7 +300,7 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
     for (uint32_t g = 0; g < h->g.groups; g++) {
         shmr_word *word = &shmr_group_at(h, g)->owner;
         uint64_t seen = shmr_load_acquire(word); /* A7 */
-        if (!(uint32_t)seen || !shmr_slots_have(dead, (uint32_t)seen - 1)) continue;
+        if (!(uint32_t)seen || !shmr_slots_have(dead, (uint32_t)seen - 1) || shmr_owns_group(h, g)) continue;
         if (!(seen >> 32)) { /* died while reserving it */
             shmr_cas_release(word, &seen, 0); /* R7 */
             continue;
@@ -307,8 +308,8 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
         for (uint32_t i = 0; i < SHMR_GROUP; i++) {
             uint32_t block = g * SHMR_GROUP + i;
             struct shmr_record *r = shmr_record_at(h, block);
-            uint64_t s = shmr_load_acquire(&r->state), *table; /* A1 A2 */
-            if (shmr_state_kind(s) == SHMR_FREE) continue;
+            uint64_t s = shmr_load_acquire(&r->state); /* A1 A2 */
+            if (shmr_state_kind(s) == SHMR_FREE || h->record_flags[block] & SHMR_MINE) continue;
             uint64_t offset = shmr_load_relaxed(&r->offset), bytes = shmr_load_relaxed(&r->room); /* after A1 */
             if (offset % 64 || bytes == 0 || bytes > h->g.config.arena_bytes ||
                 offset > h->g.config.arena_bytes - bytes || count == room)
@@ -316,15 +317,16 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
             live[count++] = block;
             if (!h->holds[block]) /* else read and validated before */
                 h->places[block] = (struct shmr_place){offset, bytes}; /* the shared words are not read again */
+            shmr_word *table;
             uint32_t names;
             if (shmr_state_flags(s) & SHMR_HAS_REFERENCES && !h->frame_refs[block] &&
                 shmr_references_at(h, block, &table, &names) == SHMR_OK) {
                 struct shmr_frame_refs *held = malloc(sizeof *held + names * sizeof(uint32_t));
                 if (held) held->count = 0; /* else what it names is held for good */
                 for (uint32_t k = 0; k < names; k++) { /* I4: d's bit still stands, so these are alive */
-                    uint32_t id = (uint32_t)table[k];
-                    if (id < h->g.config.blocks && shmr_hold_locked(h, id, (uint32_t)(table[k] >> 32)) == SHMR_OK &&
-                        held)
+                    uint64_t entry = shmr_load_relaxed(&table[k]); /* payload, after A1; once */
+                    uint32_t id = (uint32_t)entry;
+                    if (id < h->g.config.blocks && shmr_hold_locked(h, id, (uint32_t)(entry >> 32)) == SHMR_OK && held)
                         held->blocks[held->count++] = id;
                 }
                 h->frame_refs[block] = held;
@@ -333,7 +335,10 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
     }
     shmr_arena_adopt_extents(h, dead, live, count);
     for (uint32_t i = 0; i < count; i++) { /* before the groups: what is freed meanwhile is then found by a sweep */
-        if (live[i] == UINT32_MAX) continue; /* rubbish after all: its record is out of use */
+        if (live[i] & SHMR_NOT_ADOPTED) { /* rubbish after all: its record is out of use */
+            shmr_drop_frame_refs(h, live[i] & ~SHMR_NOT_ADOPTED);
+            continue;
+        }
         const struct shmr_place *at = &h->places[live[i]];
         if (h->holds[live[i]] && !(h->record_flags[live[i]] & SHMR_MINE))
             shmr_held_remove(h, live[i], at->offset, at->room);
@@ -342,7 +347,7 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
     for (uint32_t g = 0; g < h->g.groups; g++) {
         shmr_word *word = &shmr_group_at(h, g)->owner;
         uint64_t seen = shmr_load_acquire(word); /* A7 */
-        if (!(uint32_t)seen || !shmr_slots_have(dead, (uint32_t)seen - 1)) continue;
+        if (!(uint32_t)seen || !shmr_slots_have(dead, (uint32_t)seen - 1) || shmr_owns_group(h, g)) continue;
         if (shmr_cas_acq_rel(word, &seen, (seen & ~UINT64_C(0xffffffff)) | (h->self + 1))) /* A7 R7 */
             shmr_add_group(h, g);
     }

@@ -38,6 +38,35 @@ const char *shmr_status_text(int status) {
 
 int shmr_abi(void) { return SHMR_ABI; }
 
+/* ---- poison ------------------------------------------------------------------------------------------------------ */
+
+/* Control words cannot be what the protocol writes. Everybody is told, by words that a commit and a lease read in any
+ * case; whoever sleeps is woken to look. */
+int shmr_poison(shmr *h, const char *why) {
+    shmr_or_release(&shmr_header_of(h)->poisoned, 1); /* R9 */
+    for (uint32_t r = 0; r < h->g.config.rings; r++)
+        shmr_or_release(&shmr_ring_at(h, r)->closed, SHMR_RING_POISONED); /* R9 */
+    shmr_ring_all(h);
+    return shmr_fail(SHMR_CORRUPT, 0, why);
+}
+
+int shmr_poisoned(void) { return shmr_fail(SHMR_CORRUPT, 0, "the region was found damaged beyond repair"); }
+
+static bool file_is_whole(int fd, uint64_t bytes) {
+    struct stat s;
+    return fstat(fd, &s) != 0 || (uint64_t)s.st_size >= bytes;
+}
+
+/* Has a participant cut the file? Then what lies behind its new end would be SIGBUS: give it its length again, all of
+ * it zero, and let nobody take that for messages. Whoever touches it before somebody looks here is lost. */
+bool shmr_file_is_whole(shmr *h) {
+    if (h->fd < 0 || file_is_whole(h->fd, h->g.total)) return true;
+    int ignored = ftruncate(h->fd, (off_t)h->g.total);
+    (void)ignored;
+    if (file_is_whole(h->fd, h->g.total)) shmr_poison(h, "the region's file was cut");
+    return false;
+}
+
 /* ---- forks ------------------------------------------------------------------------------------------------------- */
 
 /* A forked child is not the participant that its parent is: every handle made before is dead in it. */
@@ -157,7 +186,7 @@ static void forget_mapping(const shmr_mapping *m) {
 }
 #endif
 
-/* The base is placed so that the arena starts on a 2 MiB boundary: huge pages need it. */
+/* The base is placed so that the arena starts on a 2 MiB boundary: huge pages need it. On both sides nothing is mapped. */
 static shmr_mapping *map_file(int fd, const struct shmr_geometry *g) {
     shmr_mapping *m;
 #ifdef SHMR_TEST
@@ -166,10 +195,10 @@ static shmr_mapping *map_file(int fd, const struct shmr_geometry *g) {
     m = calloc(1, sizeof *m);
     if (!m) return NULL;
     m->bytes = g->total;
-    m->reserved_bytes = g->total + SHMR_EXTENT;
+    m->reserved_bytes = g->total + 2 * SHMR_EXTENT;
     m->reserved = mmap(NULL, m->reserved_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (m->reserved == MAP_FAILED) goto failed;
-    m->base = (char *)round_up((uint64_t)(uintptr_t)m->reserved, SHMR_EXTENT);
+    m->base = (char *)round_up((uint64_t)(uintptr_t)m->reserved + SHMR_PAGE, SHMR_EXTENT);
     if (mmap(m->base, m->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
         munmap(m->reserved, m->reserved_bytes);
         goto failed;
@@ -338,7 +367,6 @@ int shmr_create(int fd, const shmr_config *config, shmr **out) {
         shmr_store_relaxed(&header->config[SHMR_CONFIG_CAPACITY + i], config->capacity[i]); /* before R14 */
     shmr_store_relaxed(&header->abi, SHMR_ABI);                 /* before R14 */
     shmr_store_relaxed(&header->hash, geometry_hash(&g));       /* before R14 */
-    for (uint32_t i = 0; i < config->doorbells; i++) sem_init(&shmr_doorbell_at(h, i)->bell, 1, 0);
     for (uint32_t r = 0; r < config->rings; r++) {
         struct shmr_ring *q = shmr_ring_at(h, r);
         shmr_store_relaxed(&q->commit_cursor, config->start); /* before R14 */
@@ -386,11 +414,15 @@ int shmr_attach(int fd, shmr **out) {
     int status = compute_geometry(&config, &g);
     if (status != SHMR_OK) return status;
     if (geometry_hash(&g) != hash) return shmr_fail(SHMR_MISMATCH, 0, "the geometry does not match its checksum");
-    if ((uint64_t)s.st_size < g.total) return shmr_fail(SHMR_MISMATCH, 0, "the file is shorter than its geometry");
+    if ((uint64_t)s.st_size != g.total) return shmr_fail(SHMR_MISMATCH, 0, "the file has another length than its geometry");
     shmr *h;
     status = new_handle(fd, &g, &h);
     if (status != SHMR_OK) return status;
-    status = join(h);
+    if (!file_is_whole(fd, g.total)) /* it has been cut meanwhile */
+        status = shmr_fail(SHMR_MISMATCH, 0, "the file has been cut");
+    else if (shmr_load_relaxed(&shmr_header_of(h)->poisoned)) /* nothing depends on it but this refusal */
+        status = shmr_poisoned();
+    if (status == SHMR_OK) status = join(h);
     if (status != SHMR_OK) {
         destroy(h);
         return status;

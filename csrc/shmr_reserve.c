@@ -115,7 +115,8 @@ static bool cgroup_has_room(uint64_t bytes, int64_t slack_max) {
 }
 
 /* Reserve part of the region. NO_MEMORY: the file system or the cgroup is full. Any thread. */
-int shmr_reserve(const shmr *h, uint64_t offset, uint64_t bytes) {
+int shmr_reserve(shmr *h, uint64_t offset, uint64_t bytes) {
+    if (!shmr_file_is_whole(h)) return shmr_poisoned(); /* it would be lengthened, part of the way */
     if (!cgroup_has_room(bytes, SLACK_MIN))
         return shmr_fail(SHMR_NO_MEMORY, ENOMEM, "the memory cgroup has too little headroom");
     int error;
@@ -127,8 +128,9 @@ int shmr_reserve(const shmr *h, uint64_t offset, uint64_t bytes) {
     return SHMR_OK;
 }
 
-int shmr_reserve_extent(const shmr *h, uint32_t extent) {
+int shmr_reserve_extent(shmr *h, uint32_t extent) {
     uint64_t offset = h->g.arena_at + (uint64_t)extent * SHMR_EXTENT;
+    if (!shmr_file_is_whole(h)) return shmr_poisoned();
     if (!cgroup_has_room(SHMR_EXTENT, SLACK_MAX))
         return shmr_fail(SHMR_NO_MEMORY, ENOMEM, "the memory cgroup has too little headroom");
     int error;

@@ -25,7 +25,10 @@
 #include "shmr_internal.h"
 
 /* After so many turns of a helping loop somebody must be writing rubbish: give up instead of spinning. */
+#ifndef TURNS_MAX
 #define TURNS_MAX (1u << 20)
+#endif
+#define NO_AGREEMENT "a ring's cursors and slots do not agree"
 
 static uint32_t cycle_of(const shmr *h, uint32_t ring, uint64_t position) {
     return (uint32_t)((position >> h->g.shift[ring]) + 1) & SHMR_CYCLE_MASK;
@@ -46,10 +49,7 @@ static void advance_lease_cursor(shmr *h, uint32_t ring, uint64_t position) {
         shmr_notify_one(h, q->slot_waiters);
 }
 
-static int poison(shmr *h, const char *why) {
-    shmr_or_release(&shmr_header_of(h)->poisoned, 1); /* R9 */
-    return shmr_fail(SHMR_CORRUPT, 0, why);
-}
+static int refusal(uint64_t closed) { return closed & SHMR_RING_POISONED ? shmr_poisoned() : SHMR_CLOSED; }
 
 /* Put a COMMITTED block into the ring. WOULD_BLOCK: `limit` messages are in it. Only whom the state word names may
  * call this. */
@@ -85,7 +85,7 @@ int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation, uin
             return SHMR_OK;
         }
     }
-    return poison(h, "a ring's cursors and slots do not agree");
+    return shmr_poison(h, NO_AGREEMENT);
 }
 
 /* Take the oldest message. WOULD_BLOCK: empty. */
@@ -115,7 +115,7 @@ static int take(shmr *h, uint32_t ring, uint32_t *block, uint64_t *state) {
             return SHMR_OK;
         }
     }
-    return poison(h, "a ring's cursors and slots do not agree");
+    return shmr_poison(h, NO_AGREEMENT);
 }
 
 /* ---- readiness, as cheap as it gets: a hint only ------------------------------------------------------------------- */
@@ -150,6 +150,7 @@ int shmr_has_room(shmr *h, uint32_t ring) {
         if (is_waiting(h, ring, slot, &state)) return 0;
         advance_lease_cursor(h, ring, first); /* help a slow or dead consumer */
     }
+    shmr_poison(h, NO_AGREEMENT);
     return 0;
 }
 
@@ -178,7 +179,8 @@ static int try_commit(shmr *h, void *argument) {
     int status = shmr_usable(h);
     if (status != SHMR_OK) return status;
     struct shmr_ring *q = shmr_ring_at(h, c->ring);
-    if (shmr_load_acquire(&q->closed)) return SHMR_CLOSED; /* A9 */
+    uint64_t closed = shmr_load_acquire(&q->closed); /* A9 */
+    if (closed) return refusal(closed);
     struct shmr_record *r = shmr_record_at(h, b->block);
     pthread_mutex_lock(&h->commit_lock[c->ring]);
     if (shmr_load_acquire(&r->state) != b->state) { /* A1: a doubled call must not touch the descriptor */
@@ -286,7 +288,8 @@ static int try_lease(shmr *h, void *argument) {
     }
     uint32_t block = 0;
     uint64_t state = 0;
-    bool closed = shmr_load_acquire(&q->closed); /* A9: first, so that what was committed before is found */
+    uint64_t closed = shmr_load_acquire(&q->closed); /* A9: first, so that what was committed before is found */
+    if (closed & SHMR_RING_POISONED) return shmr_poisoned();
     pthread_mutex_lock(&h->lease_lock[a->ring]);
     status = take(h, a->ring, &block, &state);
     if (status == SHMR_OK) {
@@ -339,7 +342,7 @@ int shmr_close_ring(shmr *h, uint32_t ring) {
     int status = shmr_usable(h);
     if (status != SHMR_OK) return status;
     if (ring >= h->g.config.rings) return shmr_fail(SHMR_BAD_ARGUMENT, 0, "no such ring");
-    shmr_store_release(&shmr_ring_at(h, ring)->closed, 1); /* R9 */
+    shmr_or_release(&shmr_ring_at(h, ring)->closed, SHMR_RING_CLOSED); /* R9 */
     shmr_ring_all(h);
     return SHMR_OK;
 }
@@ -348,7 +351,8 @@ static int item_waits(shmr *h, void *argument) {
     uint32_t ring = *(uint32_t *)argument;
     int status = shmr_usable(h);
     if (status != SHMR_OK) return status;
-    bool closed = shmr_load_acquire(&shmr_ring_at(h, ring)->closed); /* A9: before the look */
+    uint64_t closed = shmr_load_acquire(&shmr_ring_at(h, ring)->closed); /* A9: before the look */
+    if (closed & SHMR_RING_POISONED) return shmr_poisoned();
     if (slot_is_filled(h, ring)) return SHMR_OK;
     return closed ? SHMR_CLOSED : SHMR_WOULD_BLOCK;
 }

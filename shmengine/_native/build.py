@@ -25,6 +25,7 @@ SOURCES = (
     "shmr_block.c",
     "shmr_ring.c",
     "shmr_scatter.c",
+    "shmr_bell.c",
     "shmr_wait.c",
     "shmr_recover.c",
     "shmr_numpy.c",

@@ -35,7 +35,7 @@ from shmengine.engine.deaths import Deaths
 from shmengine.engine.futures import Futures
 from shmengine.engine.inflight import Batch, InFlight, Job, Task, always
 from shmengine.engine.interrupts import InterruptsLater
-from shmengine.errors import ArrayError, Closed, MemoryBudgetExceeded, RemoteError, ShmError
+from shmengine.errors import ArrayError, Closed, Corrupt, MemoryBudgetExceeded, RemoteError, ShmError
 from shmengine.filemap import forget_files
 from shmengine.leases import release_with
 from shmengine.region import EXTENT_BYTES, Region
@@ -396,13 +396,18 @@ class Dispatcher:
             self.spare.append(block)
             return
         if kind == NUMBER:
-            nanoseconds, value = messages.number_in(block)
+            value = damage = None
+            nanoseconds = 0
+            try:
+                nanoseconds, value = messages.number_in(block)
+            except Corrupt as found:
+                damage = found
             lib.shmr_release(self.handle, block)
             self.spare.append(block)
             self.deaths.failed_starts = 0
             if (batch := self.in_flight.take(number)) is not None and not batch.job.abandoned:
                 batch.job.task_ns = _smoothed(batch.job.task_ns, nanoseconds)
-                self.conclude(batch.job, batch.tasks[0], value, None)
+                self.conclude(batch.job, batch.tasks[0], value, damage)
             return
         root = messages.frame_root(self.arena, block, writable=True)  # ours alone from now on
         nanoseconds, inline, shared = messages.account_of(block)
@@ -594,7 +599,7 @@ class Dispatcher:
 
     def wind_down(self) -> None:
         """While the last tasks end: take their results, and let none wait for memory that nobody will free."""
-        with contextlib.suppress(Closed):
+        with contextlib.suppress(Closed, Corrupt):
             self.drain(0)
         for pid, _ in self.pool.starving():
             self.pool.deny(pid)

@@ -26,6 +26,7 @@ from shmengine._native.status import INTERRUPTED, OK
 from shmengine.arena import Arena
 from shmengine.arrays import Bytes
 from shmengine.codec import Encoded, decode
+from shmengine.errors import Corrupt
 
 __all__ = [
     "BATCH",
@@ -189,9 +190,18 @@ def write_number(
 
 
 def number_in(block: Any) -> tuple[int, Any]:
-    """Return (nanoseconds, value) of such a message."""
+    """Return (nanoseconds, value) of such a message.
+
+    Raises
+    ------
+    Corrupt
+        If its descriptor has something else.
+    """
     raw = ffi.buffer(block.spec, block.spec_bytes)[:]
-    return _ACCOUNT.unpack_from(raw)[0], unpack_number(raw[_ACCOUNT.size :])
+    try:
+        return _ACCOUNT.unpack_from(raw)[0], unpack_number(raw[_ACCOUNT.size :])
+    except (struct.error, ValueError, TypeError, IndexError) as error:
+        raise Corrupt(f"not a number in a descriptor: {error}", "spec") from error
 
 
 def write_bare(

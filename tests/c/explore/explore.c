@@ -6,6 +6,7 @@
  * ends there. What a process will do is a function of what it has read so far; so a state is told by the values of all shared
  * words (with histories: by all messages), by a hash for each process of all it has read, and by the budgets left.
  */
+#include <linux/futex.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -59,7 +60,8 @@ struct process {
     jmp_buf entry, context;
     char *stack;
     enum status status;
-    sem_t *bell;
+    shmr_word *word; /* asleep on it */
+    bool woken;
     pthread_mutex_t *mutex;
     int64_t end;
     uint64_t obs;
@@ -127,7 +129,7 @@ static void forget_what_was_read(struct process *p) {
 static uint64_t state_hash(void) {
     uint64_t hash = mix(mix(memory_hash, (uint64_t)now), log_hash);
     for (int i = 0; i < process_count; i++)
-        hash = mix(hash, mix(processes[i].obs, (uint64_t)processes[i].status << 8 | (uint64_t)(i == current)));
+        hash = mix(hash, mix(processes[i].obs, (uint64_t)processes[i].status << 8 | (uint64_t)processes[i].woken << 1 | (uint64_t)(i == current)));
     return hash;
 }
 
@@ -262,7 +264,7 @@ static void trace(const char *what, const struct ex_site *site, const shmr_word 
 static bool is_enabled(const struct process *p) {
     switch (p->status) {
     case READY: return true;
-    case ASLEEP: return (p->bell && ((shmr_word *)(void *)p->bell)->value) || p->end <= now;
+    case ASLEEP: return p->woken || p->end <= now;
     case LOCKED_OUT: return *(int *)p->mutex == 0;
     default: return false;
     }
@@ -538,74 +540,49 @@ void ex_set_data(shmr_word *word, uint64_t value) { ex_store(word, value, &plain
 
 /* ---- the kernel -------------------------------------------------------------------------------------------------------------- */
 
-static struct ex_site bell_site = {"semaphore", "", 0, EX_ADD, EX_ACQ_REL, EX_ACQ_REL, false};
+static struct ex_site futex_site = {"futex", "", 0, EX_LOAD, EX_RELAXED, EX_RELAXED, false};
 
-int ex_sem_init(sem_t *sem, int shared, unsigned value) {
-    (void)shared;
-    memset(sem, 0, sizeof *sem);
-    ((shmr_word *)(void *)sem)->value = value;
-    return 0;
-}
-int ex_sem_post(sem_t *sem) {
-    ex_rmw((shmr_word *)(void *)sem, 1, &bell_site);
-    return 0;
-}
-int ex_sem_trywait(sem_t *sem) {
-    shmr_word *word = (shmr_word *)(void *)sem;
-    if (current >= 0) step(cell_of(word), true, &bell_site);
-    if (word->value == 0) {
-        if (current >= 0) observe(0);
-        errno = EAGAIN;
-        return -1;
-    }
-    if (current < 0)
-        word->value--;
-    else {
-        uint64_t value = get(cell_of(word), EX_ACQ_REL, true, NULL, 0);
-        observe(value);
-        put(cell_of(word), value - 1, EX_ACQ_REL, true);
-    }
-    return 0;
-}
-
-static int sleep_on(sem_t *sem, int64_t end) {
-    shmr_word *word = (shmr_word *)(void *)sem;
+/* Sleep until it is woken (on a word) or `end`. The value: as errno has it. */
+static int sleep_on(shmr_word *word, int64_t end) {
     struct process *p = &processes[current];
-    if (sem) step(cell_of(word), true, &bell_site);
-    if (!sem || word->value == 0) {
-        int kill = left.kills > 0, interrupt = left.interrupts > 0;
-        int taken = choose(1 + kill + interrupt, deadly);
-        if (kill && taken == 1) die();
-        if (taken) {
-            left.interrupts--;
-            observe(3);
-            return EINTR;
-        }
-        if (tracing) printf("  %d  sleeps until %lld\n", current, (long long)end);
-        p->status = ASLEEP;
-        p->bell = sem;
-        p->end = end;
-        leave_to_others();
+    int kill = left.kills > 0, interrupt = left.interrupts > 0;
+    int taken = choose(1 + kill + interrupt, deadly);
+    if (kill && taken == 1) die();
+    if (taken) {
+        left.interrupts--;
+        observe(3);
+        return EINTR;
     }
+    if (tracing) printf("  %d  sleeps until %lld\n", current, (long long)end);
+    p->status = ASLEEP;
+    p->word = word;
+    p->woken = false;
+    p->end = end;
+    leave_to_others();
     observe((uint64_t)now);
-    if (!sem) return 0;
-    if (word->value == 0) {
-        observe(1);
-        if (tracing) printf("  %d  its time is over\n", current);
-        return ETIMEDOUT;
-    }
-    uint64_t value = get(cell_of(word), EX_ACQ_REL, true, NULL, 0);
-    put(cell_of(word), value - 1, EX_ACQ_REL, true);
-    observe(2);
-    if (tracing) printf("  %d  is woken\n", current);
-    return 0;
+    observe(p->woken);
+    if (tracing) printf("  %d  %s\n", current, p->woken ? "is woken" : "its time is over");
+    return p->woken ? 0 : ETIMEDOUT;
 }
 
-int ex_sem_clockwait(sem_t *sem, clockid_t clock, const struct timespec *end) {
-    (void)clock;
-    errno = sleep_on(sem, (int64_t)end->tv_sec * 1000000000 + end->tv_nsec);
+/* The kernel looks at the word as it is, and wakes who sleeps on it; neither orders anything. */
+static long futex(shmr_word *word, int operation, uint32_t expected, const struct timespec *end) {
+    step(cell_of(word), true, &futex_site);
+    if (operation == FUTEX_WAKE) {
+        long count = 0;
+        for (int i = 0; i < process_count; i++)
+            if (processes[i].status == ASLEEP && processes[i].word == word && !processes[i].woken) {
+                processes[i].woken = true;
+                count++;
+            }
+        observe((uint64_t)count);
+        return count;
+    }
+    observe(word->value);
+    errno = (uint32_t)word->value == expected ? sleep_on(word, (int64_t)end->tv_sec * 1000000000 + end->tv_nsec) : EAGAIN;
     return errno ? -1 : 0;
 }
+
 int ex_nanosleep(const struct timespec *time, struct timespec *rest) {
     (void)rest;
     errno = sleep_on(NULL, now + (int64_t)time->tv_sec * 1000000000 + time->tv_nsec);
@@ -627,9 +604,18 @@ static int process_of(long pid) { return (int)(pid - FIRST_PID); }
 long ex_syscall(long number, ...) {
     va_list arguments;
     va_start(arguments, number);
-    long pid = va_arg(arguments, pid_t);
+    long result = -1;
+    if (number == SYS_pidfd_open) {
+        result = va_arg(arguments, pid_t);
+    } else if (number == SYS_futex) {
+        shmr_word *word = va_arg(arguments, shmr_word *);
+        int operation = va_arg(arguments, int);
+        uint32_t value = va_arg(arguments, uint32_t);
+        const struct timespec *end = va_arg(arguments, const struct timespec *);
+        result = current < 0 ? 0 : futex(word, operation, value, end);
+    }
     va_end(arguments);
-    return number == SYS_pidfd_open ? pid : -1;
+    return result;
 }
 int ex_poll(struct pollfd *fds, nfds_t count, int timeout) {
     (void)count, (void)timeout;
@@ -752,6 +738,7 @@ static void put_back(void) {
     for (int i = 0; i < process_count; i++) {
         struct process *p = &processes[i];
         p->status = READY;
+        p->woken = false;
         p->obs = (uint64_t)i;
         memcpy(p->context, p->entry, sizeof p->context);
         memset(p->clock, 0, sizeof p->clock);

@@ -11,7 +11,6 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
-#include <semaphore.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -82,7 +81,7 @@ uint64_t ex_rmw(shmr_word *word, uint64_t operand, const struct ex_site *site);
 #define shmr_exchange_acquire(w, v) EX_RMWS(EX_EXCHANGE, w, v, EX_ACQUIRE)
 #define shmr_exchange_seq_cst(w, v) EX_RMWS(EX_EXCHANGE, w, v, EX_SEQ_CST)
 
-#define SHMR_STEP(word) ((void)0) /* before a post: ex_sem_post is a step itself */
+#define SHMR_STEP(word) ((void)0) /* before a system call: ex_syscall is a step itself */
 
 /* ---- private counts: one logical thread a process, so plain memory will do --------------------------------------- */
 
@@ -106,10 +105,6 @@ static inline void shmr_pause(void) {}
 
 /* ---- what is asked of the kernel ----------------------------------------------------------------------------------- */
 
-int ex_sem_init(sem_t *sem, int shared, unsigned value);
-int ex_sem_post(sem_t *sem);
-int ex_sem_trywait(sem_t *sem);
-int ex_sem_clockwait(sem_t *sem, clockid_t clock, const struct timespec *end);
 int ex_nanosleep(const struct timespec *time, struct timespec *rest);
 int ex_clock_gettime(clockid_t clock, struct timespec *time);
 pid_t ex_getpid(void);
@@ -127,10 +122,6 @@ static inline int ex_nothing(const void *unused) {
 }
 
 #ifndef EX_KERNEL /* everywhere but in explore.c itself */
-#define sem_init ex_sem_init
-#define sem_post ex_sem_post
-#define sem_trywait ex_sem_trywait
-#define sem_clockwait ex_sem_clockwait
 #define nanosleep ex_nanosleep
 #define clock_gettime ex_clock_gettime
 #define getpid ex_getpid
