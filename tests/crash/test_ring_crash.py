@@ -13,6 +13,7 @@ import pytest
 
 from shmengine.errors import PeerLost, WouldBlock
 from shmengine.ring import Ring
+from tests.helpers import poll_until
 
 FOREVER = 60
 ctx = multiprocessing.get_context("fork")
@@ -224,6 +225,28 @@ def test_who_waits_for_a_slot_is_told_too(ring):
         thread.join()
     assert len(caught) == 1
     assert [int(ring.receive()[0]) for _ in range(4)] == [0, 1, 2, 3]
+
+
+def test_who_only_polls_gets_what_the_dead_had_leased(ring):
+    ring.send([1])
+    with victim(lease_one, ring) as kill:
+        assert ring.try_lease() is None
+        kill()
+        got = []
+        poll_until(lambda: got.append(ring.try_lease()) or got[-1], what="the message is there again")
+        assert got[-1].attempts == 1
+        got[-1].release()
+
+
+def test_who_only_polls_gets_the_memory_of_the_dead():
+    with Ring(16, "8 MiB") as ring, victim(fill_memory, ring) as kill:
+        assert ring.try_claim(5_000_000, "u1") is None
+        kill()
+        got = []
+        poll_until(
+            lambda: got.append(ring.try_claim(5_000_000, "u1")) or got[-1], what="the memory is there again"
+        )
+        got[-1].abort()
 
 
 def fill_memory(ring):
