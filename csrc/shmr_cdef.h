@@ -133,6 +133,7 @@ int shmr_find(shmr *h, uint32_t pid);
 int shmr_check_deaths(shmr *h);
 int shmr_recover(shmr *h, uint32_t slot, shmr_block *taken, uint32_t room, uint32_t *count);
 uint32_t shmr_live_participants(shmr *h);
+void shmr_leases(shmr *h, uint32_t *pids, uint64_t *counts);
 void shmr_set_progress(shmr *h, uint64_t tag, uint64_t index);
 int shmr_progress(shmr *h, uint32_t slot, uint64_t *tag, uint64_t *index, uint64_t *since_ns, uint64_t *starving);
 void shmr_deny(shmr *h, uint32_t slot);

@@ -36,7 +36,6 @@ BOOTSTRAP = (
     " main({region}, {parent}, {setup})"
 )
 STDERR_LINES = 20
-TAKEN_ROOM = 64
 LATEST_LOOK = 3600.0
 GRACE_SECONDS = 2.0
 
@@ -356,9 +355,12 @@ class Pool:
         slot = lib.shmr_find(handle, pid)
         if slot < 0:
             return []
-        taken = ffi.new("shmr_block[]", TAKEN_ROOM)
+        # All of it: what does not fit would go back into the ring, and be run again although it has its outcome.
+        # (Functions that keep their arguments keep the messages leased, however long ago these were answered.)
+        room = self.region.leases().get(pid, 0)
+        taken = ffi.new("shmr_block[]", room + 1)
         count = ffi.new("uint32_t *")
-        lib.shmr_recover(handle, slot, taken, TAKEN_ROOM, count)
+        lib.shmr_recover(handle, slot, taken, room, count)
         tags = []
         for i in range(count[0]):
             tags.append(taken[i].tag)
