@@ -198,6 +198,8 @@ void shmr_trim(shmr *h);
 void shmr_leave_extents(shmr *h, uint32_t count);
 /* End this process, at once, when the process behind `pidfd` ends: a thread that needs no interpreter. */
 int shmr_watch_parent(int pidfd);
+/* Send a signal to the main thread of a process: a child that nobody has waited for yet, so that it is surely this one. */
+int shmr_signal_main_thread(uint32_t pid, int number);
 /* From now on that thread also gives back what this process has free, when others wait for memory: four looks a second.
  * The handle must stay until the end of the process. */
 void shmr_watch_shortage(shmr *h);

@@ -140,6 +140,7 @@ void shmr_deny(shmr *h, uint32_t slot);
 void shmr_trim(shmr *h);
 void shmr_leave_extents(shmr *h, uint32_t count);
 int shmr_watch_parent(int pidfd);
+int shmr_signal_main_thread(uint32_t pid, int number);
 void shmr_watch_shortage(shmr *h);
 int shmr_scatter_send(shmr *h, shmr_scatter *scatter, int64_t deadline);
 int shmr_scatter_accept(shmr *h, shmr_scatter *scatter, shmr_block *message);

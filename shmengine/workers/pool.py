@@ -251,17 +251,17 @@ class Pool:
 
     def _end_overdue(self, worker: _Worker, found: tuple[int, int, int, int]) -> None:
         """Kill a worker for the task that it runs too long; if it is at that task no more, let it go on."""
-        with self._asking:
-            (worker.stack,) = stacks.ask([self._asked(worker)])
-        with contextlib.suppress(ProcessLookupError):
+        pid = worker.process.pid
+        with self._asking, contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(worker.pidfd, signal.SIGSTOP)  # what is killed is what was judged
-            stacks.await_standstill(worker.process.pid)
-            now = self._progress(worker.process.pid)
-            if now is not None and now[:3] == found[:3]:
-                worker.killed_for = found[:2]
-                signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
-            else:
+            stacks.await_standstill(pid)
+            now = self._progress(pid)
+            if now is None or now[:3] != found[:3]:
                 signal.pidfd_send_signal(worker.pidfd, signal.SIGCONT)
+                return
+            worker.killed_for = found[:2]
+            (worker.stack,) = stacks.answers([stacks.Question(pid, worker.stack_pipe, last=True)])
+            signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
 
     def _progress(self, pid: int) -> tuple[int, int, int, int] | None:
         """Return (tag, index, since, bytes it starves for) of a worker."""
@@ -304,7 +304,7 @@ class Pool:
     def slow(self, after: float) -> list[Activity]:
         """Return what has been going on for so many seconds, the longest first; asks those workers for their stacks."""
         with self._asking, contextlib.ExitStack() as files:
-            asked, found = [], []
+            questions, found = [], []
             with self._lock:  # nobody is buried meanwhile, and the region stays
                 now = time.monotonic_ns()
                 for pid, worker in self._workers.items():
@@ -312,11 +312,10 @@ class Pool:
                     seconds = (now - (since or now)) / 1e9
                     if tag and seconds >= after:
                         found.append((seconds, pid, tag, index, since, starves))
-                        pair = [os.dup(fd) for fd in (worker.pidfd, worker.stack_pipe)]
-                        for fd in pair:
-                            files.callback(os.close, fd)
-                        asked.append(stacks.Asked(pid, *pair))
-            said = stacks.ask(asked)
+                        pipe = os.dup(worker.stack_pipe)
+                        files.callback(os.close, pipe)
+                        questions.append(stacks.Question(pid, pipe))
+            said = stacks.answers(questions)
             with self._lock:
                 # Without those that have moved on, whose stack is of something else.
                 return [
@@ -326,9 +325,6 @@ class Pool:
                     )
                     if (self._progress(pid) or (tag, index, since))[:3] == (tag, index, since)
                 ]
-
-    def _asked(self, worker: _Worker) -> stacks.Asked:
-        return stacks.Asked(worker.process.pid, worker.pidfd, worker.stack_pipe)
 
     def _forward(self, worker: _Worker, fd: int) -> None:
         """Pass on what a worker printed, whole lines at a time."""

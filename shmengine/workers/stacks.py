@@ -17,9 +17,11 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import NamedTuple
 
-__all__ = ["Asked", "answer", "ask", "await_standstill", "thread_stack"]
+from shmengine._native import lib
+from shmengine._native.status import OK
+
+__all__ = ["Question", "answer", "answers", "await_standstill", "thread_stack"]
 
 ANSWER_SECONDS = 2.0  # a worker that can answer takes milliseconds
 SLICE_MS = 50
@@ -40,82 +42,92 @@ STARTING = "(no answer: it is starting)"
 NO_ANSWER = "(no answer)"
 
 
-class Asked(NamedTuple):
-    """A worker: how to signal it, where to read what it says."""
-
-    pid: int
-    pidfd: int
-    pipe: int
-
-
-def signal_number() -> int:
-    """Return the signal that workers answer: one that has no use of its own, away from where others begin."""
-    return int(signal.SIGRTMAX) - 9
+# Signals that have no use of their own, away from both ends, where others begin.
+_TELL = int(signal.SIGRTMAX) - 9
+_TELL_AND_DIE = _TELL + 1
 
 
 def answer(pipe: int) -> None:
     """From now on this worker says what its main thread is doing, when it is asked."""
     os.set_inheritable(pipe, False)
-    faulthandler.register(signal_number(), file=pipe, all_threads=False, chain=False)
+    faulthandler.register(_TELL, file=pipe, all_threads=False)
+    # What the handler then goes on to is what the signal does without one: it ends the process.
+    faulthandler.register(_TELL_AND_DIE, file=pipe, all_threads=False, chain=True)
 
 
-def ask(workers: list[Asked], seconds: float = ANSWER_SECONDS) -> list[str]:
-    """Return the stack of each worker as text; in parentheses, why there is none.
+class Question:
+    """A worker is asked where it is; it must not be waited for (as a child) while it is sent a signal.
 
-    One caller at a time for each worker.
+    One question at a time for each worker.
+
+    Parameters
+    ----------
+    pid : int
+    pipe : int
+        What it answers by.
+    last : bool
+        It was stopped: it says where it is, and ends without a step in between. (One that cannot answer goes on
+        to stand still.)
     """
-    said = [""] * len(workers)
-    waiting: dict[int, int] = {}  # pipe -> position
-    for i, worker in enumerate(workers):
-        while _read(worker.pipe):  # of an earlier answer that came too late
+
+    def __init__(self, pid: int, pipe: int, *, last: bool = False) -> None:
+        self.pid = pid
+        self.pipe = pipe
+        self.text = ""
+        while _read(pipe):  # of an earlier answer that came too late
             pass
-        said[i] = _obstacle(worker.pid)
-        if not said[i]:
-            try:
-                signal.pidfd_send_signal(worker.pidfd, signal_number())
-                waiting[worker.pipe] = i
-            except ProcessLookupError:
-                said[i] = ENDED
+        self.why = "" if last else _at_rest(pid)  # it says no more
+        self.why = self.why or self._send(_TELL_AND_DIE if last else _TELL)
+        if last and not self.why:
+            lib.shmr_signal_main_thread(pid, signal.SIGCONT)
+
+    def _send(self, number: int) -> str:
+        """Ask; or say why not: a signal without a handler would kill it, one that waits would come too late."""
+        status = {}
+        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/status") as file:
+            status = dict(line.split(":", 1) for line in file)
+        caught, blocked = int(status.get("SigCgt", "0"), 16), int(status.get("SigBlk", "0"), 16)
+        bit = 1 << (number - 1)
+        if not caught & bit:
+            return STARTING
+        if blocked & bit and blocked != bit:  # blocked alone: it is about to return from the handler
+            return BLOCKED
+        # To its main thread, which runs tasks: others that a library has started could take it.
+        return "" if lib.shmr_signal_main_thread(self.pid, number) == OK else ENDED
+
+    def read(self) -> bool:
+        """Take in what there is; tell whether that is all."""
+        while piece := _read(self.pipe):
+            self.text += piece
+        return _END.search(self.text) is not None
+
+    def answer(self) -> str:
+        """Return the stack; in parentheses, why there is none."""
+        end = _END.search(self.text)
+        return readable(frames_of(self.text[: end.end()] if end else self.text)) or self.why or NO_ANSWER
+
+
+def answers(questions: list[Question]) -> list[str]:
+    """Wait for the answers, or for reasons why there are none."""
     poll = select.poll()
-    for pipe in waiting:
-        poll.register(pipe, select.POLLIN)
-    deadline = time.monotonic() + seconds
-    while waiting:
-        for pipe, _ in poll.poll(SLICE_MS):
-            i = waiting[pipe]
-            said[i] += _read(pipe)
-            if end := _END.search(said[i]):
-                said[i] = said[i][: end.end()]
-                poll.unregister(pipe)
-                del waiting[pipe]
-        for pipe, i in list(waiting.items()):
-            why = _at_rest(workers[i].pid)
-            if not why and time.monotonic() > deadline:
-                why = NO_ANSWER
-            if why:
-                said[i] = said[i] or why
-                poll.unregister(pipe)
-                del waiting[pipe]
-    return [text if text.startswith("(") else readable(frames_of(text)) or NO_ANSWER for text in said]
+    waiting = [question for question in questions if not question.why]
+    for question in waiting:
+        poll.register(question.pipe, select.POLLIN)
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while waiting and time.monotonic() < deadline:
+        poll.poll(SLICE_MS)
+        for question in list(waiting):
+            question.why = _at_rest(question.pid)  # before the last look at what it has said
+            if question.read() or question.why:
+                poll.unregister(question.pipe)
+                waiting.remove(question)
+    return [question.answer() for question in questions]
 
 
 def _at_rest(pid: int) -> str:
     """Say why a process runs no more, for now or for ever."""
     state = _state(pid)
     return ENDED if state in "XZ" else STOPPED if state in "Tt" else ""
-
-
-def _obstacle(pid: int) -> str:
-    """Say why a process must not be asked: a signal without a handler would kill it, one that waits comes too late."""
-    status = {}
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as file:
-        status = dict(line.split(":", 1) for line in file)
-    if why := _at_rest(pid):
-        return why
-    bit = 1 << (signal_number() - 1)
-    if not int(status.get("SigCgt", "0"), 16) & bit:
-        return STARTING
-    return BLOCKED if int(status["SigBlk"], 16) & bit else ""
 
 
 def _state(pid: int) -> str:
