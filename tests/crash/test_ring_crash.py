@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import secrets
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 
 from shmengine.errors import PeerLost, WouldBlock
+from shmengine.region import remove_name
 from shmengine.ring import Ring
 from tests.helpers import poll_until
 
@@ -318,6 +322,54 @@ def test_a_consumer_killed_in_its_sleep_takes_no_wakeup_with_it(ring):
             process.join()
             thread.join()
             assert got == [3]
+
+
+# --- strangers ------------------------------------------------------------------------------------
+
+STRANGER = """
+import signal, sys
+import shmengine
+ring = shmengine.Ring(4, "8 MiB", name=sys.argv[1])
+held = eval(sys.argv[2])
+print("ready", flush=True)
+signal.pause()
+"""
+
+
+def test_what_strangers_leave_is_found_by_the_last_one():
+    """All others who know a name are killed, its creator among them."""
+    name = f"test-{secrets.token_hex(8)}"
+    acts = [
+        "[ring.send([i] * 1000) for i in range(3)]",
+        "ring.lease(timeout=60)",
+        "[ring.lease(timeout=60), ring.claim(100_000), ring.send([3])]",
+    ]
+    processes = []
+    try:
+        for act in acts:
+            command = [sys.executable, "-c", STRANGER, name, act]
+            processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True))
+            assert processes[-1].stdout.readline() == "ready\n"
+        with Ring(4, "8 MiB", name=name) as ring:
+            for process in processes:
+                process.kill()
+                process.wait()
+            got = {}
+            for _ in range(4):
+                lease = ring.lease(timeout=FOREVER)
+                got[int(lease.array[0])] = lease.attempts
+                lease.release()
+            assert got == {0: 1, 1: 1, 2: 0, 3: 0}
+            assert (ring.stats().participants, ring.stats().deaths) == (1, 3)
+            ring.send(np.ones(900_000))
+            assert ring.receive(timeout=FOREVER).sum() == 900_000
+            assert_memory_is_whole(ring)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        remove_name(name)
 
 
 # --- at random moments ---------------------------------------------------------------------------
