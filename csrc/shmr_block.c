@@ -317,6 +317,7 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
     if (status != SHMR_OK) return status;
     struct claim_attempt attempt = {total, refs, count, items, out};
     status = try_claim(h, &attempt);
+    if (status == SHMR_WOULD_BLOCK && deadline == 0 && shmr_look(h, true)) status = try_claim(h, &attempt);
     if (status == SHMR_OK) return status; /* the pin is now that of the claim */
     if (status != SHMR_WOULD_BLOCK || deadline == 0) return shmr_leave(h, status);
 

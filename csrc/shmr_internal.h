@@ -145,6 +145,7 @@ struct shmr {
     uint32_t doorbells[SHMR_MAX_DOORBELLS];
     uint32_t doorbell_count;
     struct shmr_spin spin[2 * SHMR_SPIN_KINDS]; /* before sleeping; and briefly */
+    shmr_word next_look;                        /* when who only polls looks again */
     shmr_word first_seen[SHMR_MAX_RINGS];       /* private copies of the lease cursors, never ahead of them */
 
     pthread_mutex_t death_lock;
@@ -263,6 +264,7 @@ void shmr_notify_all(shmr *h, shmr_word *waiters);
 bool shmr_any_waiter(const shmr_word *waiters);
 int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_spin_kind kind,
               int (*attempt)(shmr *h, void *argument), void *argument, int64_t deadline);
+bool shmr_look(shmr *h, bool for_space);
 void shmr_return_doorbells(shmr *h);
 
 /* ---- shmr_recover.c ------------------------------------------------------------------------------------------ */

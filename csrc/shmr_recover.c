@@ -141,6 +141,23 @@ int shmr_find(shmr *h, uint32_t pid) {
     return -1;
 }
 
+void shmr_leases(shmr *h, uint32_t *pids, uint64_t *counts) {
+    for (uint32_t i = 0; i < h->g.config.participants; i++) {
+        uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 */
+        uint32_t kind = shmr_life_kind(life);
+        pids[i] = kind == SHMR_LIVE || kind == SHMR_JOINING ? shmr_life_pid(life) : 0;
+        counts[i] = 0;
+    }
+    for (uint32_t g = 0; g < h->g.groups; g++) {
+        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7: never reserved */
+        for (uint32_t i = 0; i < SHMR_GROUP; i++) {
+            uint64_t s = shmr_load_relaxed(&shmr_record_at(h, g * SHMR_GROUP + i)->state); /* a snapshot */
+            uint32_t owner = shmr_state_owner(s);
+            if (shmr_state_kind(s) == SHMR_LEASED && owner < h->g.config.participants) counts[owner]++;
+        }
+    }
+}
+
 /* ---- clearing up --------------------------------------------------------------------------------------------------------- */
 
 struct recovery {

@@ -532,9 +532,10 @@ void shmr_read_counters(shmr *h, shmr_counters *out) {
 
 void shmr_set_progress(shmr *h, uint64_t tag, uint64_t index) {
     struct shmr_participant *me = shmr_participant_at(h, h->self);
-    shmr_store_relaxed(&me->task_tag, tag);     /* for observers; read exactly only after our death */
-    shmr_store_relaxed(&me->task_index, index); /* likewise */
-    shmr_store_relaxed(&me->task_since_ns, tag ? (uint64_t)shmr_now() : 0); /* likewise */
+    /* In this order, so that who dies in between is not blamed for a task that it has not begun. */
+    shmr_store_relaxed(&me->task_since_ns, tag ? (uint64_t)shmr_now() : 0); /* for observers; exact after our death */
+    shmr_store_relaxed(&me->task_index, index);                            /* likewise */
+    shmr_store_relaxed(&me->task_tag, tag);                                /* likewise */
 }
 
 int shmr_progress(shmr *h, uint32_t slot, uint64_t *tag, uint64_t *index, uint64_t *since_ns, uint64_t *starving) {

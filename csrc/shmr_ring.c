@@ -319,6 +319,7 @@ int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr
     struct lease_attempt attempt = {ring, out, false};
     out->state = 0;
     status = try_lease(h, &attempt);
+    if (status == SHMR_WOULD_BLOCK && deadline == 0 && shmr_look(h, false)) status = try_lease(h, &attempt);
     if (status == SHMR_WOULD_BLOCK && deadline != 0) {
         struct shmr_source source = {shmr_ring_at(h, ring)->item_waiters, shmr_ring_has_item, ring, true};
         status = shmr_wait(h, &source, 1, SHMR_SPIN_ITEM, try_lease, &attempt, deadline);

@@ -191,6 +191,21 @@ static int await_post(shmr *h, const struct shmr_source *sources, int count, int
     return any_ready(h, sources, count) ? ETIMEDOUT : 0;
 }
 
+/* Who only polls looks, too, as often as a sleeper does. True: that may have found something. */
+bool shmr_look(shmr *h, bool for_space) {
+    int64_t now = shmr_now();
+    if (now < (int64_t)shmr_load_relaxed(&h->next_look)) return false; /* private; a race costs a look */
+    shmr_store_relaxed(&h->next_look, (uint64_t)(now + SLICE_NS));     /* likewise */
+    bool found = shmr_check_deaths(h) > 0;
+    shmr_retry_inserts(h);
+    if (!for_space) return found;
+    shmr_adopt_orphans(h);
+    pthread_mutex_lock(&h->lock);
+    shmr_sweep(h);
+    pthread_mutex_unlock(&h->lock);
+    return true;
+}
+
 /* Call attempt() until it returns something else than WOULD_BLOCK, sleeping on the sources in between. */
 int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_spin_kind kind,
               int (*attempt)(shmr *h, void *argument), void *argument, int64_t deadline) {

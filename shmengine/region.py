@@ -281,6 +281,16 @@ class Region:
         lib.shmr_read_counters(self.handle, out)
         return out
 
+    def leases(self) -> dict[int, int]:
+        """Return how many messages each process has leased and not yet released."""
+        pids, counts = ffi.new("uint32_t[]", PLACES), ffi.new("uint64_t[]", PLACES)
+        lib.shmr_leases(self.handle, pids, counts)
+        held: dict[int, int] = {}
+        for pid, leases in zip(pids, counts, strict=True):
+            if pid and leases:
+                held[pid] = held.get(pid, 0) + leases
+        return held
+
     def is_abandoned(self) -> bool:
         """Tell whether nobody else is attached any more (the dead are cleared up after first)."""
         lib.shmr_check_deaths(self.handle)

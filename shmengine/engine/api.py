@@ -48,6 +48,7 @@ from shmengine.engine.checks import (
 )
 from shmengine.engine.progress import reporter
 from shmengine.engine.results import Results
+from shmengine.engine.stalls import Observed
 from shmengine.errors import ArrayError, Closed, UseAfterFork
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ CHECKS = ("frame", "payload")
 _MISSING: Any = object()
 
 
-class Engine:
+class Engine(Observed):
     """Runs functions over large arrays and streams of tasks, in parallel, on this machine.
 
     Workers start with the engine and are reused by all its calls. Results do not depend on the backend
@@ -546,11 +547,6 @@ class Engine:
         """Whether `close` was called."""
         return not self._finalizer.alive
 
-    def stats(self) -> EngineStats:
-        """Return a snapshot of the engine's counters (after `close`: the last one)."""
-        self._check_process()
-        return self._last_stats or self._backend.stats()
-
     def close(self, *, wait: bool = True) -> None:
         """End the engine: drop what is pending, and wait (if `wait`) for what runs.
 
@@ -576,9 +572,6 @@ class Engine:
     def __repr__(self) -> str:
         state = " closed" if self.closed else ""
         return f"<Engine backend={self.backend!r} workers={self.workers}{state}>"
-
-    def _repr_html_(self) -> str:
-        return self.stats()._repr_html_()
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from shmengine.engine.blocks import Cut
+    from shmengine.engine.stalls import Stalls
     from shmengine.stats import EngineStats
 
 __all__ = [
@@ -173,6 +174,10 @@ class Backend(Protocol):
         """Return a snapshot of the counters."""
         ...
 
+    def stalls(self, after: float) -> Stalls:
+        """Return the tasks that have been running for so many seconds; see `shmengine.engine.stalls`."""
+        ...
+
     def close(self, *, wait: bool = True) -> None:
         """End; pending tasks are dropped. `wait`: until running tasks have ended (idempotent)."""
         ...
@@ -236,9 +241,12 @@ def annotate(error: BaseException, options: TaskOptions, index: int | None = Non
     return error
 
 
-def timed_out(options: TaskOptions, index: int | None = None) -> TaskTimeout:
-    """Return the error of a task that ran longer than its ``timeout``."""
-    return TaskTimeout(f"{_task_text(options, index)} did not end", options.timeout)
+def timed_out(options: TaskOptions, index: int | None = None, stack: str = "") -> TaskTimeout:
+    """Return the error of a task that ran longer than its ``timeout``, with where it was then as a note."""
+    error = TaskTimeout(f"{_task_text(options, index)} did not end", options.timeout)
+    if stack:
+        error.add_note(f"where it was then:\n{stack}")
+    return error
 
 
 def _task_text(options: TaskOptions, index: int | None) -> str:

@@ -81,7 +81,9 @@ class Deaths:
             if guilty:
                 task.attempts += 1
                 if death.timed_out:
-                    error: BaseException = timed_out(job.options, task.index if job.options.label else None)
+                    error: BaseException = timed_out(
+                        job.options, task.index if job.options.label else None, death.stack
+                    )
                     core.conclude(job, task, None, error)
                     continue
                 if task.attempts > job.retries:

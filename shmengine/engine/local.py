@@ -6,6 +6,7 @@ and what it returns belongs to the caller alone, never to an input or to another
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -13,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -29,8 +31,10 @@ from shmengine.engine.backend import (
     timed_out,
 )
 from shmengine.engine.blocks import Cut
+from shmengine.engine.stalls import Stall, Stalls, summary_of
 from shmengine.errors import Closed
 from shmengine.stats import EngineStats
+from shmengine.workers.stacks import thread_stack
 
 __all__ = ["LocalRef", "SerialBackend", "ThreadBackend"]
 
@@ -115,6 +119,9 @@ class _LocalBackend:
             tasks_failed=self._failed,
             tasks_in_flight=self._in_flight,
         )
+
+    def stalls(self, after: float) -> Stalls:  # noqa: ARG002  # who could ask runs nothing
+        return Stalls((), summary_of(self.stats(), 0))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -252,6 +259,7 @@ class ThreadBackend(_LocalBackend):
         super().__init__(workers, initializer, initargs)
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._threads: set[threading.Thread] = set()
+        self._running: dict[threading.Thread, _Task] = {}  # those nobody waits for any more, too
         self._inline = threading.local()  # has `serial` in our own threads
         while len(self._threads) < workers:
             self._add_thread()
@@ -328,6 +336,24 @@ class ThreadBackend(_LocalBackend):
         self._start(_Task(run, Call(args, kwargs), options, None, finish))
         return future
 
+    def stalls(self, after: float) -> Stalls:
+        now = time.monotonic()
+        with self._lock:
+            running = [(now - (task.started or now), thread, task) for thread, task in self._running.items()]
+        found = [
+            Stall(
+                os.getpid(),
+                f"thread {thread.name} ({thread.native_id})",
+                task.options.label,
+                task.index,
+                seconds,
+                thread_stack(thread.ident),
+            )
+            for seconds, thread, task in sorted(running, key=itemgetter(0), reverse=True)
+            if seconds >= after and not task.ended
+        ]
+        return Stalls(found, summary_of(self.stats(), len(found)))
+
     def close(self, *, wait: bool = True) -> None:
         with self._lock:
             if not self._closed:
@@ -375,6 +401,7 @@ class ThreadBackend(_LocalBackend):
             dropped = task.abandoned or self._closed
             if not dropped:
                 task.thread, task.started = threading.current_thread(), time.monotonic()
+                self._running[task.thread] = task
         if dropped:
             error = Closed(CLOSED)
         else:
@@ -389,6 +416,7 @@ class ThreadBackend(_LocalBackend):
             abandoned, task.ended = task.abandoned, True
             replaced = not dropped and task.thread is None
             self._in_flight -= 1
+            self._running.pop(threading.current_thread(), None)
         if not abandoned:
             if not dropped:
                 self._count(error is not None)
@@ -424,10 +452,14 @@ class ThreadBackend(_LocalBackend):
                 now = time.monotonic()
                 starts = {index: task.started for index, task in running.items() if task.started is not None}
                 for index, started in starts.items():
-                    if now - started > options.timeout and self._abandon(running[index], replace=True):
+                    if now - started <= options.timeout:
+                        continue
+                    thread = running[index].thread
+                    stack = thread_stack(thread.ident) if thread is not None else ""
+                    if self._abandon(running[index], replace=True):
                         del running[index]
                         self._count(failed=True)
-                        return Outcome(index, None, timed_out(options, index))
+                        return Outcome(index, None, timed_out(options, index, stack))
                 # A task that has not started cannot exceed its time before a whole timeout from now.
                 patience = max(min(starts.values(), default=now) + options.timeout - now, 0.001)
             try:

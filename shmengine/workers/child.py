@@ -30,7 +30,7 @@ from shmengine.arrays import GivenReference, detach, has_views, owner_of
 from shmengine.errors import MemoryBudgetExceeded
 from shmengine.leases import release_with
 from shmengine.region import Region
-from shmengine.workers import messages
+from shmengine.workers import messages, stacks
 from shmengine.workers.messages import (
     BATCH,
     BLOCK,
@@ -65,10 +65,11 @@ NICE = 5
 _ndarray = np.ndarray
 
 
-def main(region_fd: int, parent_pidfd: int, setup_fd: int) -> None:
+def main(region_fd: int, parent_pidfd: int, setup_fd: int, stack_pipe: int) -> None:
     """Serve until the task ring is closed; end with the main process, whatever user code is doing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
     lib.shmr_watch_parent(parent_pidfd)
+    stacks.answer(stack_pipe)
     os.nice(NICE)
     # All workers have the same open file: one that read on from its position would be in the way of the others.
     setup = pickle.loads(os.pread(setup_fd, os.fstat(setup_fd).st_size, 0))

@@ -470,6 +470,8 @@ def test_a_time_limit_ends_any_task(engine, stuck):
     assert isinstance(error, TaskTimeout)
     assert str(error) == "task 5 of map(<lambda>) did not end within 1 s"
     assert error.seconds == 1
+    where = "(no answer: it blocks signals)" if stuck is ignore_signals else f"in {stuck.__name__}"
+    assert where in error.__notes__[0]
     assert results == [i for i in range(40) if i != 5]
     after = engine.stats()
     assert after.worker_deaths - before.worker_deaths == 1
