@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -21,13 +20,12 @@ from shmengine._native import lib
 from shmengine.arena import Arena
 from shmengine.errors import Timeout, WouldBlock
 from shmengine.ring import Ring
-from tests.helpers.fault_points import Victim, armed, until_asleep
+from tests.helpers.fault_points import SOAK, Partner, Victim, armed, until_asleep
 
 FOREVER = 60
 MIB = 1 << 20
 CAPACITY = 4
 BEFORE = (1, 2)  # messages that wait for the victim
-ctx = multiprocessing.get_context("fork")
 
 
 def message(number, count=1000):
@@ -39,55 +37,17 @@ def number_of(array):
     return int(array[0])
 
 
-# --- partners ------------------------------------------------------------------------------------
-
-
-class Partner:
-    """Another participant: does what it is told, one thing after the other."""
-
-    def __init__(self, ring):
-        self.pipe, theirs = ctx.Pipe()
-        self.process = ctx.Process(target=self._serve, args=(ring, theirs))
-        self.process.start()
-        theirs.close()
-        assert self.pipe.recv() == "here"
-
-    def _serve(self, ring, pipe):
-        self.pipe.close()
-        ring._handle()
-        pipe.send("here")
-        with contextlib.suppress(EOFError):
-            while True:
-                what, number = pipe.recv()
-                if what == "send":
-                    pipe.send(ring.send(message(number), timeout=FOREVER))
-                elif what == "receive":
-                    pipe.send(number_of(ring.receive(timeout=FOREVER)))
-        ring.close()
-
-    def start(self, what, number=0):
-        self.pipe.send((what, number))
-
-    def finish(self):
-        return self.pipe.recv()
-
-    def is_asleep(self):
-        with open(f"/proc/{self.process.pid}/wchan") as file:
-            return "futex" in file.read()
-
-    def end(self):
-        self.pipe.close()
-        self.process.join()
-        assert self.process.exitcode == 0
-        self.process.close()
-
-
 class World:
     """The ring, and who lives on."""
 
     def __init__(self):
         self.ring = Ring(CAPACITY, "8 MiB")
-        self.partner = Partner(self.ring)
+        self.partner = Partner(
+            self.ring._handle,
+            self.ring.close,
+            send=lambda number: self.ring.send(message(number), timeout=FOREVER),
+            receive=lambda: number_of(self.ring.receive(timeout=FOREVER)),
+        )
         self.arena = Arena(self.ring._region)
         self.delivered = collections.Counter()
         self.kept = None
@@ -102,11 +62,11 @@ class World:
                 self.delivered[number_of(frame)] += 1
 
     def check_partners(self):
-        self.partner.start("send", 101)
+        self.partner.ask("send", 101)
         assert number_of(self.ring.receive(timeout=FOREVER)) == 101
         self.partner.start("receive")
         self.ring.send(message(102))
-        assert [self.partner.finish(), self.partner.finish()] == [None, 102]
+        assert self.partner.finish() == 102
 
     def check_whole(self):
         self.kept = None
@@ -128,6 +88,9 @@ def world():
     world = World()
     yield world
     world.end()
+
+
+pytestmark = pytest.mark.watchdog(1800 if SOAK else 120)
 
 
 # --- operations ------------------------------------------------------------------------------------
@@ -153,8 +116,7 @@ class Operation(NamedTuple):
 def claim(world, at, say):
     world.ring._handle()
     with at:
-        kept = world.ring.claim(1000, "i8")
-    return kept
+        return world.ring.claim(1000, "i8")
 
 
 def commit(world, at, say):
@@ -261,8 +223,7 @@ def take_when_asleep(world, victim):
 
 def let_partner_sleep(world):
     world.partner.start("receive")
-    while not world.partner.is_asleep():
-        os.sched_yield()
+    until_asleep(world.partner)
 
 
 def partner_wakes(world, said):

@@ -5,6 +5,8 @@ The build has ``lib.shmr_fault_arm(nth, loads)``: SIGKILL at the nth access from
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -15,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from shmengine._native import lib
 from tests.helpers.leftovers import _stat_fields
@@ -94,6 +97,64 @@ class Victim:
         return code != 0, said
 
 
-def until_asleep(process: Victim) -> None:
+def until_asleep(process: Victim | Partner) -> None:
     """Return when the process sleeps, or is no more."""
     poll_until(process.is_asleep, what="it sleeps")
+
+
+class Partner:
+    """A forked child that lives on, and does what it is told, one thing after the other.
+
+    Parameters
+    ----------
+    begin, end : callable
+        Called first and last.
+    **actions : callable
+        What `start` and `ask` can name.
+    """
+
+    def __init__(
+        self, begin: Callable[[], object], end: Callable[[], object], **actions: Callable[..., object]
+    ) -> None:
+        context = multiprocessing.get_context("fork")
+        self.pipe, theirs = context.Pipe()
+
+        def serve() -> None:
+            self.pipe.close()
+            begin()
+            theirs.send("here")
+            with contextlib.suppress(EOFError):
+                while True:
+                    what, args = theirs.recv()
+                    theirs.send(actions[what](*args))
+            end()
+
+        self.process = context.Process(target=serve)
+        self.process.start()
+        theirs.close()
+        assert self.pipe.recv() == "here"
+
+    def start(self, what: str, *args: object) -> None:
+        """Let it do something."""
+        self.pipe.send((what, args))
+
+    def finish(self) -> Any:
+        """Return what came of it."""
+        return self.pipe.recv()
+
+    def ask(self, what: str, *args: object) -> Any:
+        """Let it do something, and return what came of it."""
+        self.start(what, *args)
+        return self.finish()
+
+    def is_asleep(self) -> bool:
+        """Tell whether it waits in shared memory."""
+        with open(f"/proc/{self.process.pid}/wchan") as file:
+            return "futex" in file.read()
+
+    def end(self) -> None:
+        """Let it end in good order."""
+        self.pipe.close()
+        self.process.join()
+        assert self.process.exitcode == 0
+        self.process.close()
