@@ -88,6 +88,11 @@ class Victim:
         """Tell whether it waits for something in the kernel, or has ended."""
         return (_stat_fields(self.pid) or "Z")[0] in "SZ"
 
+    def kill(self) -> None:
+        """Kill it; until `end` it stays as a zombie."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+
     def end(self) -> tuple[bool, set[int]]:
         """Wait for its end; return whether it was killed, and what it had said and nobody heard."""
         status = os.waitpid(self.pid, 0)[1]
