@@ -19,7 +19,7 @@ from tests.helpers.fault_points import SOAK, Victim, points
 from tests.helpers.leftovers import children, shm_names
 from tests.helpers.scripts import poll_until
 
-pytestmark = pytest.mark.watchdog(1800 if SOAK else 120)
+pytestmark = pytest.mark.watchdog(3600 if SOAK else 120)
 
 
 def make():

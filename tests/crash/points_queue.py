@@ -19,7 +19,7 @@ from tests.helpers.fault_points import SOAK, Partner, Victim, armed, until_aslee
 
 FOREVER = 60
 MAXSIZE = 4
-pytestmark = pytest.mark.watchdog(1800 if SOAK else 120)
+pytestmark = pytest.mark.watchdog(3600 if SOAK else 120)
 
 
 def message(number):

@@ -90,7 +90,7 @@ def world():
     world.end()
 
 
-pytestmark = pytest.mark.watchdog(1800 if SOAK else 120)
+pytestmark = pytest.mark.watchdog(3600 if SOAK else 120)
 
 
 # --- operations ------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from tests.helpers.scripts import poll_until
 
 MIB = 1 << 20
 TASKS = 24
-pytestmark = pytest.mark.watchdog(1800 if SOAK else 120)
+pytestmark = pytest.mark.watchdog(3600 if SOAK else 120)
 
 
 # --- in the worker ---------------------------------------------------------------------------------

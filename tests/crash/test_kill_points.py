@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from tests.helpers.fault_points import SEED, build
-from tests.helpers.scripts import ROOT, soak_seconds
+from tests.helpers.fault_points import SEED, SOAK, build
+from tests.helpers.scripts import ROOT
 
 FILES = sorted(path.name for path in (ROOT / "tests" / "crash").glob("points_*.py"))
 
@@ -22,7 +22,7 @@ def fault_build(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.watchdog(400 + 2 * soak_seconds(0))
+@pytest.mark.watchdog(7200 if SOAK else 400)
 @pytest.mark.parametrize("file", FILES)
 def test_death_at_each_point(file, fault_build):
     tree, environment = fault_build
