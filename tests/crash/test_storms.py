@@ -70,7 +70,7 @@ def test_strangers_are_killed_and_stopped():
     """What was sent is received, though everybody may die or stand still at any moment, two at once as well."""
     print("seed:", SEED)
     choices = random.Random(SEED)
-    seconds = soak_seconds(3)
+    seconds = soak_seconds(2)
     producers = int(seconds * 60) + 100
     ledger = Ledger(producers, 400)
     alive = {}
@@ -195,7 +195,7 @@ def test_workers_of_a_busy_engine_are_killed_and_stopped(make_engine):
 
     stop = threading.Event()
     loads = [Load(call, stop) for call in (streams, blocks, futures)]
-    end = time.monotonic() + soak_seconds(4)
+    end = time.monotonic() + soak_seconds(3)
     kills = stops = 0
     while time.monotonic() < end and all(load.is_alive() for load in loads):
         time.sleep(choices.uniform(0.05, 0.3))  # the random moment is what is tested
@@ -393,7 +393,7 @@ TRAFFIC = {
 def test_a_thousand_signals_a_second(what):
     """Every system call may be interrupted, in everybody: no message is lost, and no error comes of it."""
     source = textwrap.dedent(INTERRUPTED) + textwrap.dedent(TRAFFIC[what])
-    seconds = soak_seconds(1.5)
+    seconds = soak_seconds(1)
     result = run_script(source, args=[str(seconds)], timeout=60 + 2 * seconds, check=True)
     assert set(result.stdout.split()) == {"done"}
     assert result.stderr == ""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from shmengine._native import lib
-from tests.helpers.leftovers import _stat_fields
+from tests.helpers.leftovers import state_of
 from tests.helpers.scripts import ROOT, poll_until
 
 SOAK = bool(os.environ.get("SHMENGINE_SOAK_MINUTES"))
@@ -86,7 +86,7 @@ class Victim:
 
     def is_asleep(self) -> bool:
         """Tell whether it waits for something in the kernel, or has ended."""
-        return (_stat_fields(self.pid) or "Z")[0] in "SZ"
+        return state_of(self.pid) in "SZ"
 
     def kill(self) -> None:
         """Kill it; until `end` it stays as a zombie."""
