@@ -498,6 +498,36 @@ def test_workers_that_cannot_start_are_given_up(make_engine, monkeypatch, limit,
     assert said in error.stderr_tail
 
 
+def test_workers_that_cannot_be_replaced(make_engine):
+    """Who is left goes on, and the others come as soon as they can."""
+    engine = make_engine(2, memory="32 MiB")
+    assert engine.submit(abs, -1).result() == 1
+    with no_descriptors():
+        send(engine._backend.pids[0], signal.SIGKILL)
+        poll_until(lambda: len(engine._backend.pids) == 1, what="one is left")
+        assert list(engine.map(abs, range(100))) == list(range(100))
+    poll_until(lambda: len(engine._backend.pids) == 2, what="there are two again")
+    assert list(engine.map(abs, range(100))) == list(range(100))
+    assert engine.stats().tasks_failed == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_engine_without_workers_is_given_up(make_engine, workers):
+    engine = make_engine(workers, memory="32 MiB")
+    assert engine.submit(abs, -1).result() == 1
+    with no_descriptors():
+        futures = [engine.submit(time.sleep, 1000) for _ in range(3)]
+        for pid in engine._backend.pids:
+            send(pid, signal.SIGKILL)
+        for future in futures:
+            error = future.exception(FOREVER)
+            assert isinstance(error, WorkerDied)
+    with pytest.raises(
+        WorkerDied, match=r"no worker is left \(none can be started: .*Too many open files.*; tried"
+    ):
+        list(engine.map(abs, range(10)))
+
+
 def test_deaths_while_the_file_system_is_full():
     """What the dead held comes back without a byte more."""
     result = mount_namespace_run(
