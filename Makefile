@@ -47,8 +47,9 @@ quick: $(stamp) ## The Python tests that take no more than a few seconds each
 bench: $(stamp) ## Speed, as ratios against rivals in one run
 	@$(python) -m pytest benches --check-targets
 
-soak: $(stamp) ## The stress tests for MINUTES=5 each
-	@SHMENGINE_SOAK_MINUTES=$(MINUTES) $(python) -m pytest -m slow tests/stress
+soak: $(stamp) ## The stress tests for MINUTES=5 each, and a death at every single access of shared memory
+	@SHMENGINE_SOAK_MINUTES=$(MINUTES) $(python) -m pytest -m slow tests/stress tests/crash/test_storms.py \
+		tests/crash/test_kill_points.py
 
 fuzz: $(stamp) ## Hostile bytes for MINUTES=5 each: libFuzzer over the C core, atheris over frames (needs clang)
 	@$(MAKE) --no-print-directory -C tests/fuzz fuzz MINUTES=$(MINUTES)

@@ -13,8 +13,10 @@
  */
 #include <errno.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "shmr_internal.h"
@@ -70,7 +72,12 @@ static bool is_gone(shmr *h, uint32_t slot, uint64_t life, int *kept) {
     struct shmr_participant *p = shmr_participant_at(h, slot);
     uint32_t pid = shmr_life_pid(life);
     int fd = (int)syscall(SYS_pidfd_open, (pid_t)pid, 0);
-    if (fd < 0) return errno == ESRCH;
+    if (fd < 0) {
+        if (errno == ESRCH) return true;
+        /* There is no descriptor to be had. If a child of ours with this pid has ended, whoever joined with it is dead. */
+        siginfo_t ended = {0};
+        return waitid(P_PID, pid, &ended, WEXITED | WNOHANG | WNOWAIT) == 0 && ended.si_pid != 0;
+    }
     /* The pid may have been given to somebody else before we opened it: then the start time differs. 0 is "unknown":
      * of itself when it joined, or of it now, say for want of a file descriptor, and proves nothing. */
     uint64_t start = shmr_life_kind(life) == SHMR_JOINING ? 0 : shmr_load_relaxed(&p->start_time); /* published by R13 */

@@ -98,7 +98,7 @@ class Deaths:
         return WorkerDied(
             death.pid,
             death.returncode,
-            "its start and the initializer",
+            "its start and the initializer" if death.pid else "",
             self.failed_starts,
             death.cause,
             death.stderr_tail,

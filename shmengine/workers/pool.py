@@ -39,6 +39,7 @@ BOOTSTRAP = (
 STDERR_LINES = 20
 LATEST_LOOK = 3600.0
 GRACE_SECONDS = 2.0
+RETRY_SECONDS = 0.25  # after a worker could not be started
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Death:
     """What is known of a worker that ended."""
 
     pid: int
+    """0: it could not even be started, and no other worker is left."""
     returncode: int | None
     tag: int
     """Batch that it was running; 0: none."""
@@ -132,6 +134,8 @@ class Pool:
         self._asking = threading.Lock()  # for stacks
         self._closing = False
         self._timed = False
+        self._missing = 0  # workers that could not be started, and are tried again
+        self._retry_at = 0.0
         self._descriptors = contextlib.ExitStack()
         try:
             self._setup_fd = self._keep(_file_of(pickle.dumps(setup)))
@@ -216,6 +220,8 @@ class Pool:
     def _watch(self) -> None:
         while True:
             wait = self._enforce_limits() if self._timed else LATEST_LOOK
+            if self._missing:
+                wait = min(wait, max(self._retry_at - time.monotonic(), 0))
             for key, _ in self._selector.select(wait):
                 worker: _Worker | None = key.data
                 if worker is None:
@@ -227,6 +233,8 @@ class Pool:
                     self._forward(worker, key.fd)
             if self._closing and not self._workers:
                 return
+            if self._missing and time.monotonic() >= self._retry_at:
+                self._start_missing()
 
     def _enforce_limits(self) -> float:
         """Kill workers whose task runs longer than it may; return the seconds until the next look."""
@@ -405,17 +413,34 @@ class Pool:
             progress is None or tag == STARTING,
             worker.stack,
         )
-        if self._on_death(death) and not self._closing:
-            with self._lock:
-                if not self._closing:
-                    try:
-                        self._start()
-                    except OSError as error:
-                        self._print_failure(error)
+        if self._on_death(death):
+            self._missing += 1
+            self._start_missing()
 
-    def _print_failure(self, error: OSError) -> None:
+    def _start_missing(self) -> None:
+        """Replace the dead, or try again later; while nobody is left that counts as a death at the start."""
+        with self._lock:
+            try:
+                while self._missing and not self._closing:
+                    self._start()
+                    self._missing -= 1
+                self._missing, self._retry_at = 0, 0.0
+                return
+            except (OSError, MemoryError) as error:
+                failure = str(error) or "no memory"
+            nobody_left = not self._workers
+        if not self._retry_at:
+            self._print_failure(failure)
+        self._retry_at = time.monotonic() + RETRY_SECONDS
+        cause = f"none can be started: {failure}"
+        if nobody_left and not self._on_death(
+            Death(0, None, 0, 0, [], "", cause, timed_out=False, starting=True)
+        ):
+            self._missing = 0
+
+    def _print_failure(self, failure: str) -> None:
         with contextlib.suppress(Exception):
-            sys.stderr.write(f"shmengine: a worker could not be replaced: {error}\n")
+            sys.stderr.write(f"shmengine: a worker could not be replaced, and is tried again: {failure}\n")
 
     def _recover(self, pid: int) -> list[int]:
         """Clear up after a dead worker; return the tags of the tasks that it had leased."""
