@@ -527,6 +527,8 @@ def test_the_mapping_of_a_closed_engine_goes_with_its_last_array(order):
     engine = Engine(1, memory="16 MiB")
     inode = engine._backend._core.region.inode
     array = engine.full(100_000, 7.0)
+    assert engine.submit(np.sum, array).result() == 700_000
+    assert len(engine.submit(np.ones, 100_000).result()) == 100_000
     view = array[::2]
     del array
     if order == "array first":
