@@ -2,6 +2,7 @@
 
 PYTHON  ?= python3
 MINUTES ?= 5
+SEED    ?=
 INPUT   ?=
 TESTS   ?= tests
 
@@ -47,8 +48,8 @@ quick: $(stamp) ## The Python tests that take no more than a few seconds each
 bench: $(stamp) ## Speed, as ratios against rivals in one run
 	@$(python) -m pytest benches --check-targets
 
-soak: $(stamp) ## The stress tests for MINUTES=5 each
-	@SHMENGINE_SOAK_MINUTES=$(MINUTES) $(python) -m pytest -m slow tests/stress
+soak: $(stamp) ## Kills, stops and load for MINUTES=5 in all, with SEED=... or a random one; one report
+	@$(python) -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 lint: $(stamp) ## ruff and mypy
 	@$(python) -m ruff check .

@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import numpy as np
 
@@ -19,13 +20,15 @@ from shmengine._native import ffi, lib
 from shmengine._native.status import PLACES
 from shmengine.engine import Engine
 from shmengine.region import Region
-from tests.helpers.leftovers import adopt_orphans, describe_process, descendants
+from tests.helpers.leftovers import adopt_orphans, descendants, describe_process
 from tests.soak.leaks import arena_bytes_lost, counted_leaks
 from tests.soak.participants import HANG_SECONDS
 from tests.soak.report import Report
 
 WORKERS = 2
-STOP_SECONDS = 0.15  # less than a slice of a wait: who sleeps through it has been notified late, not been forgotten
+STOP_SECONDS = (
+    0.15  # less than a slice of a wait: who sleeps through it has been notified late, not been forgotten
+)
 
 # --- load: each returns how many outcomes were right ----------------------------------------------
 
@@ -47,7 +50,9 @@ def mapped(engine: Engine, rng: random.Random) -> int:
     count = rng.randint(1, 2000)
     arrays = [np.arange(i % 700, dtype="f8") for i in range(count)]
     results = engine.map(add_up, arrays, range(count), window=rng.choice([None, 1, 7, 300]))
-    return _count(result == array.sum() + i for i, (result, array) in enumerate(zip(results, arrays, strict=True)))
+    return _count(
+        result == array.sum() + i for i, (result, array) in enumerate(zip(results, arrays, strict=True))
+    )
 
 
 def submitted(engine: Engine, rng: random.Random) -> int:
@@ -61,7 +66,9 @@ def results_born_shared(engine: Engine, rng: random.Random) -> int:
     right = _count((result == i % 251).all() for i, result in enumerate(results))
     del results
     engine.submit(abs, -1).result()
-    return right + _count((result == i % 251).all() for i, result in kept)  # outlive the process that made them
+    return right + _count(
+        (result == i % 251).all() for i, result in kept
+    )  # outlive the process that made them
 
 
 def ordinary_blocks(engine: Engine, rng: random.Random) -> int:
@@ -85,7 +92,9 @@ def referenced(engine: Engine, rng: random.Random) -> int:
     array = np.arange(rng.randint(1, 100_000), dtype="f8")
     ref = engine.put(array)
     expected = array.sum()
-    return _count(result == expected + i for i, result in enumerate(engine.map(add_up, [ref] * 50, range(50))))
+    return _count(
+        result == expected + i for i, result in enumerate(engine.map(add_up, [ref] * 50, range(50)))
+    )
 
 
 def _count(rights: Iterator[bool] | list[bool]) -> int:
@@ -144,7 +153,7 @@ class Tormentor:
                 sent += 1
         return sent
 
-    def __enter__(self) -> Tormentor:
+    def __enter__(self) -> Self:
         self.thread.start()
         return self
 
@@ -215,7 +224,9 @@ def kill_a_main(rng: random.Random, report: Report) -> None:
                 pass
         if time.monotonic() > end:
             report.hung += 1
-            report.failures.append(f"they outlive their main process: {[describe_process(each) for each in left]}")
+            report.failures.append(
+                f"they outlive their main process: {[describe_process(each) for each in left]}"
+            )
             for each in left:
                 os.kill(each, signal.SIGKILL)
             return

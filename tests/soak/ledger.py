@@ -105,7 +105,11 @@ class Ledger:
     def settle(self, births: int, consumer_deaths: int, report: Report) -> None:
         """Add what the account says to a report; everybody has ended."""
         entries = np.concatenate(
-            [np.frombuffer(log, "u8", cursor) for log, cursor in zip(self.logs, self.cursors, strict=True) if cursor]
+            [
+                np.frombuffer(log, "u8", cursor)
+                for log, cursor in zip(self.logs, self.cursors, strict=True)
+                if cursor
+            ]
             + [np.array(self.extra, "u8")]
         )
         torn = entries >= _WRONG
