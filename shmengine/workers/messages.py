@@ -83,6 +83,7 @@ objects_kept_bytes = 1 << 62  # together; a worker sets a part of the memory bud
 
 _ACCOUNT = struct.Struct("<QQQ")
 
+
 # What an unpickled reference reads from: set where objects are decoded.
 class _Unpickling(threading.local):
     """What this thread is unpickling: there is no other way to hand something down."""

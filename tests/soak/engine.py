@@ -43,7 +43,8 @@ def spread(i: int) -> np.ndarray:
 
 
 def transform(block: np.ndarray) -> np.ndarray:
-    return np.sqrt(block) * 2 + 1
+    result: np.ndarray = np.sqrt(block) * 2 + 1
+    return result
 
 
 def mapped(engine: Engine, rng: random.Random) -> int:

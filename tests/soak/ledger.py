@@ -49,6 +49,8 @@ def write_message(frame: Any, life: int, number: int) -> None:
 
 def read_message(frame: Any, attempts: int) -> int:
     """Return the log's entry for a message."""
+    life: int
+    number: int
     life, number, *checks = _HEADER.unpack_from(frame)
     check = (life * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 1) & _MASK
     if checks != [check] * 6 or (len(frame) > WORDS and (frame[WORDS:] != check).any()):
@@ -66,7 +68,7 @@ class Ledger:
     lives : int
         How many there can be.
     arrivals : int
-        How long each log can become; a consumer ends when its log is full.
+        How long each log can become: more than all messages together.
     """
 
     def __init__(self, consumers: int, lives: int, arrivals: int) -> None:
@@ -96,11 +98,6 @@ class Ledger:
     def total_arrived(self) -> int:
         """Deliveries written down."""
         return sum(self.cursors) + len(self.extra)
-
-    @property
-    def full(self) -> bool:
-        """Whether a log is nearly full: time to end."""
-        return any(cursor > 0.95 * len(log) for cursor, log in zip(self.cursors, self.logs, strict=True))
 
     def settle(self, births: int, consumer_deaths: int, report: Report) -> None:
         """Add what the account says to a report; everybody has ended."""

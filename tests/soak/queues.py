@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,11 @@ class QueueChannel:
     """Messages are arrays that are put and got."""
 
     def __init__(self, shape: Shape) -> None:
-        self.queue = self.make(shape.capacity, memory=shape.memory)
+        self.queue = self.make(shape.capacity, shape.memory)
         self.region = self.queue._region
         self.largest = shape.largest
 
-    def make(self, maxsize: int, memory: str) -> Queue[Any]:
+    def make(self, maxsize: int, memory: str) -> Any:
         return LoggedQueue(maxsize, memory=memory)
 
     def produce(self, ledger: Ledger, life: int) -> None:
@@ -57,7 +58,7 @@ class QueueChannel:
                 continue
         self.queue.close()
 
-    def get(self, write_down: Any, timeout: float) -> None:
+    def get(self, write_down: Callable[[int], None], timeout: float) -> None:
         self.queue.write_down = write_down
         self.queue.get(timeout=timeout)
 
@@ -75,7 +76,7 @@ class QueueChannel:
 class LoggedQueue(Queue[Any]):
     """A queue that writes down what it got while it still has it leased; who calls `get` cannot."""
 
-    write_down: Any
+    write_down: Callable[[int], None]
 
     def _got(self, message: Any) -> None:
         array = decode(self._region.root(message.offset, message.length), copy=True)
@@ -86,10 +87,10 @@ class LoggedQueue(Queue[Any]):
 class JoinableChannel(QueueChannel):
     """The same, with `task_done`: what was got and not done is delivered again."""
 
-    def make(self, maxsize: int, memory: str) -> Queue[Any]:
+    def make(self, maxsize: int, memory: str) -> Any:
         return JoinableQueue(maxsize, memory=memory)
 
-    def get(self, write_down: Any, timeout: float) -> None:
+    def get(self, write_down: Callable[[int], None], timeout: float) -> None:
         array = self.queue.get(timeout=timeout)
         write_down(read_message(array, self.queue._outstanding[-1].attempts))
         self.queue.task_done()

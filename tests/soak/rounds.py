@@ -90,15 +90,18 @@ def play(channel: Channel, shape: Shape, seconds: float, rng: random.Random, rep
     ledger.stop_consuming()
     went_on = went_on and people.finish(range(PRODUCERS, PRODUCERS + CONSUMERS))
     if went_on:
-        for _ in range(2):
-            if not channel.region.is_abandoned():  # clears up after the dead
-                report.failures.append("somebody is still there")
-            channel.take_rest(ledger)
-            lost = arena_bytes_lost(channel.region)  # adopts what others left, which may bring messages back
-        report.bytes_leaked += lost
+        _empty(channel, ledger, report)
+        report.bytes_leaked += arena_bytes_lost(channel.region)  # this adopts what others left
+        _empty(channel, ledger, report)
         ledger.settle(people.births, sum(people.deaths[PRODUCERS:]), report)
         report.rescued_wakeups += channel.region.counters().rescued_wakeups
     channel.close()
+
+
+def _empty(channel: Channel, ledger: Ledger, report: Report) -> None:
+    if not channel.region.is_abandoned():  # clears up after the last dead
+        report.failures.append("somebody is still there")
+    channel.take_rest(ledger)
 
 
 def play_all(
