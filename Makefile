@@ -2,6 +2,7 @@
 
 PYTHON  ?= python3
 MINUTES ?= 5
+SEED    ?=
 INPUT   ?=
 TESTS   ?= tests
 
@@ -47,9 +48,8 @@ quick: $(stamp) ## The Python tests that take no more than a few seconds each
 bench: $(stamp) ## Speed, as ratios against rivals in one run
 	@$(python) -m pytest benches --check-targets
 
-soak: $(stamp) ## The stress tests for MINUTES=5 each, and a death at every single access of shared memory
-	@SHMENGINE_SOAK_MINUTES=$(MINUTES) $(python) -m pytest -m slow tests/stress tests/crash/test_storms.py \
-		tests/crash/test_kill_points.py
+soak: $(stamp) ## Kills, stops and load for MINUTES=5 in all, with SEED=... or a random one; one report
+	@$(python) -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 fuzz: $(stamp) ## Hostile bytes for MINUTES=5 each: libFuzzer over the C core, atheris over frames (needs clang)
 	@$(MAKE) --no-print-directory -C tests/fuzz fuzz MINUTES=$(MINUTES)

@@ -116,6 +116,7 @@ struct shmr {
     uint64_t pid_namespace;
     shmr_count pins;   /* what keeps this participant in the table: claims, leases, holds, allocations */
     shmr_count handle; /* references to this struct */
+    shmr_count immortal; /* those of them that nobody gives back: NumPy's handlers have them */
     shmr_count closed, left;
 
     pthread_mutex_t lock; /* the arena, records, holds; never held across a wait */

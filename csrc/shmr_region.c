@@ -230,7 +230,8 @@ void shmr_mapping_release(shmr_mapping *m) {
 
 /* ---- handles ------------------------------------------------------------------------------------------------------- */
 
-static void destroy(shmr *h) {
+/* All but the struct itself. */
+static void dismantle(shmr *h) {
     shmr_arena_fini(h);
     shmr_held_fini(h);
     shmr_deaths_fini(h);
@@ -252,6 +253,10 @@ static void destroy(shmr *h) {
     pthread_mutex_destroy(&h->death_lock);
     if (h->map) shmr_mapping_release(h->map);
     if (h->fd >= 0) close(h->fd);
+}
+
+static void destroy(shmr *h) {
+    dismantle(h);
     free(h);
 }
 
@@ -306,8 +311,13 @@ static int new_handle(int fd, const struct shmr_geometry *g, shmr **out) {
     return SHMR_OK;
 }
 
+/* NumPy's handlers may be called for ever, but without an array in our arena they only ask whether we have closed. */
 void shmr_free(shmr *h) {
-    if (shmr_count_add(&h->handle, -1) == 0) destroy(h);
+    int64_t references = shmr_count_add(&h->handle, -1);
+    if (references == 0)
+        destroy(h);
+    else if (references == shmr_count_get(&h->immortal) && shmr_count_get(&h->pins) == 0)
+        dismantle(h);
 }
 
 /* ---- joining and leaving --------------------------------------------------------------------------------------------- */

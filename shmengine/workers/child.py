@@ -426,7 +426,9 @@ class Worker:
     def function(self, encoded: Any) -> Callable[..., Any]:
         """Return the function that these bytes stand for; kept by its bytes, since a global of it may have changed."""
         if type(encoded) is not bytes:
-            loaded: Callable[..., Any] = messages.load_shared(encoded, encoded.nbytes <= CAPTURED_COPY_BYTES)
+            loaded: Callable[..., Any] = messages.load_shared(
+                encoded, encoded.nbytes <= CAPTURED_COPY_BYTES, self.arena.resolve
+            )
             return loaded
         fn = self.functions.get(encoded)
         if fn is None:

@@ -15,6 +15,7 @@ alive for as long as the frame does.
 from __future__ import annotations
 
 import struct
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -83,8 +84,15 @@ objects_kept_bytes = 1 << 62  # together; a worker sets a part of the memory bud
 
 _ACCOUNT = struct.Struct("<QQQ")
 
+
 # What an unpickled reference reads from: set where objects are decoded.
-_resolve: Callable[[Any], Bytes] | None = None
+class _Unpickling(threading.local):
+    """What this thread is unpickling: there is no other way to hand something down."""
+
+    resolve: Callable[[Any], Bytes] | None = None
+
+
+_unpickling = _Unpickling()
 _loaded: dict[tuple[int, int], list[Any]] = {}  # (address, bytes) of a frame -> frame, object, last use
 
 
@@ -246,18 +254,21 @@ def account_of(block: Any) -> tuple[int, int, int]:
 
 def read_frame(root: Bytes, resolve: Callable[[Any], Bytes], *, copy: bool = False) -> Any:
     """Decode the frame in a leased block."""
-    global _resolve  # unpickling has no other way to hand something down
-    _resolve = resolve
-    return decode(root, resolve=resolve, verify=True, copy=copy)
+    _unpickling.resolve = resolve
+    try:
+        return decode(root, resolve=resolve, verify=True, copy=copy)
+    finally:
+        _unpickling.resolve = None  # it would keep the region
 
 
 # --- objects that were put ---------------------------------------------------------------------------------------
 
 
-def load_shared(frame: Bytes, copy: bool = False) -> Any:
+def load_shared(frame: Bytes, copy: bool = False, resolve: Callable[[Any], Bytes] | None = None) -> Any:
     """Decode an object that was put into shared memory, once (in workers, until they have nothing to do).
 
-    Its arrays are read-only views of that memory, or (`copy`) private.
+    Its arrays are read-only views of that memory, or (`copy`) private. Without `resolve`: as for the frame
+    that is being unpickled.
     """
     key = (frame.__array_interface__["data"][0], frame.nbytes)
     known = _loaded.get(key)
@@ -265,7 +276,7 @@ def load_shared(frame: Bytes, copy: bool = False) -> Any:
         known[2] = time.perf_counter_ns()
         return known[1]
     # The frame is kept, so its block, and with it the key, stays what it is.
-    obj = decode(frame, resolve=_resolve, copy=copy)
+    obj = decode(frame, resolve=resolve or _unpickling.resolve, copy=copy)
     if len(_loaded) >= OBJECTS_KEPT or sum(size for _, size in _loaded) + frame.nbytes > objects_kept_bytes:
         _loaded.clear()
     _loaded[key] = [frame, obj, time.perf_counter_ns()]

@@ -148,6 +148,24 @@ static void an_insert_into_a_full_ring_is_kept(void) {
     close_whole();
 }
 
+/* It leaves before there was room: whoever waits for a message takes over what it left. */
+static void kept_by_one_who_left(void) {
+    open_region();
+    struct report r;
+    uint64_t tag = 0;
+    kill_victim(script_commit_without_slot, &r);
+    for (uint64_t k = 0; k < 7; k++) OK(send_message(h, 0, 8, 100 + k, NOT_AT_ALL));
+    shmr *recoverer = attach_region(fd);
+    recoverer->g.most[0] = 8; /* as if the spare slots were full too */
+    CHECK_EQ(shmr_check_deaths(recoverer), 1);
+    leave_region(recoverer);
+    for (uint64_t k = 0; k < 8; k++) OK(receive_message(h, 0, &tag, NOT_AT_ALL));
+    CHECK_EQ(tag, 106);
+    OK(receive_message(h, 0, &tag, shmr_now() + 5000000000));
+    CHECK_EQ(tag, 2);
+    close_whole();
+}
+
 /* The same with the successor's message first: the sole consumer must not take the late one for a fault. */
 static void a_late_message_of_an_earlier_life(void) {
     open_region();
@@ -523,6 +541,7 @@ int main(void) {
     RUN(an_insert_is_finished);
     RUN(polling_finds_the_dead);
     RUN(an_insert_into_a_full_ring_is_kept);
+    RUN(kept_by_one_who_left);
     RUN(a_late_message_of_an_earlier_life);
     RUN(leased_goes_back);
     RUN(leased_can_be_taken_over);
