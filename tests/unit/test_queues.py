@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from multiprocessing import resource_sharer
 
 import numpy as np
 import pytest
@@ -524,3 +525,38 @@ def test_a_closed_queue_cannot_be_sent(kind):
         pickle.dumps(q)
     with pytest.raises(ValueError, match="is closed"):
         q.qsize()
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+def test_descriptors_go_as_multiprocessing_says(by_value):
+    q = Queue(memory="4 MiB")
+    q._by_value = by_value
+    here, there = multiprocessing.Pipe()
+    with here, there:
+        q.put([there, lambda x: x])
+        got, _ = q.get(timeout=FOREVER)
+        with got:
+            assert got.fileno() != there.fileno()
+            got.send(1)
+            assert here.recv() == 1
+    resource_sharer.stop(timeout=FOREVER)
+
+
+def test_what_is_to_blame_beside_a_descriptor():
+    q = Queue(memory="4 MiB")
+    here, there = multiprocessing.Pipe()
+    with here, there, pytest.raises(SerializationError, match=r"'lock' object at \[1\]"):
+        q.put([there, threading.Lock()])
+    resource_sharer.stop(timeout=FOREVER)
+
+
+def test_a_descriptor_that_does_not_go_out_is_closed():
+    q = Queue(1, memory="4 MiB")
+    q.put(0)
+    here, there = multiprocessing.Pipe()
+    with here:
+        with pytest.raises(Full):
+            q.put(there, timeout=0.01)
+        there.close()
+        assert here.poll(FOREVER)  # nobody has the other end any more
+    resource_sharer.stop(timeout=FOREVER)
