@@ -31,7 +31,7 @@ from shmengine import filemap
 from shmengine.arrays import Array, is_plain_dtype
 from shmengine.errors import SerializationError
 
-__all__ = ["MultiprocessingReducers", "Parts", "Reducers", "dump", "find_culprit"]
+__all__ = ["MultiprocessingReducers", "Parts", "Reducers", "dump", "find_culprit", "substitute"]
 
 PROTOCOL = 5
 _ndarray = np.ndarray
@@ -411,6 +411,54 @@ def _dump(obj: Any, parts: Parts, by_value: bool) -> list[Any]:
     value_pickler = _value_pickler(parts)
     value_pickler.dump(obj)
     return value_pickler.pieces  # type: ignore[no-any-return]
+
+
+# --- objects with others in their place ----------------------------------------------------------
+
+
+class _Kept:
+    """Parts that are kept as they are; among them what takes the place of objects of a type."""
+
+    memmap_mode: str | None = None
+    bytes_shared = 0
+
+    def __init__(self, cls: type, replacement: Callable[[Any], Any]) -> None:
+        self.cls = cls
+        self.replacement = replacement
+        self.reducers: Reducers | None = self
+        self.found = False
+        self.parts: list[Any] = []
+
+    def add_array(self, array: Array) -> None:
+        self.parts.append(array)
+
+    def add_buffer(self, buffer: PickleBuffer) -> None:
+        self.parts.append(buffer)
+
+    def reset(self) -> None:
+        self.parts.clear()
+
+    def get(self, cls: type) -> Callable[[Any], Any] | None:
+        return self._reduce if issubclass(cls, self.cls) else None
+
+    def _reduce(self, obj: Any) -> Any:
+        self.found = True
+        self.parts.append(self.replacement(obj))
+        return _part, (_NEXT_PART,)
+
+
+def substitute(obj: Any, cls: type, replacement: Callable[[Any], Any]) -> Any:
+    """Return what would arrive if `obj` were pickled, with other objects in place of those of a type.
+
+    Arrays in it are the same arrays. `obj` itself is returned if nothing is to be replaced, or if it cannot
+    be pickled.
+    """
+    parts = _Kept(cls, replacement)
+    try:
+        pieces = _dump(obj, parts, by_value=True)
+        return pickle.loads(b"".join(pieces), buffers=parts.parts) if parts.found else obj
+    except Exception:
+        return obj
 
 
 # --- whose fault it was --------------------------------------------------------------------

@@ -24,7 +24,7 @@ import numpy as np
 from shmengine._native import ffi, lib
 from shmengine._native.status import INTERRUPTED, OK
 from shmengine.arena import Arena
-from shmengine.arrays import Bytes
+from shmengine.arrays import Bytes, readonly
 from shmengine.codec import Encoded, decode
 
 __all__ = [
@@ -254,8 +254,9 @@ def load_shared(frame: Bytes, copy: bool = False) -> Any:
     if known is not None:
         known[2] = time.perf_counter_ns()
         return known[1]
-    # The frame is kept, so its block, and with it the key, stays what it is.
-    obj = decode(frame, resolve=_resolve, copy=copy)
+    # The frame is kept, so its block, and with it the key, stays what it is. One that a function brought along is a
+    # private copy, and no different.
+    obj = decode(readonly(frame), resolve=_resolve, copy=copy)
     if len(_loaded) >= OBJECTS_KEPT or sum(size for _, size in _loaded) + frame.nbytes > objects_kept_bytes:
         _loaded.clear()
     _loaded[key] = [frame, obj, time.perf_counter_ns()]
