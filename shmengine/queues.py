@@ -29,6 +29,16 @@ from shmengine.ring import Attached, read_config
 
 __all__ = ["JoinableQueue", "Queue"]
 
+_forks = 0  # of this process so far
+
+
+def _count_fork() -> None:
+    global _forks  # the hook of the standard library takes no argument
+    _forks += 1
+
+
+os.register_at_fork(before=_count_fork)
+
 T = TypeVar("T")
 
 MAX_BLOCKS = 1 << 20  # of a region
@@ -101,6 +111,8 @@ class Queue(Attached, Generic[T]):
     def _setup(self, region: Region, maxsize: int, by_value: bool) -> None:
         self._attach(region)
         self._takers: set[int | None] = set()  # threads here that have called `get`, by ident
+        self._passed_on = False  # by pickling
+        self._forks = _forks
         self._maxsize = maxsize
         self._by_value = by_value
 
@@ -221,6 +233,8 @@ class Queue(Attached, Generic[T]):
                 continue
             if thread.ident in self._takers or (strangers and thread.name not in config.SERVICE_THREADS):
                 return True
+        if not self._passed_on and self._forks == _forks:
+            return False
         processes = sys.modules.get("multiprocessing")
         return processes is not None and bool(processes.active_children())
 
@@ -359,6 +373,7 @@ class Queue(Attached, Generic[T]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._handle()
+        self._passed_on = True
         return _from_token, (type(self), self._region.token(), self._maxsize, self._by_value)
 
 
