@@ -42,7 +42,7 @@ from shmengine.errors import (
     StaleReference,
 )
 from shmengine.filemap import mapping_behind
-from shmengine.pickling import dump, find_culprit
+from shmengine.pickling import Reducers, dump, find_culprit
 from shmengine.plain import dump_plain, load_plain
 
 __all__ = [
@@ -103,11 +103,21 @@ Resolve = Callable[[SharedReference], Bytes]
 class _Parts:
     """The parts of a frame in the making."""
 
-    __slots__ = ("bytes_shared", "entries", "memmap_mode", "references", "share", "sources", "specs")
+    __slots__ = (
+        "bytes_shared",
+        "entries",
+        "memmap_mode",
+        "reducers",
+        "references",
+        "share",
+        "sources",
+        "specs",
+    )
 
-    def __init__(self, share: Share | None, memmap_mode: str | None) -> None:
+    def __init__(self, share: Share | None, memmap_mode: str | None, reducers: Reducers | None) -> None:
         self.share = share
         self.memmap_mode = memmap_mode
+        self.reducers = reducers
         self.entries: list[tuple[int, int, int]] = []  # bytes, bytes of the spec, what it is
         self.specs: list[bytes] = []
         # For each part with bytes: an array and the strides of its copy, or a memoryview and None.
@@ -288,6 +298,7 @@ def encode(
     allow_pickle: bool = True,
     by_value: bool = True,
     memmap_mode: str | None = "r",
+    reducers: Reducers | None = None,
     label: str = "",
 ) -> Encoded:
     """Make an object ready to be written as a frame.
@@ -311,6 +322,8 @@ def encode(
     memmap_mode : {"r", "r+", None}, optional
         How the reader opens a `numpy.memmap` or a view of one, which travels as the name of its
         file; with None its data travels.
+    reducers : Reducers, optional
+        How objects of some types are pickled, before all other rules.
     label : str, optional
         What the path in an error begins with.
 
@@ -319,7 +332,7 @@ def encode(
     SerializationError
         With the path to what cannot be encoded, for instance ``args[0]['lock']``.
     """
-    parts = _Parts(share, memmap_mode)
+    parts = _Parts(share, memmap_mode, reducers)
     if (
         type(obj) is _ndarray
         and is_plain_dtype(obj.dtype)

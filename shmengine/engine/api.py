@@ -461,8 +461,12 @@ class Engine(Observed):
     def put(self, obj: Any) -> Ref:
         """Keep a copy of `obj` where all workers can read it, and return a reference to it.
 
-        Pass the reference to tasks, also inside lists, tuples and dicts: functions get the object itself,
-        its arrays read-only. It is freed when the last reference dies.
+        Pass the reference to tasks, in an argument, in anything that an argument contains, or in what the
+        function captures: it gets the object itself, with its arrays read-only. (Here ``ref.get()`` returns
+        it.) The object is freed when the last reference dies.
+
+        Whatever contains a reference, other than lists, tuples and dicts, is pickled on all backends, so that
+        functions get a copy of it.
 
         Raises
         ------

@@ -6,10 +6,11 @@ together; a backend only runs tasks, so that all backends behave alike and the s
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -90,11 +91,17 @@ class TaskOptions:
 class Ref(ABC):
     """A reference to an object that `Engine.put` keeps where every worker can read it.
 
-    Pass it to a task, alone or inside lists, tuples and dicts: the function gets the object itself. The
-    object is freed when the last reference dies. Arrays in it are read-only.
+    Pass it to a task, in whatever its arguments or its function contain: the function gets the object itself.
+    The object is freed when the last reference dies. Arrays in it are read-only.
     """
 
     __slots__ = ("__weakref__",)
+
+    alive: ClassVar[weakref.WeakSet[Ref]] = weakref.WeakSet()
+    """All references of this process."""
+
+    def __init__(self) -> None:
+        Ref.alive.add(self)
 
     @abstractmethod
     def get(self) -> Any:

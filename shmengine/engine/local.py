@@ -10,7 +10,6 @@ import os
 import queue
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +32,7 @@ from shmengine.engine.backend import (
 from shmengine.engine.blocks import Cut
 from shmengine.engine.stalls import Stall, Stalls, summary_of
 from shmengine.errors import Closed
+from shmengine.pickling import substitute
 from shmengine.stats import EngineStats
 from shmengine.workers.stacks import thread_stack
 
@@ -47,11 +47,19 @@ class LocalRef(Ref):
     __slots__ = ("_snapshot",)
 
     def __init__(self, snapshot: Any) -> None:
+        super().__init__()
         self._snapshot = snapshot
 
     def get(self) -> Any:
         """Return the object."""
         return self._snapshot
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self._snapshot,)
+
+
+def _itself(obj: Any) -> Any:
+    return obj
 
 
 class _LocalBackend:
@@ -69,13 +77,10 @@ class _LocalBackend:
         self._closed = False
         self._lock = threading.Lock()
         self._done = self._failed = self._in_flight = 0
-        self._refs: weakref.WeakSet[LocalRef] = weakref.WeakSet()
 
     def put(self, obj: Any) -> Ref:
         self._check_open()
-        ref = LocalRef(_snapshot(obj))
-        self._refs.add(ref)
-        return ref
+        return LocalRef(_snapshot(obj))
 
     def empty(self, shape: Any, dtype: Any, order: Literal["C", "F"]) -> np.ndarray:
         self._check_open()
@@ -137,8 +142,8 @@ class _LocalBackend:
     def _run(self, fn: Callable[..., Any], call: Call, options: TaskOptions, index: int | None) -> Any:
         """Run one task and return its value, or raise what it raised."""
         args, kwargs = call
-        if self._refs:
-            args, kwargs = _resolved(args), _resolved(kwargs)
+        if Ref.alive:
+            args, kwargs = _resolved((args, kwargs))
         args = tuple([_presented(a, options.writable) if isinstance(a, np.ndarray) else a for a in args])
         kwargs = {
             name: _presented(a, options.writable) if isinstance(a, np.ndarray) else a
@@ -172,6 +177,7 @@ class SerialBackend(_LocalBackend):
         ordered: bool,  # noqa: ARG002  # either is the same here
     ) -> Iterator[Outcome]:
         self._check_open()
+        fn = _resolved(fn)
         for index, call in enumerate(calls):
             yield self._attempt(fn, call, options, index)  # no local: a large value must not live on here
             self._check_open()
@@ -182,7 +188,7 @@ class SerialBackend(_LocalBackend):
         self._check_open()
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
-        _, value, error = self._attempt(fn, Call(args, kwargs), options, None)
+        _, value, error = self._attempt(_resolved(fn), Call(args, kwargs), options, None)
         if error is None:
             future.set_result(value)
         else:
@@ -272,6 +278,7 @@ class ThreadBackend(_LocalBackend):
             # A task that maps on its own engine: waiting for a thread from within one could be for ever.
             yield from self._inline.serial.stream(fn, calls, options, ordered=ordered)
             return
+        fn = _resolved(fn)
         window = options.window or 4 * self.workers
         finished: queue.SimpleQueue[tuple[_Task, Any, BaseException | None]] = queue.SimpleQueue()
         running: dict[int, _Task] = {}
@@ -317,6 +324,7 @@ class ThreadBackend(_LocalBackend):
         self._check_open()
         if hasattr(self._inline, "serial"):
             return self._inline.serial.submit(fn, args, kwargs, options)  # type: ignore[no-any-return]
+        fn = _resolved(fn)
         future: Future[Any] = Future()
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -481,14 +489,22 @@ def _presented(array: np.ndarray, writable: Any) -> np.ndarray:
 
 
 def _resolved(value: Any) -> Any:
-    """Return `value` with the object in place of each reference, inside exact containers too."""
-    if isinstance(value, LocalRef):
+    """Return `value` with the object in place of each reference, wherever pickling would find one."""
+    return substitute(_in_containers(value), Ref, lambda ref: ref.get()) if Ref.alive else value
+
+
+def _in_containers(value: Any) -> Any:
+    """Return `value` with the object in place of each reference that lies in exact containers alone.
+
+    So these need not be pickled, and what lies beside them need not be something that can be.
+    """
+    if isinstance(value, Ref):
         return value.get()
     kind = type(value)
-    if kind is tuple or kind is list or kind is set or kind is frozenset:
-        return kind(_resolved(part) for part in value)
+    if kind is tuple or kind is list:
+        return kind(_in_containers(part) for part in value)
     if kind is dict:
-        return {key: _resolved(part) for key, part in value.items()}
+        return {key: _in_containers(part) for key, part in value.items()}
     return value
 
 

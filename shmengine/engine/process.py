@@ -43,6 +43,7 @@ class ProcessRef(Ref):
     __slots__ = ("_arena", "_frame")
 
     def __init__(self, frame: Any, arena: Arena) -> None:
+        super().__init__()
         self._frame = frame
         self._arena = arena
 

@@ -25,7 +25,7 @@ import numpy as np
 from shmengine._native import ffi, lib
 from shmengine._native.status import INTERRUPTED, OK
 from shmengine.arena import Arena
-from shmengine.arrays import Bytes
+from shmengine.arrays import Bytes, readonly
 from shmengine.codec import Encoded, decode
 from shmengine.errors import Corrupt
 
@@ -275,8 +275,9 @@ def load_shared(frame: Bytes, copy: bool = False, resolve: Callable[[Any], Bytes
     if known is not None:
         known[2] = time.perf_counter_ns()
         return known[1]
-    # The frame is kept, so its block, and with it the key, stays what it is.
-    obj = decode(frame, resolve=resolve or _unpickling.resolve, copy=copy)
+    # The frame is kept, so its block, and with it the key, stays what it is. One that a function brought along is a
+    # private copy, and no different.
+    obj = decode(readonly(frame), resolve=resolve or _unpickling.resolve, copy=copy)
     if len(_loaded) >= OBJECTS_KEPT or sum(size for _, size in _loaded) + frame.nbytes > objects_kept_bytes:
         _loaded.clear()
     _loaded[key] = [frame, obj, time.perf_counter_ns()]
