@@ -11,7 +11,7 @@ stamp  := $(venv)/.stamp
 native := setup.py shmengine/_native/build.py $(wildcard csrc/*.c csrc/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rebuild demo test quick bench soak lint format ctest clean
+.PHONY: help setup rebuild demo test quick bench soak coverage lint format ctest clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -49,6 +49,10 @@ bench: $(stamp) ## Speed, as ratios against rivals in one run
 
 soak: $(stamp) ## The stress tests for MINUTES=5 each
 	@SHMENGINE_SOAK_MINUTES=$(MINUTES) $(python) -m pytest -m slow tests/stress
+
+coverage: $(stamp) ## Lines and branches of csrc/ that the tests reach; minutes
+	@$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[coverage]'
+	@$(python) -m tests.helpers.coverage
 
 lint: $(stamp) ## ruff and mypy
 	@$(python) -m ruff check .
