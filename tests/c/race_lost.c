@@ -109,6 +109,28 @@ static void a_look_for_room(void) {
     close_pair();
 }
 
+/* A slot, or a message, that another one has just taken: there is a next one. */
+static void a_slot_and_a_message(void) {
+    open_pair(2);
+    before_change(shmr_slot_at(h, 0, 0), 1, other_sends);
+    OK(send_message(h, 0, 8, 1, NOT_AT_ALL));
+    check_happened();
+    before_load(&shmr_ring_at(h, 0)->lease_cursor, 2, other_receives);
+    OK(receive_message(h, 0, NULL, NOT_AT_ALL));
+    close_pair();
+}
+
+/* The waiter's bit that we were to clear has just been cleared: that one is awake. */
+static void a_waiter(void) {
+    open_pair(2);
+    shmr_word *waiters = shmr_ring_at(h, 0)->item_waiters;
+    shmr_or_seq_cst(waiters, 2);
+    change_before(waiters, 1, 0);
+    OK(send_message(h, 0, 8, 1, NOT_AT_ALL));
+    OK(receive_message(h, 0, NULL, NOT_AT_ALL));
+    close_pair();
+}
+
 static void an_own_thread_leases_first(void) {
     shmr_store_release(&shmr_ring_at(h, 0)->lessee, h->self + 1);
 }
@@ -173,6 +195,35 @@ static void an_extent(void) {
     OK(shmr_claim(h, 3 * MIB, NULL, 0, -1, NOT_AT_ALL, &b));
     OK(shmr_abort(h, &b));
     shmr_store_release(shmr_extent_at(h, 3), SHMR_EXTENT_WARM);
+    close_pair();
+}
+
+static shmr_block leased;
+static void other_releases(void) { OK(shmr_release(other, &leased)); }
+/* Memory is released between two looks for it. */
+static void space(void) {
+    open_pair(2);
+    shmr_block rest[3] = {0}, b = {0};
+    OK(send_message(h, 0, 2 * MIB, 1, NOT_AT_ALL));
+    OK(shmr_lease(other, 0, 0, NOT_AT_ALL, &leased));
+    for (int i = 0; i < 3; i++) OK(shmr_claim(h, 2 * MIB, NULL, 0, -1, NOT_AT_ALL, &rest[i]));
+    before_load(&shmr_participant_at(h, 0)->freed_hint, 2, other_releases);
+    OK(shmr_claim(h, 2 * MIB, NULL, 0, -1, NOT_AT_ALL, &b));
+    check_happened();
+    OK(shmr_abort(h, &b));
+    for (int i = 0; i < 3; i++) OK(shmr_abort(h, &rest[i]));
+    /* A hint that another thread of ours has just followed. */
+    shmr_or_seq_cst(&shmr_participant_at(h, 0)->freed_hint, 1);
+    change_before(&shmr_participant_at(h, 0)->freed_hint, 1, 0);
+    shmr_trim(h);
+    check_happened();
+    /* An extent that is somebody's by the time we come to take it. */
+    word = shmr_extent_at(h, 0);
+    value = SHMR_EXTENT_WARM | 77;
+    before_load(word, 2, it_changes);
+    OK(shmr_claim(h, 100000, NULL, 0, -1, NOT_AT_ALL, &b));
+    OK(shmr_abort(h, &b));
+    shmr_store_release(word, SHMR_EXTENT_WARM);
     close_pair();
 }
 
@@ -300,6 +351,17 @@ static void a_recoverer_dies_too(void) {
     close_pair();
 }
 
+/* The heir of one that left: another one is. */
+static void an_inheritance(void) {
+    open_pair(2);
+    shmr_store_release(life_at(2), shmr_life_pack(1, 0, 1, SHMR_LEFT));
+    change_before(life_at(2), 1, shmr_life_pack(2, 0, (uint32_t)getpid(), SHMR_LIVE));
+    shmr *late = NULL;
+    CHECK_STATUS(shmr_attach(fd, &late), SHMR_CROWDED);
+    shmr_store_release(life_at(2), 0);
+    close_pair();
+}
+
 static void the_place_is_vacant(void) { shmr_store_release(life_at(dead), 0); }
 static void gone_while_we_ask(void) {
     open_pair(2);
@@ -392,10 +454,13 @@ static void leaving_by_force(void) {
 int main(void) {
     RUN(a_commit);
     RUN(a_look_for_room);
+    RUN(a_slot_and_a_message);
+    RUN(a_waiter);
     RUN(the_only_reader);
     RUN(a_look_whether_all_is_idle);
     RUN(a_close_before_a_wait);
     RUN(an_extent);
+    RUN(space);
     RUN(a_group);
     RUN(a_group_given_back);
     RUN(a_hold);
@@ -403,6 +468,7 @@ int main(void) {
     RUN(a_doorbell);
     RUN(somebody_else_recovers);
     RUN(a_recoverer_dies_too);
+    RUN(an_inheritance);
     RUN(gone_while_we_ask);
     RUN(a_place);
     RUN(blocks_of_the_dead);

@@ -22,7 +22,7 @@ static int open_descriptors(void) {
     return count;
 }
 
-static const int errors[] = {ENOMEM, ENOSPC, EMFILE, EIO};
+static const int errors[] = {ENOMEM, ENOSPC, EMFILE, EIO, EINTR};
 static bool is_failure(int status) { return status == SHMR_SYSTEM || status == SHMR_NO_MEMORY; }
 
 /* ---- creating and joining -------------------------------------------------------------------------------------------- */
@@ -31,7 +31,7 @@ static bool is_failure(int status) { return status == SHMR_SYSTEM || status == S
 
 static void creating(void) {
     shmr_config config = small_config();
-    for (int e = 0; e < 4; e++) {
+    for (int e = 0; e < 5; e++) {
         for (int64_t n = 1;; n++) {
             int region = memfd_create("shmr-test", MFD_CLOEXEC), before = open_descriptors();
             REQUIRE(ftruncate(region, (off_t)shmr_region_bytes(&config)) == 0);
@@ -140,18 +140,19 @@ static void reserving_page_by_page(void) {
     for (int e = 0; e < 3; e++) {
         int region;
         shmr *h = create_region(&config, &region);
-        break_calls(FAULT_MADVISE, EAGAIN);
+        OK(send_message(h, 0, 8, 1, NOT_AT_ALL)); /* its record is in memory already */
+        OK(receive_message(h, 0, NULL, NOT_AT_ALL));
         for (int64_t n = 1; n < 8; n++) {
+            break_calls(FAULT_MADVISE, EAGAIN);
+            shmr_trim(h);
+            for (uint32_t i = 0; i < h->g.extents; i++) shmr_store_release(shmr_extent_at(h, i), 0); /* anew */
             arm_fault(FAULT_FALLOCATE, n, (int[]){EINTR, ENOSPC, EIO}[e]);
             int status = send_message(h, 0, 3 * MIB, 1, NOT_AT_ALL);
             if (e == 0) CHECK_EQ(status, SHMR_OK);
             CHECK(status == SHMR_OK || status == SHMR_WOULD_BLOCK);
             if (status == SHMR_OK) OK(receive_message(h, 0, NULL, NOT_AT_ALL));
-            for (uint32_t i = 0; i < h->g.extents; i++) /* next time anew */
-                if (!(uint32_t)shmr_load_seq_cst(shmr_extent_at(h, i))) shmr_store_release(shmr_extent_at(h, i), 0);
-            shmr_trim(h);
+            disarm_faults();
         }
-        disarm_faults();
         check_whole(h);
         leave_region(h);
         close(region);
@@ -276,6 +277,22 @@ static void recovering(void) {
         }
 }
 
+/* Without a list of what stands in the rings: each message is looked for. */
+static void recovering_without_a_list(void) {
+    shmr_config config = small_config();
+    int region;
+    shmr *h = create_region(&config, &region), *v = attach_region(region);
+    leave_a_mess(h, v, false);
+    uint32_t slot = die(v);
+    break_calls(FAULT_CALLOC, ENOMEM);
+    OK(shmr_recover(h, slot, NULL, 0, NULL));
+    disarm_faults();
+    for (int k = 0; k < 7; k++) OK(receive_message(h, 0, NULL, NOT_AT_ALL));
+    OK(shmr_close(h, 1));
+    shmr_free(h);
+    close(region);
+}
+
 /* No memory for the list of those that found their ring full: then they wait for our own recovery. */
 static void recovering_into_a_full_ring(void) {
     shmr_config config = small_config();
@@ -350,6 +367,74 @@ static void asking_the_kernel(void) {
     close(region);
 }
 
+/* ---- wake-ups ------------------------------------------------------------------------------------------------------- */
+
+static shmr *sleeper, *sender;
+static int sleeps;
+static int signal_and_item(void) {
+    OK(send_message(sender, 0, 8, 1, NOT_AT_ALL));
+    return EINTR;
+}
+/* A message is there at the end of the first slice. Its wake-up, in this order: */
+static enum { LOST, UNDER_WAY, LATE, TAKEN } fate;
+static int a_slice_ends(void) {
+    shmr_word *waiters = shmr_ring_at(sleeper, 0)->item_waiters;
+    if (++sleeps == 1) {
+        uint64_t bits = shmr_load_seq_cst(waiters);
+        if (fate != UNDER_WAY) shmr_store_release(waiters, 0);
+        OK(send_message(sender, 0, 8, 1, NOT_AT_ALL));
+        if (fate != UNDER_WAY) shmr_store_release(waiters, bits);
+    }
+    if (sleeps == 5 && fate == LATE) return 0;
+    if (sleeps == 11 && fate == TAKEN) OK(receive_message(sender, 0, NULL, NOT_AT_ALL));
+    return sleeps == 12 && fate == TAKEN ? signal_and_item() : ETIMEDOUT;
+}
+
+static void wake_ups(void) {
+    int region;
+    shmr_config config = small_config();
+    sleeper = create_region(&config, &region);
+    sender = attach_region(region);
+    fake_sleep = signal_and_item;
+    OK(receive_message(sleeper, 0, NULL, FOR_EVER)); /* interrupted, but there it is */
+    fake_sleep = a_slice_ends;
+    for (fate = UNDER_WAY; fate <= TAKEN; fate++) {
+        sleeps = 0;
+        OK(receive_message(sleeper, 0, NULL, FOR_EVER));
+    }
+    CHECK_EQ(counters_of(sleeper).rescued_wakeups, 0);
+    fate = LOST;
+    sleeps = 0;
+    OK(receive_message(sleeper, 0, NULL, FOR_EVER));
+    CHECK_EQ(counters_of(sleeper).rescued_wakeups, 1);
+    fake_sleep = NULL;
+    leave_region(sender);
+    rescues_allowed = true;
+    check_whole(sleeper);
+    rescues_allowed = false;
+    leave_region(sleeper);
+    close(region);
+}
+
+static void no_doorbell_and_a_signal(void) {
+    int region;
+    shmr_config config = small_config();
+    config.doorbells = 1;
+    shmr *h = create_region(&config, &region);
+    shmr_store_release(&shmr_doorbell_at(h, 0)->owner, 7); /* somebody else's */
+    break_calls(FAULT_NANOSLEEP, EINTR);
+    CHECK_STATUS(receive_message(h, 0, NULL, FOR_EVER), SHMR_INTERRUPTED);
+    shmr_block b = {0}, all[16] = {0};
+    for (int i = 0; i < 16; i++) OK(shmr_claim(h, 2 * MIB, NULL, 0, -1, NOT_AT_ALL, &all[i]));
+    CHECK_STATUS(shmr_claim(h, 2 * MIB, NULL, 0, -1, FOR_EVER, &b), SHMR_INTERRUPTED);
+    disarm_faults();
+    for (int i = 0; i < 16; i++) OK(shmr_abort(h, &all[i]));
+    shmr_store_release(&shmr_doorbell_at(h, 0)->owner, 0);
+    check_whole(h);
+    leave_region(h);
+    close(region);
+}
+
 /* ---- the watcher ----------------------------------------------------------------------------------------------------------- */
 
 static void watching_a_parent(void) {
@@ -357,21 +442,37 @@ static void watching_a_parent(void) {
     CHECK_STATUS(shmr_watch_parent(0), SHMR_SYSTEM);
     CHECK_EQ(shmr_last_errno(), EAGAIN);
     disarm_faults();
-    int ends[2];
-    REQUIRE(pipe(ends) == 0);
+    int ends[2], told[2], region;
+    shmr_config config = small_config();
+    shmr *h = create_region(&config, &region);
+    REQUIRE(pipe(ends) == 0 && pipe(told) == 0);
+    shmr_or_seq_cst(shmr_header_of(h)->extent_waiters, 1); /* somebody is short of memory */
     fflush(stdout);
     pid_t child = fork();
-    if (child == 0) { /* a pipe without writers is as readable as the pidfd of the dead */
-        close(ends[1]);
+    if (child == 0) { /* a pipe with a byte in it is as readable as the pidfd of the dead */
+        shmr *own = attach_region(region);
+        OK(send_message(own, 0, 3 * MIB, 1, NOT_AT_ALL));
+        OK(receive_message(own, 0, NULL, NOT_AT_ALL));
+        CHECK_EQ(counters_of(own).owned, 4 * MIB);
         if (shmr_watch_parent(ends[0]) != SHMR_OK) _exit(3);
+        usleep(300000); /* nothing to look after yet */
+        shmr_watch_shortage(own);
+        while (counters_of(own).owned) usleep(10000);
+        OK(shmr_close(own, 1));
+        usleep(300000); /* no more */
+        if (shmr_count_get(&check_failures)) _exit(4);
+        if (write(told[1], "", 1) != 1) _exit(5);
         for (;;) pause();
     }
-    close(ends[0]);
-    usleep(600000); /* it looks about itself in between */
-    CHECK_EQ(waitpid(child, NULL, WNOHANG), 0);
+    char byte;
+    CHECK_EQ(read(told[0], &byte, 1), 1);
     CHECK_EQ(write(ends[1], "", 1), 1);
     expect_success(child);
-    close(ends[1]);
+    shmr_and_seq_cst(shmr_header_of(h)->extent_waiters, 0);
+    for (int i = 0; i < 2; i++) close(ends[i]), close(told[i]);
+    check_whole(h);
+    leave_region(h);
+    close(region);
 }
 
 int main(void) {
@@ -381,8 +482,11 @@ int main(void) {
     RUN(reserving_page_by_page);
     RUN(memory_for_numpy);
     RUN(recovering);
+    RUN(recovering_without_a_list);
     RUN(recovering_into_a_full_ring);
     RUN(asking_the_kernel);
+    RUN(wake_ups);
+    RUN(no_doorbell_and_a_signal);
     RUN(watching_a_parent);
     return summary("unit_faults");
 }
