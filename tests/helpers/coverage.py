@@ -85,7 +85,16 @@ def main() -> int:
     both = [f"--add-tracefile={OUT / name}" for name in ("c.json", "python.json")]
     for metric in ("line", "branch"):
         run(*GCOVR, "--root", ".", *both, "--txt-metric", metric)
-    run(*GCOVR, "--root", ".", *both, "--json", str(OUT / "both.json"), "--json-summary", str(OUT / "sum.json"))
+    run(
+        *GCOVR,
+        "--root",
+        ".",
+        *both,
+        "--json",
+        str(OUT / "both.json"),
+        "--json-summary",
+        str(OUT / "sum.json"),
+    )
     known, unlisted = set(listed()), 0
     for name, number, what in uncovered(OUT / "both.json"):
         code = source_lines(name)[number - 1]
@@ -94,7 +103,9 @@ def main() -> int:
             print(f"csrc/{name}:{number}: {what}: {code}")
     summary = json.loads((OUT / "sum.json").read_text())
     if unlisted:
-        print(f"{unlisted} lines that are not covered, or not in each branch, are not listed in docs/coverage.md")
+        print(
+            f"{unlisted} lines that are not covered, or not in each branch, are not listed in docs/coverage.md"
+        )
     print(
         "csrc: {line_covered} of {line_total} lines ({line_percent} %), "
         "{branch_covered} of {branch_total} branches ({branch_percent} %)".format(**summary)
