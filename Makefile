@@ -12,7 +12,7 @@ stamp  := $(venv)/.stamp
 native := setup.py shmengine/_native/build.py $(wildcard csrc/*.c csrc/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rebuild demo test quick bench soak fuzz lint format ctest clean
+.PHONY: help setup rebuild demo test quick bench soak fuzz coverage lint format ctest clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -55,6 +55,10 @@ fuzz: $(stamp) ## Hostile bytes for MINUTES=5 each: libFuzzer over the C core, a
 	@$(MAKE) --no-print-directory -C tests/fuzz fuzz MINUTES=$(MINUTES)
 	@$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[fuzz]'
 	@$(MAKE) --no-print-directory -C tests/fuzz frames MINUTES=$(MINUTES) PYTHON=$(abspath $(python))
+
+coverage: $(stamp) ## Lines and branches of csrc/ that the tests reach; minutes
+	@$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[coverage]'
+	@$(python) -m tests.helpers.coverage
 
 lint: $(stamp) ## ruff and mypy
 	@$(python) -m ruff check .

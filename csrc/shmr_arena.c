@@ -447,7 +447,6 @@ static int take_extents(shmr *h, uint32_t first, uint32_t need) {
 
 int shmr_arena_grow(shmr *h, uint64_t bytes) {
     uint32_t need = (uint32_t)((bytes + SHMR_EXTENT - 1) / SHMR_EXTENT);
-    if (need == 0) need = 1;
     uint64_t owned = h->arena.owned_bytes / SHMR_EXTENT, leave = h->arena.leave;
     if (need + leave > h->g.extents) return shmr_fail(SHMR_TOO_LARGE, 0, "one block is larger than the memory budget");
     if (owned + need + leave > h->g.extents)
@@ -557,13 +556,10 @@ void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *
                 s = other;
                 continue;
             }
-            struct shmr_slab *keep = s->page < other->page ? s : other, *gone = keep == s ? other : s;
-            for (uint32_t q = gone->page; q < gone->page + gone->pages; q++) a->slab_at[q] = keep;
-            uint32_t last = gone->page + gone->pages;
-            if (last > keep->page + keep->pages) keep->pages = last - keep->page;
-            keep->blocks += gone->blocks;
-            forget_slab(a, gone);
-            s = keep;
+            for (uint32_t q = other->page; q < other->page + other->pages; q++) a->slab_at[q] = s;
+            s->pages = other->page + other->pages - s->page; /* it lies behind */
+            s->blocks += other->blocks;
+            forget_slab(a, other);
         }
         if (!s) {
             s = calloc(1, sizeof *s);

@@ -78,7 +78,8 @@ struct shmr_arena {
     uint32_t leave; /* extents of the region that this process must not take */
 };
 
-#define SHMR_MINE 1u /* record_flags: allocated by this process and not yet reclaimed */
+#define SHMR_MINE 1u  /* record_flags: allocated by this process and not yet reclaimed */
+#define SHMR_NAMES 2u /* a frame of the dead, whose references are held here */
 
 /* A set of places in the table of participants. */
 struct shmr_slots {

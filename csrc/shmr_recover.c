@@ -354,6 +354,7 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
                         held->blocks[held->count++] = id;
                 }
                 h->frame_refs[block] = held;
+                h->record_flags[block] |= SHMR_NAMES; /* also if its memory turns out to be rubbish */
             }
         }
     }

@@ -237,6 +237,7 @@ int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t de
         shmr_state_owner(block->state) != h->self)
         return SHMR_STALE;
     struct commit_attempt attempt = {ring, items, block, 0};
+    shmr_retry_inserts(h); /* they are older */
     if (payload_check) attempt.payload_crc = shmr_crc32c(0, h->base + block->offset, block->length);
     status = try_commit(h, &attempt);
     if (status == SHMR_WOULD_BLOCK && deadline != 0) {
@@ -271,7 +272,7 @@ static bool in_sequence(shmr *h, uint32_t ring, const shmr_block *b, bool sole) 
     if (b->seq > before) *last = b->seq;
     if (b->attempts || before == 0 /* none of it seen yet */ || b->seq >> 40 < before >> 40) return true;
     if (before >> 40 != b->seq >> 40) /* another life of that slot of the table */
-        return b->seq > before && (!sole || (b->seq & ((UINT64_C(1) << 40) - 1)) == 1);
+        return !sole || (b->seq & ((UINT64_C(1) << 40) - 1)) == 1;
     return sole ? b->seq == before + 1 : b->seq > before;
 }
 
@@ -318,6 +319,7 @@ int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr
     if (status != SHMR_OK) return status;
     struct lease_attempt attempt = {ring, out, false};
     out->state = 0;
+    shmr_retry_inserts(h);
     status = try_lease(h, &attempt);
     if (status == SHMR_WOULD_BLOCK && deadline == 0 && shmr_look(h, false)) status = try_lease(h, &attempt);
     if (status == SHMR_WOULD_BLOCK && deadline != 0) {

@@ -99,7 +99,6 @@ static int borrow_doorbell(shmr *h) {
 }
 
 static void return_doorbell(shmr *h, int doorbell) {
-    if (doorbell < 0) return;
     pthread_mutex_lock(&h->doorbell_lock);
     if (shmr_count_get(&h->left)) /* nobody will empty the pool any more */
         shmr_store_release(&shmr_doorbell_at(h, (uint32_t)doorbell)->owner, 0); /* R12 */

@@ -56,7 +56,7 @@ def flags() -> tuple[list[str], list[str]]:
         compile_args += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"]
         link_args += [f"-fsanitize={sanitize}"]
     if os.environ.get("SHMENGINE_COVERAGE") == "1":
-        compile_args += ["--coverage"]
+        compile_args += ["-O0", "--coverage", "-fprofile-update=atomic"]
         link_args += ["--coverage"]
     if fault_points():
         compile_args += ["-include", "fault_points.h"]
