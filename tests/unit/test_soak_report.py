@@ -68,7 +68,7 @@ def test_a_torn_message_is_seen():
 
 
 def test_commands_report_and_fail():
-    say = "print('report {\"kills\": 2, \"lost\": 1}'); import os; print(os.environ['SHMENGINE_SOAK_SEED'])"
+    say = "print('report {{\"kills\": 2, \"lost\": 1}}'); import os; print(os.environ['SHMENGINE_SOAK_SEED'])"
     report = command(sys.executable, "-c", say)(1, 5)
     assert report == Report(kills=2, lost=1)
     assert not report.passed
