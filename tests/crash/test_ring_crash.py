@@ -348,7 +348,9 @@ def test_what_strangers_leave_is_found_by_the_last_one():
     try:
         for act in acts:
             command = [sys.executable, "-c", STRANGER, name, act]
-            processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True))
+            processes.append(
+                subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+            )
             assert processes[-1].stdout.readline() == "ready\n"
         with Ring(4, "8 MiB", name=name) as ring:
             for process in processes:
