@@ -43,6 +43,7 @@ T = TypeVar("T")
 
 MAX_BLOCKS = 1 << 20  # of a region
 SPARE_BLOCKS = 1024  # beyond the messages that wait: for puts under way, and for messages being read
+IDLE_OWNERS = 4
 MAX_MAXSIZE = MAX_BLOCKS - SPARE_BLOCKS
 # Slots take memory from the start: a queue without maxsize has no more of them than make sense.
 UNBOUNDED_CAPACITY = 1 << 18
@@ -103,7 +104,8 @@ class Queue(Attached, Generic[T]):
             capacities=(capacity,),
             participants=256,
             doorbells=512,
-            blocks=max(4096, capacity + SPARE_BLOCKS),
+            # A process keeps the records of what it has put until it calls again: enough for several that do not.
+            blocks=min(MAX_BLOCKS, max(4096, IDLE_OWNERS * capacity + SPARE_BLOCKS)),
             wait_alone=True,
         )
         self._setup(Region.create(geometry), maxsize, not _children_know_main(ctx))

@@ -613,3 +613,21 @@ def test_a_descriptor_that_does_not_go_out_is_closed():
         there.close()
         assert here.poll(FOREVER)  # nobody has the other end any more
     resource_sharer.stop(timeout=FOREVER)
+
+
+def take_and_put_back(q, count):
+    taken = [q.get(timeout=FOREVER) for _ in range(count)]
+    for item in taken:
+        q.put(item, timeout=FOREVER)
+
+
+def test_records_of_a_process_that_only_waits_for_others_are_not_missed():
+    q = Queue(10_000)
+    for number in range(10_000):
+        q.put(number)
+    child = multiprocessing.get_context("fork").Process(target=take_and_put_back, args=(q, 6000))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert [q.get() for _ in range(10_000)] == [*range(6000, 10_000), *range(6000)]
+    q.close()
