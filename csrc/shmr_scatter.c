@@ -72,7 +72,8 @@ int shmr_scatter_accept(shmr *h, shmr_scatter *scatter, shmr_block *message) {
     memcpy(words, message->spec, sizeof words);
     uint64_t bytes = words[0], offset = words[1], index = message->tag - scatter->first_tag;
     uint64_t arena = h->g.config.arena_bytes;
-    if (scatter->payload_check && bytes && bytes <= arena && offset >= h->g.arena_at &&
+    bool wanted = index < scatter->count && shmr_mark_get(&scatter->states[index]) == SHMR_SCATTER_OUT;
+    if (wanted && scatter->payload_check && bytes && bytes <= arena && offset >= h->g.arena_at &&
         offset - h->g.arena_at <= arena - bytes && shmr_crc32c(0, h->base + offset, bytes) != words[2]) {
         shmr_release(h, message); /* still out, for the caller to settle */
         return shmr_fail(SHMR_CORRUPT, 0, "checksum of a result");
