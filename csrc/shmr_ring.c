@@ -302,6 +302,7 @@ static int try_lease(shmr *h, void *argument) {
         } else {
             a->out->state = state; /* so that it can be given back */
             a->out->block = block;
+            a->out->kind = 0;
             /* Whose it was cannot be told: begin to count afresh, or the next one would look like a gap. */
             memset(h->last_seq[a->ring], 0, h->g.config.participants * sizeof(uint64_t));
         }
@@ -319,6 +320,7 @@ int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr
     if (status != SHMR_OK) return status;
     struct lease_attempt attempt = {ring, out, false};
     out->state = 0;
+    out->kind = 0;
     shmr_retry_inserts(h);
     status = try_lease(h, &attempt);
     if (status == SHMR_WOULD_BLOCK && deadline == 0 && shmr_look(h, false)) status = try_lease(h, &attempt);
@@ -328,8 +330,10 @@ int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr
     }
     if (status != SHMR_OK && out->state == 0) return shmr_leave(h, status);
     shmr_retry_inserts(h); /* the pin is now that of the lease */
-    if (status == SHMR_OK && attempt.sequence_broken)
+    if (status == SHMR_OK && attempt.sequence_broken) {
+        out->kind = 0;
         status = shmr_fail(SHMR_CORRUPT, 0, "sequence number: a message is missing, doubled or out of order");
+    }
     if (status == SHMR_OK && payload_check) {
         uint32_t stored = (uint32_t)shmr_load_relaxed(&shmr_record_at(h, out->block)->check); /* leased by us */
         if (stored != 0 && stored != shmr_crc32c(0, h->base + out->offset, out->length))

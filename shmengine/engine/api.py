@@ -86,7 +86,10 @@ class Engine(Observed):
     retries : int
         How often a task is started again after its worker process died.
     check : {"frame", "payload"}
-        What is verified of each message: its header, or every byte.
+        What is verified of each message: its header, or every byte. With ``"payload"`` a task or a result that
+        was changed in shared memory fails with `Corrupt`, and so does a task that takes an object which was
+        changed after `put`. Arrays born shared that tasks take, and memory that they write to in place (`out`,
+        ``writable="shared"``), are nobody's message but the caller's own to change, and are not verified.
 
     Raises
     ------

@@ -28,7 +28,17 @@ import numpy as np
 
 from shmengine import codec, config
 from shmengine._native import ffi, lib
-from shmengine._native.status import CLOSED, INTERRUPTED, ITEM_WAITS, OK, TIMEOUT, WOULD_BLOCK, fail
+from shmengine._native.status import (
+    CLOSED,
+    CORRUPT,
+    INTERRUPTED,
+    ITEM_WAITS,
+    OK,
+    TIMEOUT,
+    WOULD_BLOCK,
+    detail,
+    fail,
+)
 from shmengine.arena import Arena
 from shmengine.arrays import has_views
 from shmengine.engine.deaths import Deaths
@@ -156,7 +166,9 @@ class Dispatcher:
             if status == OK:
                 break
             self.relieve(status, encoded.nbytes, "put an object", patience)
-        encoded.write_into(self.region.root(block.offset, encoded.nbytes, writable=True))
+        encoded.write_into(
+            self.region.root(block.offset, encoded.nbytes, writable=True), checksum=bool(self.payload_check)
+        )
         block.length = encoded.nbytes
         ref = ffi.new("shmr_ref *")
         status = lib.shmr_publish(self.handle, block, ref)
@@ -379,7 +391,20 @@ class Dispatcher:
                 return took
             if status == CLOSED:
                 raise Closed(CLOSED_TEXT)
+            if status == CORRUPT and block.kind and self.spoiled(block.tag):
+                took = True
+                continue
             fail(status, "receive a result")
+
+    def spoiled(self, tag: int) -> bool:
+        """A result was changed in shared memory: its tasks fail, and no others; False if there are none."""
+        batch = self.in_flight.take(tag)
+        if batch is None:
+            return False
+        for task in batch.tasks:
+            error = Corrupt("the result was changed in shared memory, on its way here", detail())
+            self.conclude(batch.job, task, None, error)
+        return True
 
     def receive(self, block: Any) -> None:
         """Decode one message of the result ring and deliver it."""

@@ -24,10 +24,10 @@ import numpy as np
 
 from shmengine import codec
 from shmengine._native import ffi, lib
-from shmengine._native.status import CLOSED, INTERRUPTED, OK, TIMEOUT, fail
+from shmengine._native.status import CLOSED, CORRUPT, INTERRUPTED, OK, TIMEOUT, detail, fail
 from shmengine.arena import Arena
 from shmengine.arrays import GivenReference, detach, has_views, owner_of
-from shmengine.errors import MemoryBudgetExceeded
+from shmengine.errors import Corrupt, MemoryBudgetExceeded
 from shmengine.leases import release_with
 from shmengine.region import Region
 from shmengine.workers import messages, stacks
@@ -41,6 +41,7 @@ from shmengine.workers.messages import (
     SHARED,
     SHORT,
     STARTING,
+    TASK,
     TASK_RING,
     VALUE,
     WHOLE_BATCH,
@@ -145,6 +146,9 @@ class Worker:
                     messages.forget_shared()
             elif status == CLOSED:
                 return
+            elif status == CORRUPT and block.kind in (TASK, BLOCK):
+                damage = Corrupt("the task was changed in shared memory, on its way to a worker", detail())
+                self.answer(block.tag, [(False, codec.encode_exception(damage))], 0)
             elif status != INTERRUPTED:
                 fail(status, "lease a task")
 
@@ -285,20 +289,20 @@ class Worker:
             plan = Plan(*messages.read_frame(frame, self.arena.resolve))
             if len(self.plans) >= PLANS_KEPT:
                 self.plans.clear()
-            runner = PlanRunner(plan, self.function(plan.function), self.arena)
+            runner = PlanRunner(plan, self.function(plan.function), self.arena, self.payload_check)
             # The frame is kept, so its block, and with it the key, stays what it is.
             runner.frame = frame
             self.plans[key] = runner
         return runner
 
-    def answer_placed(self, tag: int, nbytes: int, offset: int, reference: Any) -> None:
+    def answer_placed(self, tag: int, nbytes: int, offset: int, check: int, reference: Any) -> None:
         """Say that a result is in its place, or where it is."""
         references, count = ffi.NULL, 0
         words = 0, 0, nbytes
         if reference is not None:
             references, count = self.named, 1
             references[0].block, references[0].generation = reference.block, reference.generation
-            words = nbytes, offset, 0
+            words = nbytes, offset, check
         self.check_sent(
             messages.write_bare(
                 self.arena,
@@ -322,6 +326,7 @@ class Worker:
     def answer(self, tag: int, results: list[Any], nanoseconds: int) -> None:
         """Send the results of a batch, and empty the list; one that cannot be sent becomes the error that says so."""
         owners: list[weakref.ref[Any]] = []
+        check = bool(self.payload_check)
 
         def share(array: Any) -> Any:
             reference = self.arena.share(array)
@@ -351,15 +356,18 @@ class Worker:
                 return
         try:
             if len(results) == 1 and results[0][0]:
-                encoded = codec.encode(results[0][1], share=share, memmap_mode="r", label="result")
+                encoded = codec.encode(
+                    results[0][1], share=share, memmap_mode="r", check_given=check, label="result"
+                )
                 kind = VALUE
             else:
-                encoded = codec.encode(results, share=share, memmap_mode="r")
+                encoded = codec.encode(results, share=share, memmap_mode="r", check_given=check)
                 kind = BATCH
         except BaseException:
             kind = BATCH
             owners.clear()
-            encoded = codec.encode([self.sendable(result) for result in results], share=share)
+            sendable = [self.sendable(result) for result in results]
+            encoded = codec.encode(sendable, share=share, check_given=check)
         held = [reference for reference in encoded.references if self.arena.hold(reference)] if owners else []
         try:
             if owners:
