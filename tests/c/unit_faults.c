@@ -214,6 +214,12 @@ static void memory_for_numpy(void) {
     expect_success(child);
     numpy->allocator.free(context, a, 50000);
     check_whole(h);
+    a = numpy->allocator.malloc(context, 50000); /* alive when we leave by force: an heir's */
+    OK(shmr_close(h, 1));
+    numpy->allocator.free(context, a, 50000);
+    shmr_free(h);
+    h = attach_region(region);
+    check_whole(h);
     leave_region(h);
     close(region);
 }
@@ -390,6 +396,12 @@ static int a_slice_ends(void) {
     return sleeps == 12 && fate == TAKEN ? signal_and_item() : ETIMEDOUT;
 }
 
+/* By force, while a thread sleeps: what it has borrowed, nobody will give back for it. */
+static int the_handle_is_closed(void) {
+    OK(shmr_close(sleeper, 1));
+    return 0;
+}
+
 static void wake_ups(void) {
     int region;
     shmr_config config = small_config();
@@ -412,7 +424,13 @@ static void wake_ups(void) {
     rescues_allowed = true;
     check_whole(sleeper);
     rescues_allowed = false;
-    leave_region(sleeper);
+    sender = attach_region(region);
+    fake_sleep = the_handle_is_closed;
+    CHECK_STATUS(receive_message(sleeper, 0, NULL, FOR_EVER), SHMR_CLOSED);
+    fake_sleep = NULL;
+    shmr_free(sleeper);
+    for (uint32_t i = 0; i < 64; i++) CHECK_EQ(shmr_load_seq_cst(&shmr_doorbell_at(sender, i)->owner), 0);
+    leave_region(sender);
     close(region);
 }
 

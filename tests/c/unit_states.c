@@ -489,7 +489,7 @@ static void rubbish_records(void) {
     shmr_block b[12];
     for (int i = 0; i < 12; i++) b[i] = claim(other, 100);
     uint32_t dead = other->self;
-    shmr_block mine = claim(h, 100);
+    shmr_block mine = claim(h, 100), wide = claim(other, 6144);
     static const uint64_t wrong[][2] = {{1, 100}, {0, 0}, {0, 64 * MIB}, {32 * MIB, 64}};
     for (int i = 0; i < 4; i++) {
         shmr_store_relaxed(&shmr_record_at(h, b[i].block)->offset, wrong[i][0]);
@@ -519,6 +519,12 @@ static void rubbish_records(void) {
     shmr_store_relaxed(&shmr_record_at(h, b[10].block)->references, 2);
     const uint64_t names[2] = {UINT64_C(1) << 32 | 0xffffffff, UINT64_C(1) << 32 | b[11].block};
     memcpy(bytes_of(h, &b[10]), names, sizeof names);
+    /* Two that say that they lie at the same place, on two pages. */
+    uint64_t twice = shmr_load_relaxed(&shmr_record_at(h, wide.block)->offset);
+    shmr_store_release(&shmr_record_at(h, wide.block)->state, shmr_state_pack(9, 3, 0, 0, SHMR_CLAIMED));
+    shmr_store_release(&shmr_record_at(h, b[11].block)->state, shmr_state_pack(9, 3, 0, 0, SHMR_CLAIMED));
+    shmr_store_relaxed(&shmr_record_at(h, b[11].block)->offset, twice);
+    shmr_store_relaxed(&shmr_record_at(h, b[11].block)->room, wide.room);
     OK(shmr_recover(h, die(other), NULL, 0, NULL));
     OK(send_message(h, 0, 3 * MIB, 1, NOT_AT_ALL)); /* we can go on */
     OK(receive_message(h, 0, NULL, NOT_AT_ALL));

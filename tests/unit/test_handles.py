@@ -12,7 +12,7 @@ import pytest
 
 from shmengine._native import ffi, lib
 from shmengine._native._handles import End, Layout, connect
-from shmengine._native.status import FORKED, STALE
+from shmengine._native.status import FORKED, STALE, WOULD_BLOCK
 from shmengine.errors import Corrupt, LeaseError
 from shmengine.ring import Ring
 from tests.helpers.scripts import ROOT
@@ -35,7 +35,7 @@ def assert_memory_is_whole(ring):
 def core_with(**replaced):
     """Let claims and leases call these instead of the core's functions."""
     own = {name: int(ffi.cast("uintptr_t", ffi.addressof(lib, f"shmr_{name}"))) for name in CALLS}
-    kept = {name: ffi.callback(f"int(shmr *, {kind} *)", made) for name, (kind, made) in replaced.items()}
+    kept = {name: ffi.callback(signature, made) for name, (signature, made) in replaced.items()}
     connect(
         LeaseError, *{**own, **{name: int(ffi.cast("uintptr_t", f)) for name, f in kept.items()}}.values()
     )
@@ -52,7 +52,7 @@ def refused(name, status):
         getattr(lib, f"shmr_{name}")(handle, block)
         return status
 
-    return core_with(**{name: ("shmr_block", call)})
+    return core_with(**{name: ("int(shmr *, shmr_block *)", call)})
 
 
 # --- arguments -------------------------------------------------------------------------------------
@@ -127,6 +127,14 @@ def test_a_release_is_refused(ring):
         with pytest.raises(LeaseError, match="no longer"), ring.lease():
             pass
         ring.lease()
+    assert_memory_is_whole(ring)
+
+
+def test_a_claim_that_has_to_wait(ring):
+    signature = "int(shmr *, uint64_t, const shmr_ref *, uint32_t, int, int64_t, shmr_block *)"
+    with core_with(claim=(signature, lambda *_: WOULD_BLOCK)):
+        ring.claim(3).commit()
+    ring.lease().release()
     assert_memory_is_whole(ring)
 
 
@@ -273,8 +281,9 @@ def test_a_claim_without_memory(ring, allocator):
 
 def test_a_lease_without_memory(ring, allocator):
     def prepare():
+        ring._forget()  # a fresh end, with nothing kept
         ring.send([1, 2])
-        return forget(ring)
+        return ring
 
     def check():
         with ring.lease(0) if ring.approx_fill() else ring.claim(1):
