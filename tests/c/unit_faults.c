@@ -186,6 +186,12 @@ static void memory_for_numpy(void) {
     char *a = numpy->allocator.realloc(context, NULL, 100000), *outside;
     CHECK(shmr_allocated_here(h, a));
     CHECK(!numpy->allocator.calloc(context, SIZE_MAX / 2, 4));
+    for (uint64_t size = MIB; size <= 20 * MIB; size *= 20) { /* in the arena, and outside */
+        char *zero = numpy->allocator.calloc(context, 2, size / 2);
+        CHECK(zero && zero[0] == 0 && zero[size - 1] == 0);
+        memset(zero, 9, size);
+        numpy->allocator.free(context, zero, size);
+    }
     memset(a, 5, 100000);
     CHECK(numpy->allocator.realloc(context, a, 60000) == a);
     break_calls(FAULT_MALLOC, ENOMEM);

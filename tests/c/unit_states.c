@@ -100,6 +100,13 @@ static void places_in_the_table(void) {
     open_pair();
     uint64_t word;
     CHECK_STATUS(shmr_progress(h, 8, &word, &word, &word, &word), SHMR_BAD_ARGUMENT);
+    uint64_t tag, index, since, starving;
+    shmr_set_progress(h, 7, 3);
+    OK(shmr_progress(other, shmr_self(h), &tag, &index, &since, &starving));
+    CHECK(tag == 7 && index == 3 && since != 0 && starving == 0);
+    shmr_set_progress(h, 0, 0);
+    OK(shmr_progress(other, shmr_self(h), &tag, &index, &since, &starving));
+    CHECK(tag == 0 && since == 0);
     shmr_deny(h, 8); /* nobody */
     CHECK_STATUS(shmr_recover(h, 8, NULL, 0, NULL), SHMR_BAD_ARGUMENT);
     CHECK_STATUS(shmr_recover(h, shmr_self(h), NULL, 0, NULL), SHMR_BAD_ARGUMENT);
@@ -244,6 +251,35 @@ static void idle_or_not(void) {
     shmr_add_seq_cst(&shmr_ring_at(h, 0)->commit_cursor, 1);
     OK(shmr_wait_idle(h, 0, NOT_AT_ALL));
     OK(receive_message(h, 1, &tag, NOT_AT_ALL));
+    close_pair();
+}
+
+static void *release_later(void *block) {
+    usleep(20000);
+    OK(shmr_release(other, block));
+    shmr_notify_idle(other);
+    return NULL;
+}
+static void idle_at_last(void) {
+    open_pair();
+    shmr_block b = {0};
+    pthread_t thread;
+    OK(send_message(h, 0, 8, 1, NOT_AT_ALL));
+    CHECK_STATUS(shmr_wait_idle(h, 0, shmr_now() + 1000000), SHMR_TIMEOUT);
+    OK(shmr_lease(other, 0, 1, NOT_AT_ALL, &b));
+    pthread_create(&thread, NULL, release_later, &b);
+    OK(shmr_wait_idle(h, 0, FOR_EVER));
+    pthread_join(thread, NULL);
+    close_pair();
+}
+
+static void extents_left_to_others(void) {
+    open_pair();
+    shmr_block b = {0};
+    shmr_leave_extents(h, 14); /* of 16 */
+    CHECK_STATUS(shmr_claim(h, 5 * MIB, NULL, 0, -1, NOT_AT_ALL, &b), SHMR_WOULD_BLOCK);
+    OK(shmr_claim(h, 3 * MIB, NULL, 0, -1, NOT_AT_ALL, &b));
+    OK(shmr_abort(h, &b));
     close_pair();
 }
 
@@ -600,6 +636,8 @@ int main(void) {
     RUN(closed_with_a_message_before_ours);
     RUN(numbers_of_rings);
     RUN(idle_or_not);
+    RUN(idle_at_last);
+    RUN(extents_left_to_others);
     RUN(a_slow_reader_is_helped);
     RUN(slots_of_rubbish);
     RUN(numbers_of_another_life);

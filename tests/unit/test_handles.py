@@ -98,6 +98,16 @@ def test_an_end_without_its_ring():
     region.close()
 
 
+def test_checksums_are_made_slowly():
+    with Ring(4, "8 MiB", check="payload") as ring:
+        with ring.claim(3) as frame:
+            frame[:] = 5
+        with ring.lease() as frame:
+            assert (frame == 5).all()
+        del frame
+        assert_memory_is_whole(ring)
+
+
 def test_exit_without_arguments_commits(ring):
     ring.claim(3).__exit__()
     ring.lease().release()
@@ -177,7 +187,7 @@ def test_a_message_that_is_no_array(ring):
 # --- what is kept for the next time ---------------------------------------------------------------------
 
 
-def test_more_at_once_than_are_kept(ring):
+def test_more_at_once_than_are_kept():
     with Ring(64, "8 MiB") as ring:
         for _ in range(2):
             claims = [ring.claim(3) for _ in range(40)]
@@ -189,6 +199,20 @@ def test_more_at_once_than_are_kept(ring):
             for lease in leases:
                 lease.release()
             del leases, lease
+        assert_memory_is_whole(ring)
+
+
+def test_more_places_than_are_remembered():
+    with Ring(600, "8 MiB") as ring:
+        for _ in range(2):
+            for value in range(600):
+                with ring.claim(3) as frame:
+                    frame[:] = value
+            del frame
+            for value in range(600):
+                with ring.lease() as frame:
+                    assert (frame == value).all()
+            del frame
         assert_memory_is_whole(ring)
 
 
