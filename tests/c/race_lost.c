@@ -117,6 +117,10 @@ static void a_slot_and_a_message(void) {
     check_happened();
     before_load(&shmr_ring_at(h, 0)->lease_cursor, 2, other_receives);
     OK(receive_message(h, 0, NULL, NOT_AT_ALL));
+    check_happened();
+    other_sends(); /* the third: its reader's cursor is advanced for it */
+    change_before(&shmr_ring_at(h, 0)->lease_cursor, 1, 3);
+    OK(receive_message(h, 0, NULL, NOT_AT_ALL));
     close_pair();
 }
 

@@ -440,6 +440,26 @@ static void wake_ups(void) {
     close(region);
 }
 
+static int a_long_night(void) {
+    usleep(260000); /* until it is time for another look at the dead */
+    return ++sleeps == 1 ? ETIMEDOUT : EINTR;
+}
+static void no_space_for_long(void) {
+    int region;
+    shmr_config config = small_config();
+    shmr *h = create_region(&config, &region);
+    shmr_block b = {0}, all = {0};
+    OK(shmr_claim(h, 32 * MIB, NULL, 0, -1, NOT_AT_ALL, &all));
+    fake_sleep = a_long_night;
+    sleeps = 0;
+    CHECK_STATUS(shmr_claim(h, 2 * MIB, NULL, 0, -1, FOR_EVER, &b), SHMR_INTERRUPTED);
+    fake_sleep = NULL;
+    OK(shmr_abort(h, &all));
+    check_whole(h);
+    leave_region(h);
+    close(region);
+}
+
 static void no_doorbell_and_a_signal(void) {
     int region;
     shmr_config config = small_config();
@@ -510,6 +530,7 @@ int main(void) {
     RUN(recovering_into_a_full_ring);
     RUN(asking_the_kernel);
     RUN(wake_ups);
+    RUN(no_space_for_long);
     RUN(no_doorbell_and_a_signal);
     RUN(watching_a_parent);
     return summary("unit_faults");

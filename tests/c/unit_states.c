@@ -168,7 +168,7 @@ static void a_forked_child(void) {
 
 static void closed_with_blocks_in_hand(void) {
     open_pair();
-    shmr_block b = claim(h, 100);
+    shmr_block b = claim(h, 100), theirs = claim(other, 100);
     shmr_ref mine = publish(h, 1000), foreign = publish(other, 100), out;
     OK(shmr_hold(h, foreign.block, foreign.generation, &out)); /* a small one: found by the page it lies in */
     OK(shmr_close(h, 0));
@@ -185,6 +185,7 @@ static void closed_with_blocks_in_hand(void) {
     shmr_free(h);
     h = attach_region(fd); /* adopts what it left */
     OK(shmr_drop(other, foreign.block, foreign.generation));
+    OK(shmr_abort(other, &theirs));
     close_pair();
 }
 

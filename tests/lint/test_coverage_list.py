@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 
-from tests.helpers.coverage import ENTRY, LIST, listed, source_lines
+from tests.helpers.coverage import ENTRY, LIST, function_lines, listed
 
 REASONS = re.split(r"^## ", LIST.read_text(), flags=re.MULTILINE)[1:]
 
 
 def test_each_listed_line_is_in_the_source():
-    gone = [f"{name}: {code}" for name, code in listed() if code not in source_lines(name)]
+    gone = [
+        f"{name}, {function}: {code}"
+        for name, function, code in listed()
+        if code not in function_lines(name, function)
+    ]
     assert not gone, "\n".join(gone)
 
 
