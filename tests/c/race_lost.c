@@ -117,6 +117,24 @@ static void a_slot_and_a_message(void) {
     check_happened();
     before_load(&shmr_ring_at(h, 0)->lease_cursor, 2, other_receives);
     OK(receive_message(h, 0, NULL, NOT_AT_ALL));
+    check_happened();
+    other_sends(); /* the third: its reader's cursor is advanced for it */
+    change_before(&shmr_ring_at(h, 0)->lease_cursor, 1, 3);
+    OK(receive_message(h, 0, NULL, NOT_AT_ALL));
+    close_pair();
+}
+
+static shmr_word *state;
+static void a_message_comes(void) {
+    other_sends();
+    state = &shmr_record_at(h, shmr_slot_block(shmr_load_seq_cst(shmr_slot_at(h, 0, 0))))->state;
+    before_change(state, 1, other_receives); /* and somebody else gets it */
+}
+static void a_message_worth_an_attempt(void) {
+    open_pair(2);
+    shmr_block b = {0};
+    before_load(shmr_slot_at(h, 0, 0), 2, a_message_comes); /* while we spin */
+    CHECK_STATUS(shmr_lease(h, 0, 1, shmr_now() + 1000000, &b), SHMR_TIMEOUT);
     close_pair();
 }
 
@@ -408,7 +426,7 @@ static void blocks_of_the_dead(void) {
             OK(shmr_lease(v, 0, 0, NOT_AT_ALL, &b));
         }
         dead = die(v);
-        shmr_word *state = &shmr_record_at(h, b.block)->state;
+        state = &shmr_record_at(h, b.block)->state;
         uint64_t others = shmr_state_pack(9, other->self, 0, 0, SHMR_LEASED);
         change_before(state, i == 2 ? 2 : 1, others);
         OK(shmr_recover(h, dead, i == 3 ? &taken : NULL, i == 3, &count));
@@ -455,6 +473,7 @@ int main(void) {
     RUN(a_commit);
     RUN(a_look_for_room);
     RUN(a_slot_and_a_message);
+    RUN(a_message_worth_an_attempt);
     RUN(a_waiter);
     RUN(the_only_reader);
     RUN(a_look_whether_all_is_idle);

@@ -186,6 +186,12 @@ static void memory_for_numpy(void) {
     char *a = numpy->allocator.realloc(context, NULL, 100000), *outside;
     CHECK(shmr_allocated_here(h, a));
     CHECK(!numpy->allocator.calloc(context, SIZE_MAX / 2, 4));
+    for (uint64_t size = MIB; size <= 20 * MIB; size *= 20) { /* in the arena, and outside */
+        char *zero = numpy->allocator.calloc(context, 2, size / 2);
+        CHECK(zero && zero[0] == 0 && zero[size - 1] == 0);
+        memset(zero, 9, size);
+        numpy->allocator.free(context, zero, size);
+    }
     memset(a, 5, 100000);
     CHECK(numpy->allocator.realloc(context, a, 60000) == a);
     break_calls(FAULT_MALLOC, ENOMEM);
@@ -213,6 +219,12 @@ static void memory_for_numpy(void) {
     }
     expect_success(child);
     numpy->allocator.free(context, a, 50000);
+    check_whole(h);
+    a = numpy->allocator.malloc(context, 50000); /* alive when we leave by force: an heir's */
+    OK(shmr_close(h, 1));
+    numpy->allocator.free(context, a, 50000);
+    shmr_free(h);
+    h = attach_region(region);
     check_whole(h);
     leave_region(h);
     close(region);
@@ -390,6 +402,12 @@ static int a_slice_ends(void) {
     return sleeps == 12 && fate == TAKEN ? signal_and_item() : ETIMEDOUT;
 }
 
+/* By force, while a thread sleeps: what it has borrowed, nobody will give back for it. */
+static int the_handle_is_closed(void) {
+    OK(shmr_close(sleeper, 1));
+    return 0;
+}
+
 static void wake_ups(void) {
     int region;
     shmr_config config = small_config();
@@ -412,7 +430,33 @@ static void wake_ups(void) {
     rescues_allowed = true;
     check_whole(sleeper);
     rescues_allowed = false;
-    leave_region(sleeper);
+    sender = attach_region(region);
+    fake_sleep = the_handle_is_closed;
+    CHECK_STATUS(receive_message(sleeper, 0, NULL, FOR_EVER), SHMR_CLOSED);
+    fake_sleep = NULL;
+    shmr_free(sleeper);
+    for (uint32_t i = 0; i < 64; i++) CHECK_EQ(shmr_load_seq_cst(&shmr_doorbell_at(sender, i)->owner), 0);
+    leave_region(sender);
+    close(region);
+}
+
+static int a_long_night(void) {
+    usleep(260000); /* until it is time for another look at the dead */
+    return ++sleeps == 1 ? ETIMEDOUT : EINTR;
+}
+static void no_space_for_long(void) {
+    int region;
+    shmr_config config = small_config();
+    shmr *h = create_region(&config, &region);
+    shmr_block b = {0}, all = {0};
+    OK(shmr_claim(h, 32 * MIB, NULL, 0, -1, NOT_AT_ALL, &all));
+    fake_sleep = a_long_night;
+    sleeps = 0;
+    CHECK_STATUS(shmr_claim(h, 2 * MIB, NULL, 0, -1, FOR_EVER, &b), SHMR_INTERRUPTED);
+    fake_sleep = NULL;
+    OK(shmr_abort(h, &all));
+    check_whole(h);
+    leave_region(h);
     close(region);
 }
 
@@ -486,6 +530,7 @@ int main(void) {
     RUN(recovering_into_a_full_ring);
     RUN(asking_the_kernel);
     RUN(wake_ups);
+    RUN(no_space_for_long);
     RUN(no_doorbell_and_a_signal);
     RUN(watching_a_parent);
     return summary("unit_faults");

@@ -100,6 +100,13 @@ static void places_in_the_table(void) {
     open_pair();
     uint64_t word;
     CHECK_STATUS(shmr_progress(h, 8, &word, &word, &word, &word), SHMR_BAD_ARGUMENT);
+    uint64_t tag, index, since, starving;
+    shmr_set_progress(h, 7, 3);
+    OK(shmr_progress(other, shmr_self(h), &tag, &index, &since, &starving));
+    CHECK(tag == 7 && index == 3 && since != 0 && starving == 0);
+    shmr_set_progress(h, 0, 0);
+    OK(shmr_progress(other, shmr_self(h), &tag, &index, &since, &starving));
+    CHECK(tag == 0 && since == 0);
     shmr_deny(h, 8); /* nobody */
     CHECK_STATUS(shmr_recover(h, 8, NULL, 0, NULL), SHMR_BAD_ARGUMENT);
     CHECK_STATUS(shmr_recover(h, shmr_self(h), NULL, 0, NULL), SHMR_BAD_ARGUMENT);
@@ -161,7 +168,7 @@ static void a_forked_child(void) {
 
 static void closed_with_blocks_in_hand(void) {
     open_pair();
-    shmr_block b = claim(h, 100);
+    shmr_block b = claim(h, 100), theirs = claim(other, 100);
     shmr_ref mine = publish(h, 1000), foreign = publish(other, 100), out;
     OK(shmr_hold(h, foreign.block, foreign.generation, &out)); /* a small one: found by the page it lies in */
     OK(shmr_close(h, 0));
@@ -178,6 +185,7 @@ static void closed_with_blocks_in_hand(void) {
     shmr_free(h);
     h = attach_region(fd); /* adopts what it left */
     OK(shmr_drop(other, foreign.block, foreign.generation));
+    OK(shmr_abort(other, &theirs));
     close_pair();
 }
 
@@ -244,6 +252,35 @@ static void idle_or_not(void) {
     shmr_add_seq_cst(&shmr_ring_at(h, 0)->commit_cursor, 1);
     OK(shmr_wait_idle(h, 0, NOT_AT_ALL));
     OK(receive_message(h, 1, &tag, NOT_AT_ALL));
+    close_pair();
+}
+
+static void *release_later(void *block) {
+    usleep(20000);
+    OK(shmr_release(other, block));
+    shmr_notify_idle(other);
+    return NULL;
+}
+static void idle_at_last(void) {
+    open_pair();
+    shmr_block b = {0};
+    pthread_t thread;
+    OK(send_message(h, 0, 8, 1, NOT_AT_ALL));
+    CHECK_STATUS(shmr_wait_idle(h, 0, shmr_now() + 1000000), SHMR_TIMEOUT);
+    OK(shmr_lease(other, 0, 1, NOT_AT_ALL, &b));
+    pthread_create(&thread, NULL, release_later, &b);
+    OK(shmr_wait_idle(h, 0, FOR_EVER));
+    pthread_join(thread, NULL);
+    close_pair();
+}
+
+static void extents_left_to_others(void) {
+    open_pair();
+    shmr_block b = {0};
+    shmr_leave_extents(h, 14); /* of 16 */
+    CHECK_STATUS(shmr_claim(h, 5 * MIB, NULL, 0, -1, NOT_AT_ALL, &b), SHMR_WOULD_BLOCK);
+    OK(shmr_claim(h, 3 * MIB, NULL, 0, -1, NOT_AT_ALL, &b));
+    OK(shmr_abort(h, &b));
     close_pair();
 }
 
@@ -492,7 +529,7 @@ static void rubbish_records(void) {
     shmr_block b[12];
     for (int i = 0; i < 12; i++) b[i] = claim(other, 100);
     uint32_t dead = other->self;
-    shmr_block mine = claim(h, 100);
+    shmr_block mine = claim(h, 100), wide = claim(other, 6144);
     static const uint64_t wrong[][2] = {{1, 100}, {0, 0}, {0, 64 * MIB}, {32 * MIB, 64}};
     for (int i = 0; i < 4; i++) {
         shmr_store_relaxed(&shmr_record_at(h, b[i].block)->offset, wrong[i][0]);
@@ -522,6 +559,12 @@ static void rubbish_records(void) {
     shmr_store_relaxed(&shmr_record_at(h, b[10].block)->references, 2);
     const uint64_t names[2] = {UINT64_C(1) << 32 | 0xffffffff, UINT64_C(1) << 32 | b[11].block};
     memcpy(bytes_of(h, &b[10]), names, sizeof names);
+    /* Two that say that they lie at the same place, on two pages. */
+    uint64_t twice = shmr_load_relaxed(&shmr_record_at(h, wide.block)->offset);
+    shmr_store_release(&shmr_record_at(h, wide.block)->state, shmr_state_pack(9, 3, 0, 0, SHMR_CLAIMED));
+    shmr_store_release(&shmr_record_at(h, b[11].block)->state, shmr_state_pack(9, 3, 0, 0, SHMR_CLAIMED));
+    shmr_store_relaxed(&shmr_record_at(h, b[11].block)->offset, twice);
+    shmr_store_relaxed(&shmr_record_at(h, b[11].block)->room, wide.room);
     OK(shmr_recover(h, die(other), NULL, 0, NULL));
     OK(send_message(h, 0, 3 * MIB, 1, NOT_AT_ALL)); /* we can go on */
     OK(receive_message(h, 0, NULL, NOT_AT_ALL));
@@ -597,6 +640,8 @@ int main(void) {
     RUN(closed_with_a_message_before_ours);
     RUN(numbers_of_rings);
     RUN(idle_or_not);
+    RUN(idle_at_last);
+    RUN(extents_left_to_others);
     RUN(a_slow_reader_is_helped);
     RUN(slots_of_rubbish);
     RUN(numbers_of_another_life);

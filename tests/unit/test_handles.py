@@ -12,7 +12,7 @@ import pytest
 
 from shmengine._native import ffi, lib
 from shmengine._native._handles import End, Layout, connect
-from shmengine._native.status import FORKED, STALE
+from shmengine._native.status import FORKED, STALE, WOULD_BLOCK
 from shmengine.errors import Corrupt, LeaseError
 from shmengine.ring import Ring
 from tests.helpers.scripts import ROOT
@@ -35,7 +35,7 @@ def assert_memory_is_whole(ring):
 def core_with(**replaced):
     """Let claims and leases call these instead of the core's functions."""
     own = {name: int(ffi.cast("uintptr_t", ffi.addressof(lib, f"shmr_{name}"))) for name in CALLS}
-    kept = {name: ffi.callback(f"int(shmr *, {kind} *)", made) for name, (kind, made) in replaced.items()}
+    kept = {name: ffi.callback(signature, made) for name, (signature, made) in replaced.items()}
     connect(
         LeaseError, *{**own, **{name: int(ffi.cast("uintptr_t", f)) for name, f in kept.items()}}.values()
     )
@@ -52,7 +52,7 @@ def refused(name, status):
         getattr(lib, f"shmr_{name}")(handle, block)
         return status
 
-    return core_with(**{name: ("shmr_block", call)})
+    return core_with(**{name: ("int(shmr *, shmr_block *)", call)})
 
 
 # --- arguments -------------------------------------------------------------------------------------
@@ -98,6 +98,16 @@ def test_an_end_without_its_ring():
     region.close()
 
 
+def test_checksums_are_made_slowly():
+    with Ring(4, "8 MiB", check="payload") as ring:
+        with ring.claim(3) as frame:
+            frame[:] = 5
+        with ring.lease() as frame:
+            assert (frame == 5).all()
+        del frame
+        assert_memory_is_whole(ring)
+
+
 def test_exit_without_arguments_commits(ring):
     ring.claim(3).__exit__()
     ring.lease().release()
@@ -127,6 +137,14 @@ def test_a_release_is_refused(ring):
         with pytest.raises(LeaseError, match="no longer"), ring.lease():
             pass
         ring.lease()
+    assert_memory_is_whole(ring)
+
+
+def test_a_claim_that_has_to_wait(ring):
+    signature = "int(shmr *, uint64_t, const shmr_ref *, uint32_t, int, int64_t, shmr_block *)"
+    with core_with(claim=(signature, lambda *_: WOULD_BLOCK)):
+        ring.claim(3).commit()
+    ring.lease().release()
     assert_memory_is_whole(ring)
 
 
@@ -169,7 +187,7 @@ def test_a_message_that_is_no_array(ring):
 # --- what is kept for the next time ---------------------------------------------------------------------
 
 
-def test_more_at_once_than_are_kept(ring):
+def test_more_at_once_than_are_kept():
     with Ring(64, "8 MiB") as ring:
         for _ in range(2):
             claims = [ring.claim(3) for _ in range(40)]
@@ -181,6 +199,20 @@ def test_more_at_once_than_are_kept(ring):
             for lease in leases:
                 lease.release()
             del leases, lease
+        assert_memory_is_whole(ring)
+
+
+def test_more_places_than_are_remembered():
+    with Ring(600, "8 MiB") as ring:
+        for _ in range(2):
+            for value in range(600):
+                with ring.claim(3) as frame:
+                    frame[:] = value
+            del frame
+            for value in range(600):
+                with ring.lease() as frame:
+                    assert (frame == value).all()
+            del frame
         assert_memory_is_whole(ring)
 
 
@@ -273,8 +305,9 @@ def test_a_claim_without_memory(ring, allocator):
 
 def test_a_lease_without_memory(ring, allocator):
     def prepare():
+        ring._forget()  # a fresh end, with nothing kept
         ring.send([1, 2])
-        return forget(ring)
+        return ring
 
     def check():
         with ring.lease(0) if ring.approx_fill() else ring.claim(1):
