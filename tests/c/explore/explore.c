@@ -43,6 +43,7 @@ struct cell {
     const shmr_word *word;
     uint8_t readers, writers; /* in any run: a bit a process */
     bool data, shared;        /* written by one process and used by another: only there others may come in between */
+    bool looked_at, checked;  /* read by the host, after a run: a death before its change makes a difference */
     /* of this run */
     uint32_t run;
     uint16_t id, stamp, sc_stamp;  /* 0: not written yet */
@@ -241,9 +242,19 @@ static void note_access(struct cell *c, bool write) {
     if (!c->shared && c->writers && (all & (all - 1))) newly_shared = true;
 }
 
+/* The host reads a word, or changes it, clearing up. */
+static void note_check(const shmr_word *word) {
+    uint32_t i = (uint32_t)(mix((uintptr_t)word >> 3, 0) & (CELLS - 1));
+    while (cells[i].word && cells[i].word != word) i = (i + 1) & (CELLS - 1);
+    if (!cells[i].word || cells[i].looked_at) return;
+    cells[i].looked_at = true;
+    if (cells[i].writers && !cells[i].shared) newly_shared = true;
+}
+
 static void begin_pass(void) {
     for (uint32_t i = 0; i < CELLS; i++) {
         uint8_t all = cells[i].readers | cells[i].writers;
+        cells[i].checked = cells[i].writers && cells[i].looked_at;
         cells[i].shared = cells[i].writers && (all & (all - 1));
     }
     newly_shared = false;
@@ -311,10 +322,10 @@ static void die(void) {
 static void step(struct cell *c, bool write, const struct ex_site *site) {
     if (++steps > STEPS_MAX) ex_fail("process %d turns for ever", current);
     note_access(c, write);
-    if (!c->shared) return;
+    if (!c->shared && !(c->checked && write)) return;
     processes[current].at = site;
     int others[EX_PROCESSES], count = 0, kill = left.kills > 0 && write;
-    if (left.preemptions > 0)
+    if (left.preemptions > 0 && c->shared)
         for (int i = 0; i < process_count; i++)
             if (i != current && is_enabled(&processes[i])) others[count++] = i;
     int taken = choose(1 + kill + count, 12);
@@ -457,7 +468,10 @@ static uint64_t get(struct cell *c, int order, bool newest, bool *other_than, ui
 }
 
 uint64_t ex_load(const shmr_word *word, const struct ex_site *site) {
-    if (current < 0) return word->value;
+    if (current < 0) {
+        note_check(word);
+        return word->value;
+    }
     struct cell *c = cell_of(word);
     step(c, false, site);
     processes[current].clock[current]++;
@@ -471,6 +485,7 @@ uint64_t ex_load(const shmr_word *word, const struct ex_site *site) {
 void ex_store(shmr_word *word, uint64_t value, const struct ex_site *site) {
     struct cell *c = cell_of(word);
     if (current < 0) {
+        note_check(word);
         word->value = value;
         return;
     }
@@ -485,6 +500,7 @@ void ex_store(shmr_word *word, uint64_t value, const struct ex_site *site) {
 bool ex_cas(shmr_word *word, uint64_t *expected, uint64_t desired, const struct ex_site *site) {
     struct cell *c = cell_of(word);
     if (current < 0) {
+        note_check(word);
         bool equal = word->value == *expected;
         if (equal)
             word->value = desired;
@@ -519,6 +535,7 @@ uint64_t ex_rmw(shmr_word *word, uint64_t operand, const struct ex_site *site) {
     case EX_EXCHANGE: after = operand; break;
     }
     if (current < 0) {
+        note_check(word);
         word->value = after;
         return before;
     }
