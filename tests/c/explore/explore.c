@@ -118,24 +118,26 @@ static uint64_t mix(uint64_t a, uint64_t b) {
     return z ^ z >> 32;
 }
 
-/* Of those who have ended only what they told the check matters; and, with histories, what the dead had seen. */
-static void forget_what_was_read(struct process *p) {
+/* What a process has told the check becomes part of the state when it ends. */
+static void note_log(void) {
     log_hash = 0;
     for (size_t i = 0; i < sizeof ex_log / sizeof *ex_log; i++) log_hash = mix(log_hash, ex_log[i]);
-    if (!weak) p->obs = 0;
 }
 
-static uint64_t state_hash(void) {
-    uint64_t hash = mix(mix(memory_hash, (uint64_t)now), log_hash);
+/* What is decided: one access may have several decisions, between which nothing is read. */
+enum kind { WHO_BEGINS = 1, WHO_GOES_ON, AT_AN_ACCESS, GOING_ON, GOING_TO_SLEEP, WHICH_MESSAGE, AT_THE_END };
+
+static uint64_t state_hash(enum kind kind) {
+    uint64_t hash = mix(mix(mix(memory_hash, kind), (uint64_t)now), log_hash);
     for (int i = 0; i < process_count; i++)
         hash = mix(hash, mix(processes[i].obs, (uint64_t)processes[i].status << 8 | (uint64_t)(i == current)));
     return hash;
 }
 
 /* True if everything from here on was explored, with budgets at least as large. */
-static bool seen_before(void) {
+static bool seen_before(enum kind kind) {
     if (randomly) return false;
-    uint64_t hash = state_hash();
+    uint64_t hash = state_hash(kind);
     for (uint32_t i = (uint32_t)(hash >> 20) & (VISITED - 1);; i = (i + 1) & (VISITED - 1)) {
         struct visited *v = &visited[i];
         if (v->hash == 0) {
@@ -161,7 +163,7 @@ static bool seen_before(void) {
 static _Noreturn void to_host(void) { longjmp(host, 1); }
 
 /* One of `options`, 0 being the ordinary one; at random, others are taken once in `rarity` times. */
-static int choose(int options, unsigned rarity) {
+static int choose(enum kind kind, int options, unsigned rarity) {
     if (options <= 1) return 0;
     if (randomly) {
         int taken = 0;
@@ -179,7 +181,7 @@ static int choose(int options, unsigned rarity) {
         return taken;
     }
     if (trail_length < replayed) return trail[trail_length++].taken;
-    if (seen_before()) {
+    if (seen_before(kind)) {
         pruned = true;
         to_host();
     }
@@ -207,6 +209,7 @@ void ex_fail(const char *format, ...) {
 /* ---- cells --------------------------------------------------------------------------------------------------------- */
 
 static bool is_data(const shmr_word *word);
+static void observe(uint64_t value);
 
 static struct cell *cell_of(const shmr_word *word) {
     uint32_t i = (uint32_t)(mix((uintptr_t)word >> 3, 0) & (CELLS - 1));
@@ -293,7 +296,7 @@ static void leave_to_others(void) {
         for (int i = 0; i < process_count; i++)
             if (is_enabled(&processes[i])) enabled[count++] = i;
         if (count) {
-            int next = enabled[choose(count, 2)];
+            int next = enabled[choose(WHO_GOES_ON, count, 2)];
             processes[next].status = READY;
             resume(next);
             return;
@@ -313,9 +316,14 @@ static void die(void) {
     p->status = KILLED;
     left.kills--;
     killed_count++;
-    forget_what_was_read(p);
+    note_log();
+    if (!weak) p->obs = 0; /* its private memory is gone; with histories, what it had seen still matters */
     leave_to_others();
     abort();
+}
+
+static void may_die(void) {
+    if (left.kills > 0 && choose(GOING_ON, 2, 12)) die();
 }
 
 /* Before an access: another may go on, or this one may die. */
@@ -328,13 +336,14 @@ static void step(struct cell *c, bool write, const struct ex_site *site) {
     if (left.preemptions > 0 && c->shared)
         for (int i = 0; i < process_count; i++)
             if (i != current && is_enabled(&processes[i])) others[count++] = i;
-    int taken = choose(1 + kill + count, 12);
+    int taken = choose(AT_AN_ACCESS, 1 + kill + count, 12);
     if (taken == 0) return;
     if (kill && taken == 1) die();
     left.preemptions--;
     int next = others[taken - 1 - kill];
     processes[next].status = READY;
     resume(next);
+    if (kill) may_die(); /* having stood there while others went on */
 }
 
 /* ---- memory ---------------------------------------------------------------------------------------------------------------- */
@@ -422,7 +431,7 @@ static const struct message *pick(struct cell *c, int order, bool must_be_newest
             if ((choices[i] ? choices[i]->value : c->initial) != not_this) choices[kept++] = choices[i];
         count = kept;
     }
-    int taken = choose(count, 6);
+    int taken = choose(WHICH_MESSAGE, count, 6);
     if (taken) {
         left.stale--;
         ex_counts.stale++;
@@ -587,7 +596,7 @@ static int sleep_on(sem_t *sem, int64_t end) {
     if (sem) step(cell_of(word), true, &bell_site);
     if (!sem || word->value == 0) {
         int kill = left.kills > 0, interrupt = left.interrupts > 0;
-        int taken = choose(1 + kill + interrupt, 12);
+        int taken = choose(GOING_TO_SLEEP, 1 + kill + interrupt, 12);
         if (kill && taken == 1) die();
         if (taken) {
             left.interrupts--;
@@ -599,6 +608,7 @@ static int sleep_on(sem_t *sem, int64_t end) {
         p->bell = sem;
         p->end = end;
         leave_to_others();
+        may_die();
     }
     observe((uint64_t)now);
     if (!sem) return 0;
@@ -726,9 +736,10 @@ int ex_kills(void) { return killed_count; }
 static void coroutine(int i) {
     /* Each run comes back here: the frames above stay as they are. */
     if (_setjmp(processes[i].entry) == 0) to_host();
+    observe(1); /* to have begun is different from not yet */
     scenario->script[i]();
     processes[i].status = DONE;
-    forget_what_was_read(&processes[i]);
+    note_log();
     leave_to_others();
     abort();
 }
@@ -781,7 +792,7 @@ static void run_once(const struct ex_limits *limits) {
     ex_failed_checks(true);
     current = -1;
     if (setjmp(host) == 0) {
-        int first = choose(process_count, 2);
+        int first = choose(WHO_BEGINS, process_count, 2);
         current = first;
         _longjmp(processes[first].context, 1);
     }
@@ -792,7 +803,7 @@ static void run_once(const struct ex_limits *limits) {
     if (!failed)
         for (int i = 0; i < process_count; i++)
             if (processes[i].status != DONE && processes[i].status != KILLED) ex_fail("process %d is stuck", i);
-    if (!failed && !(trail_length >= replayed && seen_before())) scenario->check();
+    if (!failed && !(trail_length >= replayed && seen_before(AT_THE_END))) scenario->check();
     if (!failed && ex_failed_checks(false)) ex_fail("a check failed (above)");
 }
 
