@@ -265,6 +265,22 @@ static void begin_pass(void) {
 
 /* ---- scheduling -------------------------------------------------------------------------------------------------------- */
 
+/* Of each access in the core's sources, over all scenarios and their processes: how often it ran, and how often somebody died
+ * there. */
+extern struct ex_site __start_ex_sites[], __stop_ex_sites[];
+static struct coverage {
+    uint64_t ran, died;
+} *coverage;
+
+static void count_at(const struct ex_site *site, bool died) {
+    if (!coverage || site < __start_ex_sites || site >= __stop_ex_sites) return;
+    struct coverage *c = &coverage[site - __start_ex_sites];
+    if (died)
+        c->died++;
+    else
+        c->ran++;
+}
+
 static void trace(const char *what, const struct ex_site *site, const shmr_word *word, uint64_t value) {
     if (!tracing || current < 0) return;
     ptrdiff_t at = region ? (const char *)word - region : 0;
@@ -312,6 +328,7 @@ static void leave_to_others(void) {
 
 static void die(void) {
     struct process *p = &processes[current];
+    if (p->at) count_at(p->at, true);
     if (tracing) printf("  %d  dies\n", current);
     p->status = KILLED;
     left.kills--;
@@ -330,6 +347,7 @@ static void may_die(void) {
 static void step(struct cell *c, bool write, const struct ex_site *site) {
     if (++steps > STEPS_MAX) ex_fail("process %d turns for ever", current);
     note_access(c, write);
+    count_at(site, false);
     if (!c->shared && !(c->checked && write)) return;
     processes[current].at = site;
     int others[EX_PROCESSES], count = 0, kill = left.kills > 0 && write;
@@ -892,6 +910,32 @@ void ex_show(const struct ex_limits *limits) {
     run_once(limits);
     tracing = false;
     printf("  %s\n", what);
+}
+
+/* ---- coverage --------------------------------------------------------------------------------------------------------------- */
+
+void ex_count_sites(void) {
+    size_t count = (size_t)(__stop_ex_sites - __start_ex_sites);
+    void *shared = mmap(NULL, count * sizeof *coverage, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    coverage = shared == MAP_FAILED ? NULL : shared;
+}
+
+void ex_print_sites(bool all) {
+    unsigned count = 0, ran = 0, changes = 0, died = 0;
+    if (!coverage) return;
+    for (const struct ex_site *s = __start_ex_sites; s < __stop_ex_sites; s++) {
+        const char *file = strrchr(s->file, '/') ? strrchr(s->file, '/') + 1 : s->file;
+        if (strncmp(file, "shmr_", 5) != 0) continue;
+        const struct coverage *c = &coverage[s - __start_ex_sites];
+        bool change = c->ran && s->verb != EX_LOAD;
+        count++;
+        ran += c->ran > 0;
+        changes += change;
+        died += change && c->died;
+        if (all && !c->ran) printf("never ran: %s:%d %s\n", file, s->line, s->function);
+        if (all && change && !c->died) printf("nobody died at: %s:%d %s\n", file, s->line, s->function);
+    }
+    printf("%u of the core's %u accesses ran; of %u that change something, somebody died before %u\n", ran, count, changes, died);
 }
 
 const char *ex_failure(void) { return failure; }

@@ -6,13 +6,14 @@
  *   --random N         N runs at random instead of all;  --seed S: begin with that one
  *   --seconds S        no longer than that for each scenario
  *   --mutants N        weaken each ordered access by a step, and try N runs of each scenario to notice
+ *   --sites            list the accesses that never ran, and the changes before which nobody died
  *   --show             print every access of a run that fails
  */
 #include "machine.h"
 
 extern struct ex_site __start_ex_sites[], __stop_ex_sites[];
 
-static bool long_form, show;
+static bool long_form, show, list_sites;
 static uint64_t random_runs, mutant_runs, first_seed = 1;
 static double seconds = 1e9;
 static struct ex_limits given = {-1, 0, 0, 0};
@@ -148,6 +149,7 @@ int main(int count, char **arguments) {
         const char *option = arguments[at];
         if (!strcmp(option, "--long")) long_form = true;
         else if (!strcmp(option, "--show")) show = true;
+        else if (!strcmp(option, "--sites")) list_sites = true;
         else if (++at >= count) return 2;
         else if (!strcmp(option, "--seconds")) seconds = atof(arguments[at]);
         else if (!strcmp(option, "--random")) random_runs = strtoull(arguments[at], NULL, 10);
@@ -159,6 +161,7 @@ int main(int count, char **arguments) {
     }
     wanted = arguments + at;
     if (mutant_runs) return run_mutants();
+    ex_count_sites();
     for (int i = 0; ex_scenarios[i]; i++) {
         if (!is_wanted(ex_scenarios[i]->name)) continue;
         pid_t child = fork(); /* a world of its own */
@@ -168,5 +171,6 @@ int main(int count, char **arguments) {
         if (WIFSIGNALED(status)) printf("FAILED %s: signal %d\n", ex_scenarios[i]->name, WTERMSIG(status));
         bad |= status != 0;
     }
+    ex_print_sites(list_sites);
     return bad;
 }

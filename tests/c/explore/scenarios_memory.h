@@ -24,7 +24,7 @@ static const struct ex_scenario arena_full = {
 static void setup_growth(void) { make_world((shmr_config){.arena_bytes = 2 * SHMR_EXTENT, .blocks = 2 * SHMR_GROUP}, 3); }
 static const struct ex_scenario growth = {
     "growth", "two take their first extents and groups of records", setup_growth, 3, {send_one, send_two, receive_two},
-    check_two, {1, 1, 0, 0}, {2, 1, 0, 0}};
+    check_two, {1, 1, 0, 0}, {1, 2, 0, 0}};
 
 /* ---- somebody has what another needs -------------------------------------------------------------------------------------------- */
 
@@ -84,13 +84,23 @@ static shmr_block whole_arena;
 
 static void claim_or_be_denied(void) {
     shmr_block b = {0};
+    shmr_set_progress(mine(), 5, 6);
     int status = RETRIED(shmr_claim(mine(), 1200000, NULL, 0, -1, soon(), &b));
     CHECK(status == SHMR_OK || status == SHMR_DENIED || ex_kills());
     if (status == SHMR_OK) OK(shmr_abort(mine(), &b));
 }
 static void deny_and_abort(void) {
     shmr_block b = whole_arena;
-    shmr_deny(mine(), shmr_self(handles[0]));
+    shmr_counters counters;
+    uint64_t tag, index, since, starving;
+    shmr_read_counters(mine(), &counters);
+    CHECK_EQ(counters.pins, 1);
+    CHECK(shmr_live_participants(mine()) == 3 || ex_kills());
+    uint32_t other = shmr_self(handles[0]);
+    CHECK(shmr_find(mine(), handles[0]->pid) == (int)other || ex_kills());
+    OK(shmr_progress(mine(), other, &tag, &index, &since, &starving));
+    CHECK(tag == 0 || tag == 5);
+    shmr_deny(mine(), other);
     OK(shmr_abort(mine(), &b));
     CHECK_STATUS(shmr_abort(mine(), &whole_arena), SHMR_STALE); /* it is done */
 }
@@ -101,7 +111,7 @@ static void setup_denied(void) {
 }
 static void check_none(void) { check_all(0); }
 static const struct ex_scenario denied = {
-    "denied", "one waits for memory until it is told not to, or gets some", setup_denied, 2,
+    "denied", "one waits for memory, watched, until it is told not to, or gets some", setup_denied, 2,
     {claim_or_be_denied, deny_and_abort}, check_none, {2, 1, 0, 0}, {3, 1, 0, 0}};
 
 /* ---- by reference --------------------------------------------------------------------------------------------------------------------- */

@@ -265,7 +265,7 @@ static void scatter_and_gather(void) {
     unsigned char states[2] = {0};
     shmr_scatter s = {.sources = 1, .task_ring = 0, .result_ring = 1, .task_kind = 1, .result_kind = 2, .count = 2,
                       .source = {{(const char *)in, 8, sizeof in, 0, 0}}, .target = (char *)out, .target_pitch = 8,
-                      .target_bytes = sizeof out, .states = states, .first_tag = 1, .stop = 2, .limit = 2};
+                      .target_bytes = sizeof out, .states = states, .first_tag = 1, .stop = 2, .limit = 2, .payload_check = 1};
     shmr_block message;
     int status = RETRIED(shmr_scatter_run(mine(), &s, 8, soon(), &message));
     CHECK_STATUS(status, SHMR_TIMEOUT); /* all is back, or nothing came */
@@ -282,7 +282,7 @@ static void answer_two(void) {
         b.kind = 2;
         b.spec_bytes = sizeof words;
         memcpy(b.spec, words, sizeof words);
-        if (!is_done(RETRIED(shmr_commit(h, 1, 0, -1, soon(), &b)))) OK(shmr_release(h, &b));
+        if (!is_done(RETRIED(shmr_commit(h, 1, 1, -1, soon(), &b)))) OK(shmr_release(h, &b));
     }
 }
 static void setup_scattered(void) {

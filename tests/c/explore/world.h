@@ -38,7 +38,6 @@ static void make_world(shmr_config config, int count) {
     if (!config.arena_bytes) config.arena_bytes = 4 * SHMR_EXTENT;
     for (uint32_t i = 0; i < config.rings; i++)
         if (!config.capacity[i]) config.capacity[i] = 4;
-    config.flags |= SHMR_WAIT_ALONE;
     if (region_fd >= 0) (close)(region_fd);
     host_handle = NULL;
     ex_be(-1);
