@@ -128,6 +128,7 @@ static void supervise(void) {
 static void setup_in_charge(void) {
     make_world((shmr_config){.flags = SHMR_CREATOR_RECOVERS}, 3);
     warm(0);
+    time_passes = true;
 }
 static void check_in_charge(void) {
     for (int i = 2; i >= 0; i--)
@@ -161,10 +162,91 @@ static void setup_crowded(void) {
     make_world((shmr_config){.participants = 2}, 1);
     handles[1] = handles[2] = NULL;
     warm(0);
+    time_passes = true;
 }
 static const struct ex_scenario crowded = {
     "crowded", "one place, whose owner leaves or dies, and two who want it", setup_crowded, 3,
     {send_one_and_leave, join_if_there_is_room, join_if_there_is_room}, check_one, {1, 1, 0, 0}, {1, 2, 0, 0}};
+
+/* ---- a place in the table, anew ------------------------------------------------------------------------------------------------------------ */
+
+static void join_and_send(void) {
+    shmr *h = NULL;
+    int status = shmr_attach(region_fd, &h);
+    CHECK(status == SHMR_OK || status == SHMR_CROWDED);
+    if (status != SHMR_OK) return;
+    no_spinning(h);
+    send(h, 0, 2, 64);
+    OK(shmr_close(h, 0));
+}
+static void recover_and_receive(void) {
+    recover();
+    receive(mine(), 0);
+}
+static void setup_successor(void) {
+    make_world((shmr_config){.participants = 3}, 2);
+    handles[2] = NULL;
+    warm(0);
+}
+static void check_successor(void) {
+    check_messages(2, false);
+    check_world();
+}
+static const struct ex_scenario successor = {
+    "successor", "one takes the place of the dead as soon as it is free", setup_successor, 3,
+    {send_one, recover_and_receive, join_and_send}, check_successor, {1, 1, 0, 0}, {2, 1, 0, 0}};
+
+/* ---- in time -------------------------------------------------------------------------------------------------------------------------------- */
+
+/* What died with a notifier comes when its death is found, not when some sleeper happens to look. */
+enum { FOUND_AT = 62, RECEIVED_AT = 63 };
+static void receive_in_time(void) {
+    uint64_t number;
+    if (is_done(try_receive(mine(), 0, soon(), &number))) ex_log[RECEIVED_AT] = (uint64_t)shmr_now();
+}
+static void find_in_time(void) {
+    if (shmr_check_deaths(mine())) ex_log[FOUND_AT] = (uint64_t)shmr_now();
+}
+static void check_in_time(void) {
+    if (ex_log[FOUND_AT] && ex_log[RECEIVED_AT]) CHECK(ex_log[RECEIVED_AT] <= ex_log[FOUND_AT]);
+    check_one();
+}
+static const struct ex_scenario in_time = {
+    "in_time", "whose notifier died is woken when that is found", setup_recoverers, 3,
+    {send_one, receive_in_time, find_in_time}, check_in_time, {2, 1, 0, 0}, {3, 1, 0, 0}};
+
+/* ---- a block that comes back ------------------------------------------------------------------------------------------------------------------ */
+
+static shmr_block first_message;
+
+static void release_first(void) {
+    shmr_block b = first_message;
+    ex_log[FIRST + 1] = 1;
+    OK(shmr_release(mine(), &b));
+    ex_log[RELEASED + 1] = 1;
+}
+static void recover_and_go_on(void) {
+    shmr *h = mine();
+    ex_log[SENT + 1] = ex_log[SENT + 2] = 1;
+    shmr_check_deaths(h);
+    send(h, 0, 3, 64);
+    receive_if_any(h, 0);
+    send(h, 0, 4, 64);
+}
+static void setup_reused(void) {
+    make_world((shmr_config){0}, 3);
+    ex_be(0);
+    OK(try_send(handles[0], 0, 1, 64));
+    OK(try_send(handles[0], 0, 2, 64));
+    ex_be(1);
+    OK(shmr_lease(handles[1], 0, 0, NOT_AT_ALL, &first_message));
+    shmr_add_seq_cst(&shmr_ring_at(handles[1], 0)->lease_cursor, UINT64_MAX); /* it gets no further */
+    ex_be(-1);
+}
+static void check_four(void) { check_all(4); }
+static const struct ex_scenario reused = {
+    "reused", "a block is recovered and used again while old slots still name it", setup_reused, 3,
+    {recover_and_go_on, release_first, two_in_order}, check_four, {1, 1, 0, 0}, {2, 1, 0, 0}};
 
 /* ---- who leaves has blocks that others need ----------------------------------------------------------------------------------------------- */
 
@@ -188,6 +270,7 @@ static void setup_legacy(void) {
     make_world((shmr_config){.arena_bytes = SHMR_EXTENT, .blocks = SHMR_GROUP}, 2);
     handles[2] = NULL;
     warm(0);
+    time_passes = true; /* who waits for space looks for the arenas of those who left once a slice */
 }
 static const struct ex_scenario legacy = {
     "legacy", "one leaves blocks that another reads to an heir, who allocates among them", setup_legacy, 3,

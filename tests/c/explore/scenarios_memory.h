@@ -160,6 +160,35 @@ static const struct ex_scenario by_reference = {
     "by_reference", "one block, named by two messages, read by two", setup_broadcast, 3,
     {broadcast, receive_reference, receive_reference}, check_two, {1, 1, 0, 0}, {2, 1, 0, 0}};
 
+/* ---- holders in two words ----------------------------------------------------------------------------------------------------------- */
+
+/* The maker's bit is in the second word, the readers' in the first: what is read one after the other changes in between. */
+static void setup_wide(void) {
+    make_world((shmr_config){.participants = 66}, 0);
+    for (int i = 2; i >= 0; i--) {
+        ex_be(i);
+        handles[i] = attach_region(region_fd);
+        no_spinning(handles[i]);
+        for (uint32_t k = 3; i == 1 && k < 64; k++) /* somebody's, of whom nothing is known */
+            shmr_store_relaxed(&shmr_participant_at(host_handle, k)->life, shmr_life_pack(0, 0xfff, 1, SHMR_JOINING));
+    }
+    ex_be(-1);
+    warm(0);
+}
+static void broadcast_and_sweep(void) {
+    broadcast();
+    shmr_trim(mine());
+}
+static void check_wide(void) {
+    shmr *h = host_handle;
+    CHECK_EQ(shmr_self(handles[0]), 64);
+    for (uint32_t k = 3; k < 64; k++) shmr_store_relaxed(&shmr_participant_at(h, k)->life, 0);
+    check_two();
+}
+static const struct ex_scenario wide = {
+    "wide", "one block, named by two messages, read by two, their marks in another word than the maker's", setup_wide, 3,
+    {broadcast_and_sweep, receive_reference, receive_reference}, check_wide, {1, 0, 0, 0}, {1, 1, 0, 0}};
+
 /* ---- a stale reference --------------------------------------------------------------------------------------------------------------- */
 
 static shmr_ref stale_ref;

@@ -81,6 +81,28 @@ static const struct ex_scenario full = {
     "full", "capacity 1, two producers: one waits for the slot", setup_full, 3, {send_one, send_two, receive_two}, check_two,
     {1, 1, 0, 0}, {2, 1, 0, 0}};
 
+/* ---- left behind ------------------------------------------------------------------------------------------------------------- */
+
+static void send_two_to_four(void) {
+    for (uint64_t n = 2; n <= 4; n++) send(mine(), 0, n, 64);
+}
+static void receive_four(void) {
+    for (int i = 0; i < 4; i++) receive(mine(), 0);
+}
+static void setup_lapped(void) {
+    make_world((shmr_config){.capacity = {1}}, 3);
+    warm(0);
+    warm(1);
+}
+static void check_lapped(void) { check_all(4); }
+static const struct ex_scenario lapped = {
+    "lapped", "a producer stands still while the ring goes round", setup_lapped, 3,
+    {send_one, send_two_to_four, receive_four}, check_lapped, {1, 0, 0, 0}, {1, 1, 0, 0}};
+
+static const struct ex_scenario helped = {
+    "helped", "capacity 1, two consumers: one goes on for the other, and for the producer that waits", setup_lapped, 3,
+    {send_one_two, receive_one, receive_one}, check_two, {1, 1, 0, 0}, {2, 1, 0, 1}};
+
 /* ---- forwarded ------------------------------------------------------------------------------------------------------------------------- */
 
 static void forward(void) {
@@ -178,6 +200,18 @@ static void check_closed(void) {
 static const struct ex_scenario closing = {
     "closing", "a ring is closed while one waits for a slot, another for an item", setup_closing, 3,
     {send_until_closed, receive_until_closed, close_ring}, check_closed, {1, 1, 0, 0}, {2, 1, 0, 0}};
+
+static void send_and_close(void) {
+    send(mine(), 0, 1, 64);
+    close_ring();
+}
+static void check_finished(void) {
+    if (!ex_kills()) CHECK(ex_log[RELEASED + 1]); /* CLOSED means empty, too */
+    check_one();
+}
+static const struct ex_scenario finish = {
+    "finish", "what was sent before the ring was closed is received before that is noticed", setup_closing, 3,
+    {send_and_close, receive_until_closed, receive_until_closed}, check_finished, {1, 1, 0, 0}, {2, 1, 0, 0}};
 
 /* ---- all is done ---------------------------------------------------------------------------------------------------------------- */
 
