@@ -517,6 +517,6 @@ int shmr_progress(shmr *h, uint32_t slot, uint64_t *tag, uint64_t *index, uint64
 
 void shmr_deny(shmr *h, uint32_t slot) {
     if (slot >= h->g.config.participants) return;
-    shmr_store_relaxed(&shmr_participant_at(h, slot)->denied, 1); /* read at the next attempt */
+    shmr_or_seq_cst(&shmr_participant_at(h, slot)->denied, 1); /* S6: read at the next attempt */
     shmr_ring_all(h);
 }

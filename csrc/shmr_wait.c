@@ -71,7 +71,7 @@ void shmr_notify_all(shmr *h, shmr_word *waiters) {
 
 void shmr_ring_all(shmr *h) {
     for (uint32_t i = 0; i < h->g.config.doorbells; i++)
-        if (shmr_load_relaxed(&shmr_doorbell_at(h, i)->owner)) post(h, i); /* extra tokens are harmless */
+        if (shmr_load_seq_cst(&shmr_doorbell_at(h, i)->owner)) post(h, i); /* S6; extra tokens are harmless */
 }
 
 /* ---- doorbells ------------------------------------------------------------------------------------------------------- */
@@ -86,7 +86,7 @@ static int borrow_doorbell(shmr *h) {
             shmr_word *owner = &shmr_doorbell_at(h, i)->owner;
             uint64_t nobody = 0;
             if (shmr_load_relaxed(owner) == 0 && /* the CAS decides */
-                shmr_cas_acq_rel(owner, &nobody, h->self + 1)) /* A12 */
+                shmr_cas_seq_cst(owner, &nobody, h->self + 1)) /* S6 A12 */
                 found = (int)i;
         }
     }
