@@ -287,8 +287,7 @@ PLANTS = (
         "of all the waiters whose bits are cleared only one is posted",
         WAIT,
         (("        for (; bits; bits &= bits - 1)\n            post(h,", "        for (; bits; bits = 0)\n            post(h,"),),
-        "arena_full",
-        "2,0,0,0",
+        "two_short",
     ),
     Plant(
         "owners-not-sequential",
@@ -306,9 +305,16 @@ PLANTS = (
     Plant(
         "release-silent",
         "S2",
-        "a release does not notify who waits for space",
+        "a release of another's block does not wake who waits for space",
         BLOCK,
-        (("    shmr_notify_all(h, p->space_waiters);\n", ""),),
+        (
+            (
+                "    shmr_notify_all(h, p->space_waiters);\n"
+                "    /* If somebody is short of whole extents, the owner, asleep on something else, may now have one to give. */\n"
+                "    if (shmr_any_waiter(shmr_header_of(h)->extent_waiters)) shmr_ring_all(h);\n",
+                "",
+            ),
+        ),
         "arena_full",
     ),
     Plant(
@@ -317,17 +323,7 @@ PLANTS = (
         "whole free extents are given back without a word",
         ARENA,
         (("    if (any) shmr_notify_all(h, shmr_header_of(h)->extent_waiters);", "    (void)any;"),),
-        "shortage",
-    ),
-    Plant(
-        "extents-taken-in-vain",
-        "S3",
-        "extents that were taken in vain are given back without a word",
-        ARENA,
-        (("    if (taken) shmr_notify_all(h, shmr_header_of(h)->extent_waiters); /* somebody", "    /* somebody"),),
-        "huge",
-        "99,0,0,0",
-        20000,
+        "two_short",
     ),
     Plant(
         "shortage-not-told",
@@ -399,7 +395,7 @@ PLANTS = (
                 "    if (mine) shmr_reclaim(h, block);\n}",
             ),
         ),
-        "arena_held",
+        "held_full",
     ),
     Plant(
         "heir-holds-nothing",
@@ -515,18 +511,5 @@ PLANTS = (
         RECOVER,
         (("            shmr_and_acq_rel(&shmr_ring_at(h, r)->item_waiters[d / 64], mask); /* A11 R11 */\n", ""),),
         "two_by_two",
-    ),
-    Plant(
-        "half-taken-extent",
-        "R6",
-        "an extent that its owner died reserving is taken for reserved",
-        ARENA,
-        (
-            (
-                "        if (!(seen & SHMR_EXTENT_WARM)) { /* died while reserving it: nobody has used it */",
-                "        if (false) { /* died while reserving it: nobody has used it */",
-            ),
-        ),
-        "growth",
     ),
 )

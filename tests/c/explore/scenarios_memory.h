@@ -78,6 +78,53 @@ static const struct ex_scenario huge = {
     "huge", "two need two extents each, of three", setup_huge, 3, {send_huge_one, send_huge_two, receive_huge}, check_two,
     {1, 0, 0, 0}, {1, 1, 0, 0}};
 
+/* Two are short, and get what they need at once: from who has only whole extents to give, its records being in use. */
+static shmr_block small_one;
+
+static void abort_at_last(void) {
+    shmr_block b = small_one;
+    receive_two();
+    OK(shmr_abort(mine(), &b));
+}
+static void setup_two_short(void) {
+    make_world((shmr_config){.arena_bytes = 3 * SHMR_EXTENT}, 3);
+    shmr_block large[3] = {{0}, {0}, {0}};
+    small_one = (shmr_block){0};
+    OK(shmr_claim(handles[2], 64, NULL, 0, -1, NOT_AT_ALL, &small_one));
+    for (int i = 0; i < 3; i++) OK(shmr_claim(handles[2], 1500000, NULL, 0, -1, NOT_AT_ALL, &large[i]));
+    for (int i = 0; i < 3; i++) OK(shmr_abort(handles[2], &large[i]));
+}
+static const struct ex_scenario two_short = {
+    "two_short", "two need an extent, and a third has both to give, asleep", setup_two_short, 3,
+    {send_one, send_two, abort_at_last}, check_two, {1, 0, 0, 0}, {1, 1, 0, 0}};
+
+/* One takes an extent and does not get the next; another, who needs only that one, has just looked. */
+static void want_both(void) {
+    shmr_block b = {0};
+    if (is_done(RETRIED(shmr_claim(mine(), 2500000, NULL, 0, -1, soon(), &b)))) OK(shmr_abort(mine(), &b));
+    send_one();
+    int status = RETRIED(shmr_wait_item(mine(), 1, soon()));
+    CHECK(status == SHMR_CLOSED || ex_kills());
+}
+static void want_one(void) {
+    shmr_block b = {0};
+    int claimed = RETRIED(shmr_claim(mine(), 1500000, NULL, 0, 0, soon(), &b)); /* unless the others were faster */
+    CHECK(claimed == SHMR_ITEM_WAITS || is_done(claimed));
+    receive(mine(), 0);
+    if (claimed == SHMR_OK) OK(shmr_abort(mine(), &b));
+    receive(mine(), 0);
+    OK(shmr_close_ring(mine(), 1));
+}
+static void want_another(void) {
+    send(mine(), 0, 2, 1500000);
+    int status = RETRIED(shmr_wait_item(mine(), 1, soon()));
+    CHECK(status == SHMR_CLOSED || ex_kills());
+}
+static void setup_in_vain(void) { make_world((shmr_config){.rings = 2, .arena_bytes = 2 * SHMR_EXTENT}, 3); }
+static const struct ex_scenario in_vain = {
+    "in_vain", "of two extents one needs both, two others need one each", setup_in_vain, 3,
+    {want_both, want_one, want_another}, check_two, {0, 0, 0, 0}, {1, 0, 0, 0}};
+
 /* ---- no relief ------------------------------------------------------------------------------------------------------------------------ */
 
 static shmr_block whole_arena;
@@ -159,6 +206,32 @@ static void setup_broadcast(void) {
 static const struct ex_scenario by_reference = {
     "by_reference", "one block, named by two messages, read by two", setup_broadcast, 3,
     {broadcast, receive_reference, receive_reference}, check_two, {1, 1, 0, 0}, {2, 1, 0, 0}};
+
+/* ---- held, and in the way --------------------------------------------------------------------------------------------------------------- */
+
+static void broadcast_and_go_on(void) {
+    shmr *h = mine();
+    shmr_block b = {0};
+    shmr_ref ref;
+    if (!is_done(RETRIED(shmr_claim(h, 1500000, NULL, 0, -1, soon(), &b)))) return;
+    ex_set_data(payload(h, &b), 7);
+    b.length = 8;
+    OK(shmr_publish(h, &b, &ref));
+    name_in_messages(&ref, 1);
+    OK(shmr_drop(h, ref.block, ref.generation));
+    send(h, 0, 2, 1500000);
+}
+static void receive_reference_and_more(void) {
+    receive_reference();
+    receive(mine(), 0);
+}
+static void setup_held_full(void) {
+    make_world((shmr_config){.arena_bytes = SHMR_EXTENT}, 2);
+    warm(0);
+}
+static const struct ex_scenario held_full = {
+    "held_full", "memory for one block, which its maker has let go and another still reads", setup_held_full, 2,
+    {broadcast_and_go_on, receive_reference_and_more}, check_two, {1, 1, 0, 0}, {2, 1, 0, 0}};
 
 /* ---- holders in two words ----------------------------------------------------------------------------------------------------------- */
 

@@ -210,8 +210,8 @@ static void check_finished(void) {
     check_one();
 }
 static const struct ex_scenario finish = {
-    "finish", "what was sent before the ring was closed is received before that is noticed", setup_closing, 3,
-    {send_and_close, receive_until_closed, receive_until_closed}, check_finished, {1, 1, 0, 0}, {2, 1, 0, 0}};
+    "finish", "what was sent before the ring was closed is received before that is noticed", setup_closing, 2,
+    {send_and_close, receive_until_closed}, check_finished, {2, 1, 0, 0}, {4, 1, 0, 0}};
 
 /* ---- all is done ---------------------------------------------------------------------------------------------------------------- */
 
