@@ -87,9 +87,16 @@ static int fill_and_commit(shmr *h, uint32_t ring, uint64_t number, shmr_block *
     return status;
 }
 
+/* A check that has a name. */
+static void promise(bool kept, const char *otherwise) {
+    if (!kept) ex_fail("%s", otherwise);
+}
+
 /* Unless somebody died nobody waits in vain. */
 static bool is_done(int status) {
-    CHECK(status == SHMR_OK || (status == SHMR_TIMEOUT && ex_kills()));
+    promise(status != SHMR_CORRUPT, "a message was found damaged or out of order");
+    promise(status != SHMR_TIMEOUT || ex_kills(), "somebody waited in vain");
+    CHECK(status == SHMR_OK || status == SHMR_TIMEOUT);
     return status == SHMR_OK;
 }
 
@@ -162,10 +169,11 @@ static void lease_what_is_left(void) {
                 ex_log[DAMAGED]++;
                 continue;
             }
+            promise(status != SHMR_CORRUPT, "a message was found damaged or out of order");
             CHECK_STATUS(status, SHMR_OK);
             if (status != SHMR_OK) break;
             uint64_t number = note_delivery(h, &b);
-            CHECK(!ex_log[RELEASED + number]);
+            promise(!ex_log[RELEASED + number], "a message came again after it had been released");
             OK(shmr_release(h, &b));
         }
 }
@@ -180,19 +188,19 @@ static void check_messages(uint64_t count, bool all_sent) {
     uint64_t missing = 0;
     for (uint64_t n = 1; n <= count; n++) {
         uint64_t first = ex_log[FIRST + n], again = ex_log[AGAIN + n];
-        CHECK(first <= 1);
-        CHECK(again == 0 || ex_kills() > 0);
+        promise(first <= 1, "a message was delivered twice as if for the first time");
+        promise(again == 0 || ex_kills(), "a message came again though nobody died");
         missing += ex_log[SENT + n] && first + again == 0;
-        if (!ex_kills()) CHECK(first == ex_log[SENT + n]);
+        if (!ex_kills()) promise(first <= ex_log[SENT + n], "a message was delivered that had not been sent");
         if (!ex_kills() && all_sent) CHECK(ex_log[SENT + n]);
     }
-    CHECK(missing <= ex_log[DAMAGED]);
+    promise(missing <= ex_log[DAMAGED], "a message was lost");
     CHECK(ex_log[DAMAGED] <= (uint64_t)ex_kills());
 }
 
 static void check_world(void) {
     shmr *h = host_handle;
-    if (!ex_kills() && !time_passes) CHECK_EQ(shmr_now(), begun);
+    if (!ex_kills() && !time_passes) promise(shmr_now() == begun, "somebody slept beside what it waited for");
     close_all();
     /* Where nobody but one looks for deaths, what died with a notifier is found by a slice before that. */
     rescues_allowed = h->g.config.flags & SHMR_CREATOR_RECOVERS && ex_kills();
