@@ -247,8 +247,8 @@ static int try_claim(shmr *h, void *argument) {
     if (offset == SHMR_NOWHERE) {
         pthread_mutex_unlock(&h->lock);
         struct shmr_participant *me = shmr_participant_at(h, h->self);
-        if (shmr_load_relaxed(&me->denied)) { /* a hint from an observer; nothing else depends on it */
-            shmr_store_relaxed(&me->denied, 0);
+        if (shmr_load_seq_cst(&me->denied)) { /* S6: a hint from an observer; nothing else depends on it */
+            shmr_store_relaxed(&me->denied, 0); /* likewise */
             return SHMR_DENIED;
         }
         return c->items >= 0 && shmr_ring_has_item(h, (uint32_t)c->items) ? SHMR_ITEM_WAITS : SHMR_WOULD_BLOCK;

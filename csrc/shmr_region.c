@@ -43,9 +43,9 @@ int shmr_abi(void) { return SHMR_ABI; }
 /* Control words cannot be what the protocol writes. Everybody is told, by words that a commit and a lease read in any
  * case; whoever sleeps is woken to look. */
 int shmr_poison(shmr *h, const char *why) {
-    shmr_or_release(&shmr_header_of(h)->poisoned, 1); /* R9 */
+    shmr_or_seq_cst(&shmr_header_of(h)->poisoned, 1); /* S6 */
     for (uint32_t r = 0; r < h->g.config.rings; r++)
-        shmr_or_release(&shmr_ring_at(h, r)->closed, SHMR_RING_POISONED); /* R9 */
+        shmr_or_seq_cst(&shmr_ring_at(h, r)->closed, SHMR_RING_POISONED); /* S6 R9 */
     shmr_ring_all(h);
     return shmr_fail(SHMR_CORRUPT, 0, why);
 }
@@ -560,6 +560,6 @@ int shmr_progress(shmr *h, uint32_t slot, uint64_t *tag, uint64_t *index, uint64
 
 void shmr_deny(shmr *h, uint32_t slot) {
     if (slot >= h->g.config.participants) return;
-    shmr_store_relaxed(&shmr_participant_at(h, slot)->denied, 1); /* read at the next attempt */
+    shmr_or_seq_cst(&shmr_participant_at(h, slot)->denied, 1); /* S6: read at the next attempt */
     shmr_ring_all(h);
 }

@@ -179,7 +179,7 @@ static int try_commit(shmr *h, void *argument) {
     int status = shmr_usable(h);
     if (status != SHMR_OK) return status;
     struct shmr_ring *q = shmr_ring_at(h, c->ring);
-    uint64_t closed = shmr_load_acquire(&q->closed); /* A9 */
+    uint64_t closed = shmr_load_seq_cst(&q->closed); /* S6 A9 */
     if (closed) return refusal(closed);
     struct shmr_record *r = shmr_record_at(h, b->block);
     pthread_mutex_lock(&h->commit_lock[c->ring]);
@@ -289,7 +289,7 @@ static int try_lease(shmr *h, void *argument) {
     }
     uint32_t block = 0;
     uint64_t state = 0;
-    uint64_t closed = shmr_load_acquire(&q->closed); /* A9: first, so that what was committed before is found */
+    uint64_t closed = shmr_load_seq_cst(&q->closed); /* S6 A9: first, so that what was committed before is found */
     if (closed & SHMR_RING_POISONED) return shmr_poisoned();
     pthread_mutex_lock(&h->lease_lock[a->ring]);
     status = take(h, a->ring, &block, &state);
@@ -349,7 +349,7 @@ int shmr_close_ring(shmr *h, uint32_t ring) {
     int status = shmr_usable(h);
     if (status != SHMR_OK) return status;
     if (ring >= h->g.config.rings) return shmr_fail(SHMR_BAD_ARGUMENT, 0, "no such ring");
-    shmr_or_release(&shmr_ring_at(h, ring)->closed, SHMR_RING_CLOSED); /* R9 */
+    shmr_or_seq_cst(&shmr_ring_at(h, ring)->closed, SHMR_RING_CLOSED); /* S6 R9 */
     shmr_ring_all(h);
     return SHMR_OK;
 }
@@ -358,7 +358,7 @@ static int item_waits(shmr *h, void *argument) {
     uint32_t ring = *(uint32_t *)argument;
     int status = shmr_usable(h);
     if (status != SHMR_OK) return status;
-    uint64_t closed = shmr_load_acquire(&shmr_ring_at(h, ring)->closed); /* A9: before the look */
+    uint64_t closed = shmr_load_seq_cst(&shmr_ring_at(h, ring)->closed); /* S6 A9: before the look */
     if (closed & SHMR_RING_POISONED) return shmr_poisoned();
     if (slot_is_filled(h, ring)) return SHMR_OK;
     return closed ? SHMR_CLOSED : SHMR_WOULD_BLOCK;
@@ -378,10 +378,15 @@ static int is_idle(shmr *h, void *argument) {
     uint32_t ring = *(uint32_t *)argument;
     int status = shmr_usable(h);
     if (status != SHMR_OK) return status;
-    if (slot_is_filled(h, ring) && shmr_approx_fill(h, ring)) return SHMR_WOULD_BLOCK; /* spares the scan */
     const struct shmr_ring *q = shmr_ring_at(h, ring);
-    uint64_t position = shmr_load_acquire(&q->commit_cursor);                    /* A5 */
-    uint64_t before = shmr_load_acquire(shmr_slot_at(h, ring, position));        /* A3 */
+    uint64_t first = shmr_load_seq_cst(&q->lease_cursor);                        /* S2 A4 */
+    uint64_t position = shmr_load_acquire(&q->commit_cursor), before;            /* A5: may lag */
+    if ((int64_t)(position - first) > 0 && slot_is_filled(h, ring)) return SHMR_WOULD_BLOCK; /* spares the scan */
+    for (uint32_t turn = 0;; turn++, position++) { /* the first slot that is empty */
+        if (turn == TURNS_MAX) return SHMR_WOULD_BLOCK; /* rubbish */
+        before = shmr_load_seq_cst(shmr_slot_at(h, ring, position)); /* S2 A3 */
+        if (shmr_slot_cycle(before) == ((cycle_of(h, ring, position) - 1) & SHMR_CYCLE_MASK)) break;
+    }
     for (uint32_t g = 0; g < h->g.groups; g++) {
         if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7: never reserved */
         for (uint32_t i = 0; i < SHMR_GROUP; i++) {
@@ -392,10 +397,7 @@ static int is_idle(shmr *h, void *argument) {
         }
     }
     /* What was committed meanwhile may lie where we had looked, its parent be done by the time we came there. */
-    if (shmr_load_seq_cst(shmr_slot_at(h, ring, position)) != before || /* S2 A3 */
-        shmr_load_seq_cst(&q->commit_cursor) != position)               /* S2 A5 */
-        return SHMR_WOULD_BLOCK;
-    return SHMR_OK;
+    return shmr_load_seq_cst(shmr_slot_at(h, ring, position)) == before ? SHMR_OK : SHMR_WOULD_BLOCK; /* S2 A3 */
 }
 
 int shmr_wait_idle(shmr *h, uint32_t ring, int64_t deadline) {

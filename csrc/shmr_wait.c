@@ -74,7 +74,7 @@ void shmr_notify_all(shmr *h, shmr_word *waiters) {
 
 void shmr_ring_all(shmr *h) {
     for (uint32_t i = 0; i < h->g.config.doorbells; i++)
-        if (shmr_load_relaxed(&shmr_doorbell_at(h, i)->owner)) post(h, i); /* extra tokens are harmless */
+        if (shmr_load_seq_cst(&shmr_doorbell_at(h, i)->owner)) post(h, i); /* S6; extra tokens are harmless */
 }
 
 /* ---- doorbells ------------------------------------------------------------------------------------------------------- */
@@ -89,7 +89,7 @@ static int borrow_doorbell(shmr *h) {
             shmr_word *owner = &shmr_doorbell_at(h, i)->owner;
             uint64_t nobody = 0;
             if (shmr_load_relaxed(owner) == 0 && /* the CAS decides */
-                shmr_cas_acquire(owner, &nobody, h->self + 1)) /* A12 */
+                shmr_cas_seq_cst(owner, &nobody, h->self + 1)) /* S6 A12 */
                 found = (int)i;
         }
     }
@@ -233,7 +233,7 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
                 shmr_add_relaxed(&shmr_participant_at(h, h->self)->rescued_wakeups, 1); /* statistics */
             break;
         }
-        if (shmr_load_relaxed(&shmr_header_of(h)->poisoned)) { /* a hint: whoever set it rang */
+        if (shmr_load_seq_cst(&shmr_header_of(h)->poisoned)) { /* S6: whoever set it rang */
             status = shmr_poisoned();
             break;
         }

@@ -44,6 +44,7 @@ struct cell {
     const shmr_word *word;
     uint8_t readers, writers; /* in any run: a bit a process */
     bool data, shared;        /* written by one process and used by another: only there others may come in between */
+    bool looked_at, checked;  /* read by the host, after a run: a death before its change makes a difference */
     /* of this run */
     uint32_t run;
     uint16_t id, stamp, sc_stamp;  /* 0: not written yet */
@@ -67,6 +68,7 @@ struct process {
     uint64_t obs;
     uint32_t clock[EX_PROCESSES];
     view seen;
+    const struct ex_site *at; /* the access before which it stands */
 };
 
 static char heap[HEAP_BYTES] __attribute__((aligned(64)));
@@ -119,24 +121,26 @@ static uint64_t mix(uint64_t a, uint64_t b) {
     return z ^ z >> 32;
 }
 
-/* Of those who have ended only what they told the check matters; and, with histories, what the dead had seen. */
-static void forget_what_was_read(struct process *p) {
+/* What a process has told the check becomes part of the state when it ends. */
+static void note_log(void) {
     log_hash = 0;
     for (size_t i = 0; i < sizeof ex_log / sizeof *ex_log; i++) log_hash = mix(log_hash, ex_log[i]);
-    if (!weak) p->obs = 0;
 }
 
-static uint64_t state_hash(void) {
-    uint64_t hash = mix(mix(memory_hash, (uint64_t)now), log_hash);
+/* What is decided: one access may have several decisions, between which nothing is read. */
+enum kind { WHO_BEGINS = 1, WHO_GOES_ON, AT_AN_ACCESS, GOING_ON, GOING_TO_SLEEP, WHICH_MESSAGE, AT_THE_END };
+
+static uint64_t state_hash(enum kind kind) {
+    uint64_t hash = mix(mix(mix(memory_hash, kind), (uint64_t)now), log_hash);
     for (int i = 0; i < process_count; i++)
         hash = mix(hash, mix(processes[i].obs, (uint64_t)processes[i].status << 8 | (uint64_t)processes[i].woken << 1 | (uint64_t)(i == current)));
     return hash;
 }
 
 /* True if everything from here on was explored, with budgets at least as large. */
-static bool seen_before(void) {
+static bool seen_before(enum kind kind) {
     if (randomly) return false;
-    uint64_t hash = state_hash();
+    uint64_t hash = state_hash(kind);
     for (uint32_t i = (uint32_t)(hash >> 20) & (VISITED - 1);; i = (i + 1) & (VISITED - 1)) {
         struct visited *v = &visited[i];
         if (v->hash == 0) {
@@ -162,7 +166,7 @@ static bool seen_before(void) {
 static _Noreturn void to_host(void) { longjmp(host, 1); }
 
 /* One of `options`, 0 being the ordinary one; at random, others are taken once in `rarity` times. */
-static int choose(int options, unsigned rarity) {
+static int choose(enum kind kind, int options, unsigned rarity) {
     if (options <= 1) return 0;
     if (randomly) {
         int taken = 0;
@@ -180,7 +184,7 @@ static int choose(int options, unsigned rarity) {
         return taken;
     }
     if (trail_length < replayed) return trail[trail_length++].taken;
-    if (seen_before()) {
+    if (seen_before(kind)) {
         pruned = true;
         to_host();
     }
@@ -208,6 +212,7 @@ void ex_fail(const char *format, ...) {
 /* ---- cells --------------------------------------------------------------------------------------------------------- */
 
 static bool is_data(const shmr_word *word);
+static void observe(uint64_t value);
 
 static struct cell *cell_of(const shmr_word *word) {
     uint32_t i = (uint32_t)(mix((uintptr_t)word >> 3, 0) & (CELLS - 1));
@@ -243,15 +248,41 @@ static void note_access(struct cell *c, bool write) {
     if (!c->shared && c->writers && (all & (all - 1))) newly_shared = true;
 }
 
+/* The host reads a word, or changes it, clearing up. */
+static void note_check(const shmr_word *word) {
+    uint32_t i = (uint32_t)(mix((uintptr_t)word >> 3, 0) & (CELLS - 1));
+    while (cells[i].word && cells[i].word != word) i = (i + 1) & (CELLS - 1);
+    if (!cells[i].word || cells[i].looked_at) return;
+    cells[i].looked_at = true;
+    if (cells[i].writers && !cells[i].shared) newly_shared = true;
+}
+
 static void begin_pass(void) {
     for (uint32_t i = 0; i < CELLS; i++) {
         uint8_t all = cells[i].readers | cells[i].writers;
+        cells[i].checked = cells[i].writers && cells[i].looked_at;
         cells[i].shared = cells[i].writers && (all & (all - 1));
     }
     newly_shared = false;
 }
 
 /* ---- scheduling -------------------------------------------------------------------------------------------------------- */
+
+/* Of each access in the core's sources, over all scenarios and their processes: how often it ran, and how often somebody died
+ * there. */
+extern struct ex_site __start_ex_sites[], __stop_ex_sites[];
+static struct coverage {
+    uint64_t ran, died;
+} *coverage;
+
+static void count_at(const struct ex_site *site, bool died) {
+    if (!coverage || site < __start_ex_sites || site >= __stop_ex_sites) return;
+    struct coverage *c = &coverage[site - __start_ex_sites];
+    if (died)
+        c->died++;
+    else
+        c->ran++;
+}
 
 static void trace(const char *what, const struct ex_site *site, const shmr_word *word, uint64_t value) {
     if (!tracing || current < 0) return;
@@ -284,7 +315,7 @@ static void leave_to_others(void) {
         for (int i = 0; i < process_count; i++)
             if (is_enabled(&processes[i])) enabled[count++] = i;
         if (count) {
-            int next = enabled[choose(count, 2)];
+            int next = enabled[choose(WHO_GOES_ON, count, 2)];
             processes[next].status = READY;
             resume(next);
             return;
@@ -300,13 +331,19 @@ static void leave_to_others(void) {
 
 static void die(void) {
     struct process *p = &processes[current];
+    if (p->at) count_at(p->at, true);
     if (tracing) printf("  %d  dies\n", current);
     p->status = KILLED;
     left.kills--;
     killed_count++;
-    forget_what_was_read(p);
+    note_log();
+    if (!weak) p->obs = 0; /* its private memory is gone; with histories, what it had seen still matters */
     leave_to_others();
     abort();
+}
+
+static void may_die(void) {
+    if (left.kills > 0 && choose(GOING_ON, 2, deadly)) die();
 }
 
 /* Before an access: another may go on, or this one may die. */
@@ -314,22 +351,25 @@ static void step(struct cell *c, bool write, const struct ex_site *site) {
     ((struct ex_site *)(uintptr_t)site)->met = true;
     if (++steps > STEPS_MAX) ex_fail("process %d turns for ever", current);
     note_access(c, write);
-    if (!c->shared) return;
+    count_at(site, false);
+    if (!c->shared && !(c->checked && write)) return;
+    processes[current].at = site;
     int others[EX_PROCESSES], count = 0, kill = left.kills > 0 && write;
-    if (left.preemptions > 0)
+    if (left.preemptions > 0 && c->shared)
         for (int i = 0; i < process_count; i++)
             if (i != current && is_enabled(&processes[i])) others[count++] = i;
     if (randomly && kill) { /* with a likelihood of its own */
-        if (choose(2, deadly)) die();
+        if (choose(AT_AN_ACCESS, 2, deadly)) die();
         kill = 0;
     }
-    int taken = choose(1 + kill + count, busy);
+    int taken = choose(AT_AN_ACCESS, 1 + kill + count, busy);
     if (taken == 0) return;
     if (kill && taken == 1) die();
     left.preemptions--;
     int next = others[taken - 1 - kill];
     processes[next].status = READY;
     resume(next);
+    if (kill) may_die(); /* having stood there while others went on */
 }
 
 /* ---- memory ---------------------------------------------------------------------------------------------------------------- */
@@ -417,7 +457,7 @@ static const struct message *pick(struct cell *c, int order, bool must_be_newest
             if ((choices[i] ? choices[i]->value : c->initial) != not_this) choices[kept++] = choices[i];
         count = kept;
     }
-    int taken = choose(count, forgetful);
+    int taken = choose(WHICH_MESSAGE, count, forgetful);
     if (taken) {
         left.stale--;
         ex_counts.stale++;
@@ -463,7 +503,10 @@ static uint64_t get(struct cell *c, int order, bool newest, bool *other_than, ui
 }
 
 uint64_t ex_load(const shmr_word *word, const struct ex_site *site) {
-    if (current < 0) return word->value;
+    if (current < 0) {
+        note_check(word);
+        return word->value;
+    }
     struct cell *c = cell_of(word);
     step(c, false, site);
     processes[current].clock[current]++;
@@ -477,6 +520,7 @@ uint64_t ex_load(const shmr_word *word, const struct ex_site *site) {
 void ex_store(shmr_word *word, uint64_t value, const struct ex_site *site) {
     struct cell *c = cell_of(word);
     if (current < 0) {
+        note_check(word);
         word->value = value;
         return;
     }
@@ -491,6 +535,7 @@ void ex_store(shmr_word *word, uint64_t value, const struct ex_site *site) {
 bool ex_cas(shmr_word *word, uint64_t *expected, uint64_t desired, const struct ex_site *site) {
     struct cell *c = cell_of(word);
     if (current < 0) {
+        note_check(word);
         bool equal = word->value == *expected;
         if (equal)
             word->value = desired;
@@ -525,6 +570,7 @@ uint64_t ex_rmw(shmr_word *word, uint64_t operand, const struct ex_site *site) {
     case EX_EXCHANGE: after = operand; break;
     }
     if (current < 0) {
+        note_check(word);
         word->value = after;
         return before;
     }
@@ -546,7 +592,7 @@ static struct ex_site futex_site = {"futex", "", 0, EX_LOAD, EX_RELAXED, EX_RELA
 static int sleep_on(shmr_word *word, int64_t end) {
     struct process *p = &processes[current];
     int kill = left.kills > 0, interrupt = left.interrupts > 0;
-    int taken = choose(1 + kill + interrupt, deadly);
+    int taken = choose(GOING_TO_SLEEP, 1 + kill + interrupt, deadly);
     if (kill && taken == 1) die();
     if (taken) {
         left.interrupts--;
@@ -559,6 +605,7 @@ static int sleep_on(shmr_word *word, int64_t end) {
     p->woken = false;
     p->end = end;
     leave_to_others();
+    may_die();
     observe((uint64_t)now);
     observe(p->woken);
     if (tracing) printf("  %d  %s\n", current, p->woken ? "is woken" : "its time is over");
@@ -699,9 +746,10 @@ int ex_kills(void) { return killed_count; }
 static void coroutine(int i) {
     /* Each run comes back here: the frames above stay as they are. */
     if (_setjmp(processes[i].entry) == 0) to_host();
+    observe(1); /* to have begun is different from not yet */
     scenario->script[i]();
     processes[i].status = DONE;
-    forget_what_was_read(&processes[i]);
+    note_log();
     leave_to_others();
     abort();
 }
@@ -738,6 +786,7 @@ static void put_back(void) {
     for (int i = 0; i < process_count; i++) {
         struct process *p = &processes[i];
         p->status = READY;
+        p->at = NULL;
         p->woken = false;
         p->obs = (uint64_t)i;
         memcpy(p->context, p->entry, sizeof p->context);
@@ -754,7 +803,7 @@ static void run_once(const struct ex_limits *limits) {
     ex_failed_checks(true);
     current = -1;
     if (setjmp(host) == 0) {
-        int first = choose(process_count, 2);
+        int first = choose(WHO_BEGINS, process_count, 2);
         current = first;
         _longjmp(processes[first].context, 1);
     }
@@ -765,7 +814,7 @@ static void run_once(const struct ex_limits *limits) {
     if (!failed)
         for (int i = 0; i < process_count; i++)
             if (processes[i].status != DONE && processes[i].status != KILLED) ex_fail("process %d is stuck", i);
-    if (!failed && !(trail_length >= replayed && seen_before())) scenario->check();
+    if (!failed && !(trail_length >= replayed && seen_before(AT_THE_END))) scenario->check();
     if (!failed && ex_failed_checks(false)) ex_fail("a check failed (above)");
 }
 
@@ -857,6 +906,32 @@ void ex_show(const struct ex_limits *limits) {
     run_once(limits);
     tracing = false;
     printf("  %s\n", what);
+}
+
+/* ---- coverage --------------------------------------------------------------------------------------------------------------- */
+
+void ex_count_sites(void) {
+    size_t count = (size_t)(__stop_ex_sites - __start_ex_sites);
+    void *shared = mmap(NULL, count * sizeof *coverage, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    coverage = shared == MAP_FAILED ? NULL : shared;
+}
+
+void ex_print_sites(bool all) {
+    unsigned count = 0, ran = 0, changes = 0, died = 0;
+    if (!coverage) return;
+    for (const struct ex_site *s = __start_ex_sites; s < __stop_ex_sites; s++) {
+        const char *file = strrchr(s->file, '/') ? strrchr(s->file, '/') + 1 : s->file;
+        if (strncmp(file, "shmr_", 5) != 0) continue;
+        const struct coverage *c = &coverage[s - __start_ex_sites];
+        bool change = c->ran && s->verb != EX_LOAD;
+        count++;
+        ran += c->ran > 0;
+        changes += change;
+        died += change && c->died;
+        if (all && !c->ran) printf("never ran: %s:%d %s\n", file, s->line, s->function);
+        if (all && change && !c->died) printf("nobody died at: %s:%d %s\n", file, s->line, s->function);
+    }
+    printf("%u of the core's %u accesses ran; of %u that change something, somebody died before %u\n", ran, count, changes, died);
 }
 
 const char *ex_failure(void) { return failure; }

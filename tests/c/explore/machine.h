@@ -17,5 +17,7 @@ bool ex_random(const struct ex_limits *limits, uint64_t count, uint64_t first_se
 bool ex_everything(const struct ex_limits *limits, double seconds, bool *complete);
 void ex_show(const struct ex_limits *limits);
 const char *ex_failure(void);
+void ex_count_sites(void);         /* from now on, in all forks */
+void ex_print_sites(bool all);     /* what ran, and where somebody died */
 
 #endif

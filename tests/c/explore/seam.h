@@ -25,7 +25,7 @@
 
 /* Smaller tables: fewer words to look through. */
 #define SHMR_GROUP 64
-#define SHMR_MAX_PARTICIPANTS 64
+#define SHMR_MAX_PARTICIPANTS 128 /* holders in two words */
 #define SHMR_MAX_DOORBELLS 64
 
 /* ---- shared words ------------------------------------------------------------------------------------------- */
