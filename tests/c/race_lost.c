@@ -396,6 +396,10 @@ static void gone_while_we_ask(void) {
     shmr_store_release(life_at(dead), shmr_life_pack(1, 0, (uint32_t)child, SHMR_LIVE));
     before_load(life_at(dead), 2, the_place_is_vacant);
     CHECK_EQ(shmr_check_deaths(h), 0);
+    check_happened();
+    /* While it still joins, its start time is its predecessor's: the kernel's word is enough. */
+    shmr_store_release(life_at(dead), shmr_life_pack(2, shmr_namespace_tag(h), (uint32_t)child, SHMR_JOINING));
+    CHECK_EQ(shmr_check_deaths(h), 1);
     expect_success(child);
     close_pair();
 }
