@@ -420,6 +420,7 @@ class Ring(Attached):
             memory_budget=c.budget,
             memory_used=c.reserved,
             bytes_committed=c.bytes_committed,
+            leases_held=tuple(self._region.leases().items()),
         )
 
     def close(self) -> None:

@@ -6,9 +6,9 @@
 
 #include <fcntl.h>
 #include <poll.h>
-#include <semaphore.h>
 #include <stdarg.h>
 #include <sys/stat.h>
+#include <linux/futex.h>
 #include <sys/syscall.h>
 #include <time.h>
 
@@ -107,12 +107,6 @@ WRAPPED(int, poll, (struct pollfd *fds, nfds_t count, int timeout), {
     fds->revents = POLLNVAL;
     return 1;
 })
-WRAPPED(int, sem_clockwait, (sem_t *bell, clockid_t clock, const struct timespec *end), {
-    if (!fake_sleep) return __real_sem_clockwait(bell, clock, end);
-    errno = fake_sleep();
-    return errno ? -1 : 0;
-})
-
 /* The watcher's, at its parent's end: what it has covered counts, too. */
 void __real__exit(int status);
 void __wrap__exit(int status);
@@ -131,12 +125,16 @@ WRAPPED(int, fcntl, (int fd, int command, ...), {
     return fault_hits(FAULT_FCNTL) ? -1 : __real_fcntl(fd, command, argument);
 })
 WRAPPED(long, syscall, (long number, ...), {
+    long a[6];
     va_list rest;
     va_start(rest, number);
-    long a = va_arg(rest, long);
-    long b = va_arg(rest, long);
+    for (int i = 0; i < 6; i++) a[i] = va_arg(rest, long); /* the kernel takes what it needs of them */
     va_end(rest);
-    return fault_hits(FAULT_SYSCALL) ? -1 : __real_syscall(number, a, b);
+    if (number == SYS_futex && (a[1] & FUTEX_CMD_MASK) == FUTEX_WAIT_BITSET && fake_sleep) {
+        errno = fake_sleep();
+        return errno ? -1 : 0;
+    }
+    return fault_hits(FAULT_SYSCALL) ? -1 : __real_syscall(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 })
 
 /* Such files in the order of their opening; the test may write into them later. */

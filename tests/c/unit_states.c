@@ -306,7 +306,10 @@ static void slots_of_rubbish(void) {
     uint64_t right = shmr_load_seq_cst(slot);
     shmr_store_release(slot, shmr_slot_pack(77, 0, 0)); /* of no cycle */
     CHECK_STATUS(send_message(h, 0, 8, 9, NOT_AT_ALL), SHMR_WOULD_BLOCK);
-    CHECK(!shmr_has_room(h, 0));
+    CHECK(!shmr_has_room(h, 0)); /* and poisons the region */
+    CHECK_STATUS(send_message(h, 0, 8, 9, NOT_AT_ALL), SHMR_CORRUPT);
+    shmr_store_release(&shmr_header_of(h)->poisoned, 0);
+    for (uint32_t r = 0; r < h->g.config.rings; r++) shmr_store_release(&shmr_ring_at(h, r)->closed, 0);
     shmr_store_release(slot, right);
     /* Messages that are gone are passed over. */
     shmr_store_release(slot, shmr_slot_pack(1, 0, 0xfffff));

@@ -1,0 +1,862 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+/* The explorer's machine: coroutines, memory, time, schedules. See explore.h.
+ *
+ * Exploration is stateless: a run is replayed from the start up to the decision that differs, because the world (region,
+ * private heaps, stacks) is put back by copying. A run that comes to a state from which everything was explored already
+ * ends there. What a process will do is a function of what it has read so far; so a state is told by the values of all shared
+ * words (with histories: by all messages), by a hash for each process of all it has read, and by the budgets left.
+ */
+#include <linux/futex.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <ucontext.h>
+
+#include "explore.h"
+#include "machine.h"
+
+#define STACK_BYTES (128u << 10)
+#define HEAP_BYTES (16u << 20)
+#define CELLS 16384u        /* words ever touched: a power of two */
+#define VIEW_WORDS 1536     /* words written in one run */
+#define MESSAGES 8192       /* in one run */
+#define DECISIONS 4096
+#define STEPS_MAX 60000     /* of one run: beyond it somebody turns for ever */
+#define SLICES_MAX 60       /* times that everybody slept through */
+#define VISITED (1u << 23)
+#define FIRST_PID 1000
+
+/* ---- the world ------------------------------------------------------------------------------------------------ */
+
+typedef uint16_t view[VIEW_WORDS];
+
+struct message {
+    uint64_t value, obs;     /* obs: all that its writer had read */
+    uint32_t next;           /* older one of the word */
+    uint16_t stamp;
+    uint8_t writer;
+    bool released;
+    uint32_t clock[EX_PROCESSES];
+    view seen;
+};
+
+struct cell {
+    const shmr_word *word;
+    uint8_t readers, writers; /* in any run: a bit a process */
+    bool data, shared;        /* written by one process and used by another: only there others may come in between */
+    /* of this run */
+    uint32_t run;
+    uint16_t id, stamp, sc_stamp;  /* 0: not written yet */
+    uint32_t newest;               /* message + 1 */
+    uint64_t initial;
+    uint8_t last_writer;           /* process + 1 */
+    uint32_t written_at;
+    uint32_t read_at[EX_PROCESSES];
+};
+
+enum status { READY, ASLEEP, LOCKED_OUT, DONE, KILLED };
+
+struct process {
+    jmp_buf entry, context;
+    char *stack;
+    enum status status;
+    shmr_word *word; /* asleep on it */
+    bool woken;
+    pthread_mutex_t *mutex;
+    int64_t end;
+    uint64_t obs;
+    uint32_t clock[EX_PROCESSES];
+    view seen;
+};
+
+static char heap[HEAP_BYTES] __attribute__((aligned(64)));
+static size_t heap_used, heap_peak, heap_saved;
+static char *heap_copy;
+static char *region;
+
+static struct cell cells[CELLS];
+static uint32_t touched[CELLS];
+static uint32_t touched_count, run_number = 1;
+static struct message *messages;
+static uint32_t message_count;
+static uint16_t next_id;
+
+static struct process processes[EX_PROCESSES];
+static int process_count, current = -1, host_as = -1;
+static jmp_buf host;
+static int64_t now;
+static uint64_t memory_hash, log_hash;
+static int steps, slices;
+static struct ex_limits left;
+static int killed_count;
+static bool newly_shared, failed, pruned, tracing, weak;
+static char failure[512];
+uint64_t ex_log[64];
+
+static const struct ex_scenario *scenario;
+struct ex_counts ex_counts;
+
+/* ---- choices ---------------------------------------------------------------------------------------------------- */
+
+static struct {
+    uint8_t options, taken;
+} trail[DECISIONS];
+static int trail_length, replayed;
+static bool randomly;
+static uint64_t seed;
+static unsigned busy, deadly, forgetful; /* one in so many chances, at random, is taken: of this run */
+
+static struct visited {
+    uint64_t hash;
+    uint8_t preemptions, kills, stale, interrupts;
+} *visited;
+static uint32_t visited_count;
+
+static uint64_t mix(uint64_t a, uint64_t b) {
+    uint64_t z = (a ^ (b + UINT64_C(0x9e3779b97f4a7c15) + (a << 6) + (a >> 2))) * UINT64_C(0xbf58476d1ce4e5b9);
+    z ^= z >> 29;
+    z *= UINT64_C(0x94d049bb133111eb);
+    return z ^ z >> 32;
+}
+
+/* Of those who have ended only what they told the check matters; and, with histories, what the dead had seen. */
+static void forget_what_was_read(struct process *p) {
+    log_hash = 0;
+    for (size_t i = 0; i < sizeof ex_log / sizeof *ex_log; i++) log_hash = mix(log_hash, ex_log[i]);
+    if (!weak) p->obs = 0;
+}
+
+static uint64_t state_hash(void) {
+    uint64_t hash = mix(mix(memory_hash, (uint64_t)now), log_hash);
+    for (int i = 0; i < process_count; i++)
+        hash = mix(hash, mix(processes[i].obs, (uint64_t)processes[i].status << 8 | (uint64_t)processes[i].woken << 1 | (uint64_t)(i == current)));
+    return hash;
+}
+
+/* True if everything from here on was explored, with budgets at least as large. */
+static bool seen_before(void) {
+    if (randomly) return false;
+    uint64_t hash = state_hash();
+    for (uint32_t i = (uint32_t)(hash >> 20) & (VISITED - 1);; i = (i + 1) & (VISITED - 1)) {
+        struct visited *v = &visited[i];
+        if (v->hash == 0) {
+            if (visited_count >= VISITED / 4 * 3) return false; /* full: go on without */
+            visited_count++;
+            ex_counts.states++;
+            *v = (struct visited){hash, (uint8_t)left.preemptions, (uint8_t)left.kills, (uint8_t)left.stale,
+                                  (uint8_t)left.interrupts};
+            return false;
+        }
+        if (v->hash != hash) continue;
+        if (v->preemptions >= left.preemptions && v->kills >= left.kills && v->stale >= left.stale &&
+            v->interrupts >= left.interrupts)
+            return true;
+        if (v->preemptions <= left.preemptions && v->kills <= left.kills && v->stale <= left.stale &&
+            v->interrupts <= left.interrupts)
+            *v = (struct visited){hash, (uint8_t)left.preemptions, (uint8_t)left.kills, (uint8_t)left.stale,
+                                  (uint8_t)left.interrupts};
+        return false;
+    }
+}
+
+static _Noreturn void to_host(void) { longjmp(host, 1); }
+
+/* One of `options`, 0 being the ordinary one; at random, others are taken once in `rarity` times. */
+static int choose(int options, unsigned rarity) {
+    if (options <= 1) return 0;
+    if (randomly) {
+        int taken = 0;
+        if (replayed) {
+            if (trail_length < replayed) taken = trail[trail_length].taken;
+        } else if (next_random(&seed) % rarity == 0) {
+            taken = 1 + (int)(next_random(&seed) % (unsigned)(options - 1));
+        }
+        if (trail_length >= DECISIONS) {
+            ex_fail("more than %d decisions in one run", DECISIONS);
+            return 0;
+        }
+        if (!replayed) trail[trail_length].taken = (uint8_t)taken;
+        trail_length++;
+        return taken;
+    }
+    if (trail_length < replayed) return trail[trail_length++].taken;
+    if (seen_before()) {
+        pruned = true;
+        to_host();
+    }
+    if (trail_length >= DECISIONS) {
+        ex_fail("more than %d decisions in one run", DECISIONS);
+        return 0;
+    }
+    trail[trail_length].options = (uint8_t)options;
+    trail[trail_length].taken = 0;
+    trail_length++;
+    return 0;
+}
+
+void ex_fail(const char *format, ...) {
+    if (!failed) {
+        va_list arguments;
+        va_start(arguments, format);
+        vsnprintf(failure, sizeof failure, format, arguments);
+        va_end(arguments);
+    }
+    failed = true;
+    if (current >= 0) to_host();
+}
+
+/* ---- cells --------------------------------------------------------------------------------------------------------- */
+
+static bool is_data(const shmr_word *word);
+
+static struct cell *cell_of(const shmr_word *word) {
+    uint32_t i = (uint32_t)(mix((uintptr_t)word >> 3, 0) & (CELLS - 1));
+    while (cells[i].word && cells[i].word != word) i = (i + 1) & (CELLS - 1);
+    struct cell *c = &cells[i];
+    if (!c->word) {
+        c->word = word;
+        c->data = is_data(word);
+    }
+    if (c->run != run_number) {
+        c->run = run_number;
+        c->id = c->stamp = c->sc_stamp = 0;
+        c->newest = 0;
+        c->last_writer = 0;
+        memset(c->read_at, 0, sizeof c->read_at);
+        c->initial = word->value;
+        if (touched_count >= CELLS / 2) {
+            fprintf(stderr, "the explorer's table of words is full\n");
+            exit(2);
+        }
+        touched[touched_count++] = i;
+    }
+    return c;
+}
+
+/* That a word is shared is found out as runs go on. For a replay to meet the same decisions it counts only from the next pass. */
+static void note_access(struct cell *c, bool write) {
+    if (write)
+        c->writers |= (uint8_t)(1 << current);
+    else
+        c->readers |= (uint8_t)(1 << current);
+    uint8_t all = c->readers | c->writers;
+    if (!c->shared && c->writers && (all & (all - 1))) newly_shared = true;
+}
+
+static void begin_pass(void) {
+    for (uint32_t i = 0; i < CELLS; i++) {
+        uint8_t all = cells[i].readers | cells[i].writers;
+        cells[i].shared = cells[i].writers && (all & (all - 1));
+    }
+    newly_shared = false;
+}
+
+/* ---- scheduling -------------------------------------------------------------------------------------------------------- */
+
+static void trace(const char *what, const struct ex_site *site, const shmr_word *word, uint64_t value) {
+    if (!tracing || current < 0) return;
+    ptrdiff_t at = region ? (const char *)word - region : 0;
+    const char *file = site ? strrchr(site->file, '/') : NULL;
+    printf("  %d  %-10s %6td  %016llx  %s:%d %s\n", current, what, at, (unsigned long long)value,
+           site ? (file ? file + 1 : site->file) : "-", site ? site->line : 0, site ? site->function : "");
+}
+
+static bool is_enabled(const struct process *p) {
+    switch (p->status) {
+    case READY: return true;
+    case ASLEEP: return p->woken || p->end <= now;
+    case LOCKED_OUT: return *(int *)p->mutex == 0;
+    default: return false;
+    }
+}
+
+static void resume(int process) {
+    int before = current;
+    if (process == before) return;
+    current = process;
+    if (_setjmp(processes[before].context) == 0) _longjmp(processes[process].context, 1);
+}
+
+/* The running process cannot go on: who does? Comes back when it is to go on itself. */
+static void leave_to_others(void) {
+    for (;;) {
+        int enabled[EX_PROCESSES], count = 0;
+        for (int i = 0; i < process_count; i++)
+            if (is_enabled(&processes[i])) enabled[count++] = i;
+        if (count) {
+            int next = enabled[choose(count, 2)];
+            processes[next].status = READY;
+            resume(next);
+            return;
+        }
+        int64_t earliest = INT64_MAX;
+        for (int i = 0; i < process_count; i++)
+            if (processes[i].status == ASLEEP && processes[i].end < earliest) earliest = processes[i].end;
+        if (earliest == INT64_MAX) to_host(); /* all have ended (or are locked out: the host looks) */
+        if (++slices > SLICES_MAX) ex_fail("everybody sleeps, for ever");
+        now = earliest;
+    }
+}
+
+static void die(void) {
+    struct process *p = &processes[current];
+    if (tracing) printf("  %d  dies\n", current);
+    p->status = KILLED;
+    left.kills--;
+    killed_count++;
+    forget_what_was_read(p);
+    leave_to_others();
+    abort();
+}
+
+/* Before an access: another may go on, or this one may die. */
+static void step(struct cell *c, bool write, const struct ex_site *site) {
+    ((struct ex_site *)(uintptr_t)site)->met = true;
+    if (++steps > STEPS_MAX) ex_fail("process %d turns for ever", current);
+    note_access(c, write);
+    if (!c->shared) return;
+    int others[EX_PROCESSES], count = 0, kill = left.kills > 0 && write;
+    if (left.preemptions > 0)
+        for (int i = 0; i < process_count; i++)
+            if (i != current && is_enabled(&processes[i])) others[count++] = i;
+    if (randomly && kill) { /* with a likelihood of its own */
+        if (choose(2, deadly)) die();
+        kill = 0;
+    }
+    int taken = choose(1 + kill + count, busy);
+    if (taken == 0) return;
+    if (kill && taken == 1) die();
+    left.preemptions--;
+    int next = others[taken - 1 - kill];
+    processes[next].status = READY;
+    resume(next);
+}
+
+/* ---- memory ---------------------------------------------------------------------------------------------------------------- */
+
+static bool acquires(int order) { return order == EX_ACQUIRE || order == EX_ACQ_REL || order == EX_SEQ_CST; }
+static bool releases(int order) { return order == EX_RELEASE || order == EX_ACQ_REL || order == EX_SEQ_CST; }
+
+static void learn(struct process *p, const view seen, const uint32_t *clock) {
+    for (int i = 0; i <= next_id; i++)
+        if (seen[i] > p->seen[i]) p->seen[i] = seen[i];
+    for (int i = 0; i < process_count; i++)
+        if (clock[i] > p->clock[i]) p->clock[i] = clock[i];
+}
+
+static void observe(uint64_t value) { processes[current].obs = mix(processes[current].obs, value); }
+
+static void put(struct cell *c, uint64_t value, int order, bool continues) {
+    shmr_word *word = (shmr_word *)(uintptr_t)c->word;
+    struct process *p = &processes[current];
+    if (!weak) {
+        memory_hash ^= mix((uintptr_t)word, word->value) ^ mix((uintptr_t)word, value);
+        word->value = value;
+        return;
+    }
+    if (!c->id) {
+        if (next_id + 1 >= VIEW_WORDS) {
+            fprintf(stderr, "the explorer's views are full\n");
+            exit(2);
+        }
+        c->id = ++next_id;
+    }
+    if (message_count >= MESSAGES) ex_fail("more than %d messages in one run", MESSAGES);
+    struct message *m = &messages[message_count], *before = c->newest ? &messages[c->newest - 1] : NULL;
+    c->stamp++;
+    p->seen[c->id] = c->stamp;
+    m->value = value;
+    m->obs = p->obs;
+    m->stamp = c->stamp;
+    m->writer = (uint8_t)current;
+    m->next = c->newest;
+    m->released = releases(order);
+    size_t bytes = (size_t)(next_id + 1) * sizeof(uint16_t);
+    if (m->released) {
+        memcpy(m->seen, p->seen, bytes);
+        memcpy(m->clock, p->clock, sizeof m->clock);
+    } else {
+        memset(m->seen, 0, bytes);
+        memset(m->clock, 0, sizeof m->clock);
+        m->seen[c->id] = c->stamp;
+    }
+    memset((char *)m->seen + bytes, 0, sizeof m->seen - bytes);
+    if (continues && before) { /* a read-modify-write goes on with the release sequence */
+        for (int i = 0; i <= next_id; i++)
+            if (before->seen[i] > m->seen[i]) m->seen[i] = before->seen[i];
+        for (int i = 0; i < process_count; i++)
+            if (before->clock[i] > m->clock[i]) m->clock[i] = before->clock[i];
+        m->released |= before->released;
+    }
+    memory_hash ^= mix(mix((uintptr_t)word, value), mix(p->obs, c->stamp));
+    c->newest = ++message_count;
+    if (order == EX_SEQ_CST) c->sc_stamp = c->stamp;
+    word->value = value;
+}
+
+/* Which message a load returns: NULL, the initial value. */
+static const struct message *pick(struct cell *c, int order, bool must_be_newest, bool *other_than, uint64_t not_this) {
+    struct process *p = &processes[current];
+    uint16_t least = c->id ? p->seen[c->id] : 0;
+    if (order == EX_SEQ_CST && c->sc_stamp > least) least = c->sc_stamp;
+    const struct message *choices[8];
+    int count = 0;
+    for (uint32_t link = c->newest; count < 8; link = messages[link - 1].next) {
+        if (!link) { /* the initial value */
+            if (least == 0) choices[count++] = NULL;
+            break;
+        }
+        if (messages[link - 1].stamp < least) break;
+        choices[count++] = &messages[link - 1];
+    }
+    if (count == 0) return NULL; /* nothing was written in this run */
+    if (must_be_newest || left.stale <= 0 || count == 1) return choices[0];
+    if (other_than) { /* a failing compare-exchange may be stale, too, if it then fails */
+        int kept = 1;
+        for (int i = 1; i < count; i++)
+            if ((choices[i] ? choices[i]->value : c->initial) != not_this) choices[kept++] = choices[i];
+        count = kept;
+    }
+    int taken = choose(count, forgetful);
+    if (taken) {
+        left.stale--;
+        ex_counts.stale++;
+        if (tracing) printf("  %d  reads stale\n", current);
+    }
+    return choices[taken];
+}
+
+static void race(const struct cell *c, int other, const char *what, const struct ex_site *site) {
+    const char *file = site ? strrchr(site->file, '/') : NULL;
+    ex_fail("race: %s by process %d at %s:%d with process %d, word at %td", what, current,
+            site ? (file ? file + 1 : site->file) : "payload", site ? site->line : 0, other, (const char *)c->word - region);
+}
+
+static void check_data(struct cell *c, bool write, const struct ex_site *site) {
+    if (!weak || !c->data) return;
+    struct process *p = &processes[current];
+    if (c->last_writer && c->last_writer != current + 1 && c->written_at > p->clock[c->last_writer - 1])
+        race(c, c->last_writer - 1, write ? "write after write" : "read after write", site);
+    for (int i = 0; write && i < process_count; i++)
+        if (i != current && c->read_at[i] > p->clock[i]) race(c, i, "write after read", site);
+    if (write) {
+        c->last_writer = (uint8_t)(current + 1);
+        c->written_at = p->clock[current];
+    } else {
+        c->read_at[current] = p->clock[current];
+    }
+}
+
+static uint64_t get(struct cell *c, int order, bool newest, bool *other_than, uint64_t not_this) {
+    struct process *p = &processes[current];
+    if (!weak) return c->word->value;
+    const struct message *m = pick(c, order, newest, other_than, not_this);
+    uint64_t value = m ? m->value : c->initial;
+    if (m) {
+        if (m->stamp > p->seen[c->id]) p->seen[c->id] = m->stamp;
+        if (acquires(order)) learn(p, m->seen, m->clock);
+        observe(mix(m->obs, m->stamp));
+    } else if (!c->id) {
+        value = c->word->value;
+    }
+    return value;
+}
+
+uint64_t ex_load(const shmr_word *word, const struct ex_site *site) {
+    if (current < 0) return word->value;
+    struct cell *c = cell_of(word);
+    step(c, false, site);
+    processes[current].clock[current]++;
+    check_data(c, false, site);
+    uint64_t value = get(c, site->order, false, NULL, 0);
+    observe(value);
+    trace("load", site, word, value);
+    return value;
+}
+
+void ex_store(shmr_word *word, uint64_t value, const struct ex_site *site) {
+    struct cell *c = cell_of(word);
+    if (current < 0) {
+        word->value = value;
+        return;
+    }
+    step(c, true, site);
+    processes[current].clock[current]++;
+    check_data(c, true, site);
+    put(c, value, site->order, false);
+    observe(0); /* it is one access further */
+    trace("store", site, word, value);
+}
+
+bool ex_cas(shmr_word *word, uint64_t *expected, uint64_t desired, const struct ex_site *site) {
+    struct cell *c = cell_of(word);
+    if (current < 0) {
+        bool equal = word->value == *expected;
+        if (equal)
+            word->value = desired;
+        else
+            *expected = word->value;
+        return equal;
+    }
+    step(c, true, site);
+    processes[current].clock[current]++;
+    bool may_fail = false, equal = word->value == *expected;
+    uint64_t found = equal ? get(c, site->order, true, NULL, 0) : get(c, site->failure, false, &may_fail, *expected);
+    observe(found);
+    if (equal)
+        put(c, desired, site->order, true);
+    else
+        *expected = found;
+    trace(equal ? "cas" : "cas failed", site, word, equal ? desired : found);
+    return equal;
+}
+
+uint64_t ex_rmw(shmr_word *word, uint64_t operand, const struct ex_site *site) {
+    struct cell *c = cell_of(word);
+    if (current >= 0) {
+        step(c, true, site);
+        processes[current].clock[current]++;
+    }
+    uint64_t before = current < 0 ? word->value : get(c, site->order, true, NULL, 0), after = before;
+    switch (site->verb) {
+    case EX_ADD: after = before + operand; break;
+    case EX_OR: after = before | operand; break;
+    case EX_AND: after = before & operand; break;
+    case EX_EXCHANGE: after = operand; break;
+    }
+    if (current < 0) {
+        word->value = after;
+        return before;
+    }
+    observe(before);
+    put(c, after, site->order, true);
+    trace("rmw", site, word, after);
+    return before;
+}
+
+static struct ex_site plain = {"payload", "", 0, EX_LOAD, EX_RELAXED, EX_RELAXED, false};
+uint64_t ex_data(const shmr_word *word) { return ex_load(word, &plain); }
+void ex_set_data(shmr_word *word, uint64_t value) { ex_store(word, value, &plain); }
+
+/* ---- the kernel -------------------------------------------------------------------------------------------------------------- */
+
+static struct ex_site futex_site = {"futex", "", 0, EX_LOAD, EX_RELAXED, EX_RELAXED, false};
+
+/* Sleep until it is woken (on a word) or `end`. The value: as errno has it. */
+static int sleep_on(shmr_word *word, int64_t end) {
+    struct process *p = &processes[current];
+    int kill = left.kills > 0, interrupt = left.interrupts > 0;
+    int taken = choose(1 + kill + interrupt, deadly);
+    if (kill && taken == 1) die();
+    if (taken) {
+        left.interrupts--;
+        observe(3);
+        return EINTR;
+    }
+    if (tracing) printf("  %d  sleeps until %lld\n", current, (long long)end);
+    p->status = ASLEEP;
+    p->word = word;
+    p->woken = false;
+    p->end = end;
+    leave_to_others();
+    observe((uint64_t)now);
+    observe(p->woken);
+    if (tracing) printf("  %d  %s\n", current, p->woken ? "is woken" : "its time is over");
+    return p->woken ? 0 : ETIMEDOUT;
+}
+
+/* The kernel looks at the word as it is, and wakes who sleeps on it; neither orders anything. */
+static long futex(shmr_word *word, int operation, uint32_t expected, const struct timespec *end) {
+    step(cell_of(word), true, &futex_site);
+    if (operation == FUTEX_WAKE) {
+        long count = 0;
+        for (int i = 0; i < process_count; i++)
+            if (processes[i].status == ASLEEP && processes[i].word == word && !processes[i].woken) {
+                processes[i].woken = true;
+                count++;
+            }
+        observe((uint64_t)count);
+        return count;
+    }
+    observe(word->value);
+    errno = (uint32_t)word->value == expected ? sleep_on(word, (int64_t)end->tv_sec * 1000000000 + end->tv_nsec) : EAGAIN;
+    return errno ? -1 : 0;
+}
+
+int ex_nanosleep(const struct timespec *time, struct timespec *rest) {
+    (void)rest;
+    errno = sleep_on(NULL, now + (int64_t)time->tv_sec * 1000000000 + time->tv_nsec);
+    return errno ? -1 : 0;
+}
+int ex_clock_gettime(clockid_t clock, struct timespec *time) {
+    (void)clock;
+    time->tv_sec = now / 1000000000;
+    time->tv_nsec = now % 1000000000;
+    if (current >= 0) observe((uint64_t)now);
+    return 0;
+}
+
+pid_t ex_getpid(void) { return FIRST_PID + (current >= 0 ? current : host_as >= 0 ? host_as : EX_PROCESSES); }
+
+static int process_of(long pid) { return (int)(pid - FIRST_PID); }
+
+/* pidfd_open: a descriptor that is the pid. Death is learnt from the kernel, after all that the dead one did. */
+long ex_syscall(long number, ...) {
+    va_list arguments;
+    va_start(arguments, number);
+    long result = -1;
+    if (number == SYS_pidfd_open) {
+        result = va_arg(arguments, pid_t);
+    } else if (number == SYS_futex) {
+        shmr_word *word = va_arg(arguments, shmr_word *);
+        int operation = va_arg(arguments, int);
+        uint32_t value = va_arg(arguments, uint32_t);
+        const struct timespec *end = va_arg(arguments, const struct timespec *);
+        result = current < 0 ? 0 : futex(word, operation, value, end);
+    }
+    va_end(arguments);
+    return result;
+}
+int ex_poll(struct pollfd *fds, nfds_t count, int timeout) {
+    (void)count, (void)timeout;
+    int i = process_of(fds->fd);
+    bool dead = i >= 0 && i < process_count && processes[i].status == KILLED;
+    fds->revents = dead ? POLLIN : 0;
+    if (current >= 0) {
+        observe(dead);
+        if (dead && weak) learn(&processes[current], processes[i].seen, processes[i].clock);
+    }
+    return dead;
+}
+
+void *ex_malloc(size_t bytes) {
+    size_t room = (bytes + 15) & ~(size_t)15;
+    if (heap_used + room + 16 > HEAP_BYTES) {
+        fprintf(stderr, "the explorer's heap is full\n");
+        exit(2);
+    }
+    char *at = heap + heap_used;
+    *(size_t *)(void *)at = room;
+    heap_used += room + 16;
+    if (heap_used > heap_peak) heap_peak = heap_used;
+    return at + 16;
+}
+void *ex_calloc(size_t count, size_t bytes) { return ex_malloc(count * bytes); } /* fresh memory is zero */
+void *ex_realloc(void *old, size_t bytes) {
+    size_t room = old ? *(size_t *)(void *)((char *)old - 16) : 0;
+    if (bytes <= room) return old;
+    void *fresh = ex_malloc(bytes);
+    if (room) memcpy(fresh, old, room);
+    return fresh;
+}
+void *ex_mmap(void *at, size_t bytes, int protection, int flags, int fd, off_t offset) {
+    if (fd < 0 && protection != PROT_NONE) return ex_malloc(bytes);
+    if (fd >= 0 && !(flags & MAP_FIXED)) return region; /* a look at the header */
+    /* All participants are in this process: private, so that a fork has a world of its own. */
+    if (fd >= 0) flags = (flags & ~MAP_SHARED) | MAP_PRIVATE;
+    void *mapped = mmap(at, bytes, protection, flags, fd, offset);
+    if (fd >= 0) region = mapped;
+    return mapped;
+}
+
+int ex_lock(pthread_mutex_t *mutex) {
+    int *word = (int *)mutex;
+    while (*word && current >= 0) {
+        processes[current].status = LOCKED_OUT;
+        processes[current].mutex = mutex;
+        leave_to_others();
+    }
+    *word = 1;
+    return 0;
+}
+int ex_unlock(pthread_mutex_t *mutex) {
+    *(int *)mutex = 0;
+    return 0;
+}
+
+/* What is written in the records beside their words of state, and payload, is data. */
+static bool is_data(const shmr_word *word) {
+    const shmr *h = ex_survivor();
+    if (!h || !h->base || (const char *)word < h->base) return false;
+    uint64_t at = (uint64_t)((const char *)word - h->base);
+    if (at >= h->g.total) return false;
+    if (at >= h->g.arena_at) return true;
+    if (at < h->g.records_at || at >= h->g.records_at + h->g.config.blocks * sizeof(struct shmr_record)) return false;
+    uint64_t field = (at - h->g.records_at) % sizeof(struct shmr_record);
+    return field != offsetof(struct shmr_record, state) && field != offsetof(struct shmr_record, version) &&
+           !(field >= offsetof(struct shmr_record, holders) && field < offsetof(struct shmr_record, references));
+}
+
+/* ---- for scenarios --------------------------------------------------------------------------------------------------------------- */
+
+void ex_be(int process) { host_as = process; }
+int ex_me(void) { return current; }
+bool ex_was_killed(int process) { return processes[process].status == KILLED; }
+int ex_kills(void) { return killed_count; }
+
+/* ---- runs -------------------------------------------------------------------------------------------------------------------------- */
+
+static void coroutine(int i) {
+    /* Each run comes back here: the frames above stay as they are. */
+    if (_setjmp(processes[i].entry) == 0) to_host();
+    scenario->script[i]();
+    processes[i].status = DONE;
+    forget_what_was_read(&processes[i]);
+    leave_to_others();
+    abort();
+}
+
+static void make_coroutine(int i) {
+    struct process *p = &processes[i];
+    ucontext_t context;
+    p->stack = mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    getcontext(&context);
+    context.uc_stack.ss_sp = p->stack;
+    context.uc_stack.ss_size = STACK_BYTES;
+    context.uc_link = NULL;
+    makecontext(&context, (void (*)(void))coroutine, 1, i);
+    if (setjmp(host) == 0) setcontext(&context);
+}
+
+static void put_back(void) {
+    for (uint32_t i = 0; i < touched_count; i++) {
+        struct cell *c = &cells[touched[i]];
+        ((shmr_word *)(uintptr_t)c->word)->value = c->initial;
+    }
+    touched_count = 0;
+    run_number++;
+    memcpy(heap, heap_copy, heap_saved);
+    if (heap_peak > heap_saved) memset(heap + heap_saved, 0, heap_peak - heap_saved);
+    heap_used = heap_peak = heap_saved;
+    message_count = 0;
+    next_id = 0;
+    now = 1000000000;
+    memory_hash = log_hash = 0;
+    steps = slices = killed_count = 0;
+    failed = pruned = false;
+    memset(ex_log, 0, sizeof ex_log);
+    for (int i = 0; i < process_count; i++) {
+        struct process *p = &processes[i];
+        p->status = READY;
+        p->woken = false;
+        p->obs = (uint64_t)i;
+        memcpy(p->context, p->entry, sizeof p->context);
+        memset(p->clock, 0, sizeof p->clock);
+        memset(p->seen, 0, sizeof p->seen);
+    }
+}
+
+static void run_once(const struct ex_limits *limits) {
+    put_back();
+    left = *limits;
+    weak = limits->stale > 0;
+    trail_length = 0;
+    ex_failed_checks(true);
+    current = -1;
+    if (setjmp(host) == 0) {
+        int first = choose(process_count, 2);
+        current = first;
+        _longjmp(processes[first].context, 1);
+    }
+    current = -1;
+    ex_counts.runs++;
+    if (pruned) return;
+    ex_counts.killed += killed_count > 0;
+    if (!failed)
+        for (int i = 0; i < process_count; i++)
+            if (processes[i].status != DONE && processes[i].status != KILLED) ex_fail("process %d is stuck", i);
+    if (!failed && !(trail_length >= replayed && seen_before())) scenario->check();
+    if (!failed && ex_failed_checks(false)) ex_fail("a check failed (above)");
+}
+
+bool ex_prepare(const struct ex_scenario *which) {
+    scenario = which;
+    process_count = which->processes;
+    if (!heap_copy) heap_copy = malloc(HEAP_BYTES);
+    if (!visited) visited = calloc(VISITED, sizeof *visited);
+    if (!messages) messages = calloc(MESSAGES, sizeof *messages);
+    if (!heap_copy || !visited || !messages) return false;
+    memset(visited, 0, VISITED * sizeof *visited);
+    memset(cells, 0, sizeof cells);
+    memset(heap, 0, heap_peak);
+    heap_used = heap_peak = 0;
+    touched_count = visited_count = 0;
+    region = NULL;
+    current = -1;
+    now = 1000000000;
+    which->setup();
+    ex_be(-1);
+    touched_count = 0;
+    run_number++;
+    heap_saved = heap_used;
+    memcpy(heap_copy, heap, heap_saved);
+    for (int i = 0; i < process_count; i++) make_coroutine(i);
+    memset(&ex_counts, 0, sizeof ex_counts);
+    return true;
+}
+
+/* `count` runs, each chosen at random. False: one failed. */
+bool ex_random(const struct ex_limits *limits, uint64_t count, uint64_t first_seed, uint64_t *failed_seed) {
+    randomly = true;
+    replayed = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        if (newly_shared) begin_pass();
+        seed = first_seed + i;
+        static const unsigned rarities[3][3] = {{2, 6, 25}, {8, 40, 150}, {1, 2, 6}};
+        busy = rarities[0][random_below(&seed, 3)];
+        deadly = rarities[1][random_below(&seed, 3)];
+        forgetful = rarities[2][random_below(&seed, 3)];
+        run_once(limits);
+        if (failed) {
+            *failed_seed = first_seed + i;
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Every schedule within the limits, unless the time is over. */
+bool ex_everything(const struct ex_limits *limits, double seconds, bool *complete) {
+    struct timespec begin, time;
+    uint64_t failed_seed;
+    clock_gettime(CLOCK_MONOTONIC, &begin);
+    *complete = true;
+    if (!ex_random(limits, 2000, 1, &failed_seed)) return false; /* to learn which words are shared */
+    do {
+        memset(visited, 0, VISITED * sizeof *visited);
+        visited_count = 0;
+        memset(&ex_counts, 0, sizeof ex_counts);
+        begin_pass();
+        randomly = false;
+        replayed = 0;
+        for (;;) {
+            run_once(limits);
+            if (failed) return false;
+            if (newly_shared) break; /* once more from the start */
+            while (trail_length > 0 && trail[trail_length - 1].taken + 1 >= trail[trail_length - 1].options) trail_length--;
+            if (trail_length == 0) break;
+            trail[trail_length - 1].taken++;
+            replayed = trail_length;
+            clock_gettime(CLOCK_MONOTONIC, &time);
+            if ((double)(time.tv_sec - begin.tv_sec) + (double)(time.tv_nsec - begin.tv_nsec) * 1e-9 > seconds) {
+                *complete = false;
+                return true;
+            }
+        }
+    } while (newly_shared);
+    return true;
+}
+
+/* The run that failed once more, with every access printed. */
+void ex_show(const struct ex_limits *limits) {
+    char what[sizeof failure];
+    memcpy(what, failure, sizeof what);
+    replayed = trail_length;
+    if (replayed == 0) replayed = 1;
+    tracing = true;
+    run_once(limits);
+    tracing = false;
+    printf("  %s\n", what);
+}
+
+const char *ex_failure(void) { return failure; }
