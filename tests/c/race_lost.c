@@ -58,15 +58,6 @@ static void close_pair(void) {
     close(fd);
 }
 
-/* A participant of this process that dies: its handle knows nothing any more, and the region nothing of that. */
-static uint32_t die(shmr *v) {
-    uint32_t slot = v->self;
-    v->fork_epoch--;
-    shmr_close_pidfds(v);
-    shmr_free(v);
-    return slot;
-}
-
 static void other_sends(void) { OK(send_message(other, 0, 8, 1, NOT_AT_ALL)); }
 static void other_receives(void) { OK(receive_message(other, 0, NULL, NOT_AT_ALL)); }
 

@@ -5,15 +5,6 @@
 
 #include "faults.h"
 
-/* A participant of this process that dies: its handle knows nothing any more, and the region nothing of that. */
-static uint32_t die(shmr *v) {
-    uint32_t slot = v->self;
-    v->fork_epoch--;
-    shmr_close_pidfds(v);
-    shmr_free(v);
-    return slot;
-}
-
 static int open_descriptors(void) {
     DIR *dir = opendir("/proc/self/fd");
     int count = 0;
