@@ -86,6 +86,12 @@ static void places_in_the_table(void) {
     close_pair();
 }
 
+static void a_signal_to_a_process(void) {
+    OK(shmr_signal_main_thread((uint32_t)getpid(), 0));
+    CHECK_STATUS(shmr_signal_main_thread(INT32_MAX, 0), SHMR_SYSTEM);
+    CHECK_EQ(shmr_last_errno(), ESRCH);
+}
+
 /* ---- by the wrong process, or too late ------------------------------------------------------------------------------- */
 
 static void a_forked_child(void) {
@@ -350,6 +356,7 @@ int main(void) {
     RUN(geometries);
     RUN(a_used_file);
     RUN(places_in_the_table);
+    RUN(a_signal_to_a_process);
     RUN(a_forked_child);
     RUN(closed_with_blocks_in_hand);
     RUN(closed_with_a_message_to_lease);
