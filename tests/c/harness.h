@@ -136,6 +136,15 @@ static inline void leave_region(shmr *h) {
     shmr_free(h);
 }
 
+/* A participant of this process that dies: its handle knows nothing any more, and the region nothing of that. */
+static inline uint32_t die(shmr *v) {
+    uint32_t slot = v->self;
+    v->fork_epoch--;
+    shmr_close_pidfds(v);
+    shmr_free(v);
+    return slot;
+}
+
 static inline uint64_t state_of(const shmr *h, uint32_t block) {
     return shmr_load_seq_cst(&shmr_record_at(h, block)->state);
 }

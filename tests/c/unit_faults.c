@@ -5,15 +5,6 @@
 
 #include "faults.h"
 
-/* A participant of this process that dies: its handle knows nothing any more, and the region nothing of that. */
-static uint32_t die(shmr *v) {
-    uint32_t slot = v->self;
-    v->fork_epoch--;
-    shmr_close_pidfds(v);
-    shmr_free(v);
-    return slot;
-}
-
 static int open_descriptors(void) {
     DIR *dir = opendir("/proc/self/fd");
     int count = 0;
@@ -440,6 +431,33 @@ static void wake_ups(void) {
     close(region);
 }
 
+/* Whatever it sleeps for. */
+static void closed_in_its_sleep(void) {
+    for (int what = 0; what < 5; what++) {
+        int region;
+        shmr_config config = small_config();
+        config.capacity[0] = 1;
+        sleeper = create_region(&config, &region);
+        shmr_block b = {0}, all = {0};
+        if (what == 1) OK(shmr_claim(sleeper, 30 * MIB, NULL, 0, -1, NOT_AT_ALL, &all));
+        if (what == 0 || what == 2) OK(send_message(sleeper, 0, 8, 1, NOT_AT_ALL));
+        fake_sleep = the_handle_is_closed;
+        int status = what == 0   ? send_message(sleeper, 0, 8, 2, FOR_EVER)
+                     : what == 1 ? shmr_claim(sleeper, 4 * MIB, NULL, 0, -1, FOR_EVER, &b)
+                     : what == 2 ? shmr_wait_idle(sleeper, 0, FOR_EVER)
+                     : what == 3 ? shmr_wait_item(sleeper, 0, FOR_EVER)
+                                 : shmr_lease(sleeper, 0, 1, FOR_EVER, &b);
+        CHECK_EQ(status, SHMR_CLOSED);
+        fake_sleep = NULL;
+        shmr_free(sleeper);
+        sleeper = attach_region(region);
+        if (what == 0 || what == 2) OK(receive_message(sleeper, 0, NULL, NOT_AT_ALL));
+        check_whole(sleeper);
+        leave_region(sleeper);
+        close(region);
+    }
+}
+
 static int a_long_night(void) {
     usleep(260000); /* until it is time for another look at the dead */
     return ++sleeps == 1 ? ETIMEDOUT : EINTR;
@@ -530,6 +548,7 @@ int main(void) {
     RUN(recovering_into_a_full_ring);
     RUN(asking_the_kernel);
     RUN(wake_ups);
+    RUN(closed_in_its_sleep);
     RUN(no_space_for_long);
     RUN(no_doorbell_and_a_signal);
     RUN(watching_a_parent);
