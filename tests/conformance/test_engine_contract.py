@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import traceback
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -122,6 +123,12 @@ def test_the_error_of_a_task_is_raised_and_ends_the_iterator(engine):
     text = "".join(traceback.format_exception(caught.value))
     assert "in fail_on" in text
     assert list(results) == []
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300, 1e12, np.float32(60), Fraction(60), 10**400])
+def test_a_timeout_as_long_as_you_like(engine, timeout):
+    assert list(engine.map(abs, [-1, -2], timeout=timeout)) == [1, 2]
+    assert engine.map_blocks(np.sqrt, np.ones(3), timeout=timeout).sum() == 3
 
 
 def test_errors_can_be_returned_or_skipped(engine):

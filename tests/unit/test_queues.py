@@ -613,3 +613,11 @@ def test_a_descriptor_that_does_not_go_out_is_closed():
         there.close()
         assert here.poll(FOREVER)  # nobody has the other end any more
     resource_sharer.stop(timeout=FOREVER)
+
+
+def test_a_timeout_that_is_no_number_of_seconds(kind):
+    q = kind(1, memory="4 MiB")
+    with pytest.raises(ValueError, match="timeout"):
+        q.get(timeout=float("nan"))
+    with pytest.raises(ValueError, match="timeout"):
+        q.put(0, timeout=float("nan"))
