@@ -25,6 +25,7 @@ from typing import Any
 from shmengine import config
 from shmengine._native import ffi, lib
 from shmengine.region import Region
+from shmengine.workers import logs
 from shmengine.workers.messages import STARTING
 
 __all__ = ["Death", "Pool"]
@@ -33,7 +34,7 @@ PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 # Not `-m`: the package may be importable for the main process only. -P: the working directory must not shadow it.
 BOOTSTRAP = (
     "import sys; sys.path.append({root!r}); from shmengine.workers.child import main;"
-    " main({region}, {parent}, {setup})"
+    " main({region}, {parent}, {setup}, {log})"
 )
 STDERR_LINES = 20
 TAKEN_ROOM = 64
@@ -65,6 +66,7 @@ class Death:
 class _Worker:
     process: subprocess.Popen[bytes]
     pidfd: int
+    log: int = -1
     streams: dict[int, str] = field(default_factory=dict)
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=STDERR_LINES))
     partial: dict[int, bytes] = field(default_factory=dict)
@@ -134,8 +136,22 @@ class Pool:
     # --- starting --------------------------------------------------------------------------------
 
     def _start(self) -> None:
+        log, log_end = os.pipe()
+        try:
+            self._start_with(log, log_end)
+        except BaseException:
+            os.close(log)
+            raise
+        finally:
+            os.close(log_end)
+
+    def _start_with(self, log: int, log_end: int) -> None:
         source = BOOTSTRAP.format(
-            root=PACKAGE_ROOT, region=self.region.fd, parent=self._parent_pidfd, setup=self._setup_fd
+            root=PACKAGE_ROOT,
+            region=self.region.fd,
+            parent=self._parent_pidfd,
+            setup=self._setup_fd,
+            log=log_end,
         )
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         flags = [flag for flag in flags if flag != "-i"]
@@ -144,7 +160,7 @@ class Pool:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=(self.region.fd, self._parent_pidfd, self._setup_fd),
+            pass_fds=(self.region.fd, self._parent_pidfd, self._setup_fd, log_end),
             env={**os.environ, **self._environment},
             process_group=0,  # Ctrl-C at the terminal reaches main alone
         )
@@ -159,6 +175,9 @@ class Pool:
         for stream, name in ((process.stdout, "stdout"), (process.stderr, "stderr")):
             os.set_blocking(stream.fileno(), False)
             worker.streams[stream.fileno()] = name
+        os.set_blocking(log, False)
+        worker.streams[log] = "log"
+        worker.log = log
         with self._lock:
             self._workers[process.pid] = worker
             self._selector.register(worker.pidfd, selectors.EVENT_READ, worker)
@@ -281,8 +300,11 @@ class Pool:
     def _print(self, worker: _Worker, fd: int, raw: bytes) -> None:
         if not raw:
             return
-        text = raw.decode(errors="replace")
         name = worker.streams[fd]
+        if name == "log":
+            logs.deliver(raw)
+            return
+        text = raw.decode(errors="replace")
         if name == "stderr":
             worker.tail.extend(text.splitlines())
         stream = sys.stdout if name == "stdout" else sys.stderr
@@ -317,6 +339,7 @@ class Pool:
             progress = self._progress(process.pid)
             leased = self._recover(process.pid)
             os.close(worker.pidfd)
+            os.close(worker.log)
             for stream in (process.stdout, process.stderr):
                 if stream is not None:
                     stream.close()
