@@ -237,7 +237,7 @@ class Dispatcher:
 
     def encode_function(self, fn: Callable[..., Any]) -> Any:
         """Serialise a function: bytes that travel with each batch, or a frame in shared memory."""
-        encoded = codec.encode(fn, share=None, label="fn")
+        encoded = codec.encode(messages.with_errstate(fn), share=None, label="fn")
         if encoded.nbytes <= messages.INLINE_FUNCTION_BYTES:
             return encoded.to_bytes()
         return self.put(encoded)

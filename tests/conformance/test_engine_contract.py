@@ -660,6 +660,24 @@ def test_payloads_are_checked_if_asked_for(make_engine):
     assert [a.sum() for a in engine.map(np.ones, [10, 100_000])] == [10, 100_000]
 
 
+def divide(x):
+    return np.float64(x) / np.zeros(1)
+
+
+def test_the_errstate_of_the_caller_holds_in_tasks(engine):
+    with np.errstate(divide="raise"):
+        with pytest.raises(FloatingPointError):
+            list(engine.map(divide, [1]))
+        with pytest.raises(FloatingPointError):
+            engine.map_blocks(lambda b: 1 / b, np.zeros(300), block_bytes=80)
+        with pytest.raises(FloatingPointError):
+            engine.submit(functools.partial(divide, 1)).result()
+        with np.errstate(divide="ignore"):
+            assert list(engine.map(divide, [1])) == [np.inf]
+    with np.errstate(all="ignore"):
+        assert engine.submit(divide, 1).result() == np.inf
+
+
 # --- logging -------------------------------------------------------------------------------------
 
 
