@@ -8,6 +8,7 @@ No feeder thread: what `put` has returned from is in shared memory, whatever bec
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -457,6 +458,8 @@ def _deadline(block: bool, timeout: float | None) -> int:
         return 0
     if timeout is None:
         return -1
+    if math.isnan(timeout):
+        raise ValueError("timeout must be a number of seconds or None, not nan")
     return time.monotonic_ns() + int(min(timeout, 1e9) * 1e9) if timeout > 0 else 0
 
 

@@ -37,6 +37,7 @@ NAME_PREFIX = "shmengine."
 RECORD_BYTES = 256  # struct shmr_record; few of those that there could be are ever used
 GROUP = 256  # records that change hands together (SHMR_GROUP)
 ATTACH_SECONDS = 5.0  # a creator that is alive takes milliseconds from the file to the magic
+MOST_ARENA_BYTES = 1 << 41  # shmr_region.c knows it too
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,13 @@ class Region:
         FileExistsError
             The name is taken.
         """
+        if settings.arena_bytes > MOST_ARENA_BYTES:
+            raise MemoryBudgetExceeded(
+                f"a memory budget of {config.format_bytes(settings.arena_bytes)} is more than a region can have,"
+                f" {config.format_bytes(MOST_ARENA_BYTES)}",
+                settings.arena_bytes,
+                MOST_ARENA_BYTES,
+            )
         c = settings.to_c()
         total = lib.shmr_region_bytes(c)
         if total == 0:

@@ -10,6 +10,7 @@ the dead had leased is delivered again.
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import threading
 import weakref
@@ -139,8 +140,9 @@ class Ring(Attached):
         *,
         check: str = "frame",
     ) -> None:
-        if type(capacity) is not int or not 1 <= capacity <= 1 << 20:
+        if isinstance(capacity, bool) or not hasattr(capacity, "__index__") or not 1 <= capacity <= 1 << 20:
             raise ValueError(f"capacity must be an int from 1 to {1 << 20} messages, not {capacity!r}")
+        capacity = operator.index(capacity)
         size = parse_bytes(arena_bytes)
         if size < 1:
             raise ValueError(f"arena_bytes must be positive, not {arena_bytes!r}")

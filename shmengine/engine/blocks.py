@@ -29,7 +29,7 @@ def as_source(array: Any) -> Any:
     """Return `array` if it can be cut without loading it whole, or else ``np.asarray(array)``.
 
     Kept as they are: ndarrays (subclasses such as `numpy.memmap` included) and array-likes with
-    ``shape``, a NumPy ``dtype`` and slicing.
+    ``shape``, ``dtype`` and slicing.
 
     Raises
     ------
@@ -43,6 +43,11 @@ def as_source(array: Any) -> Any:
         shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
         if isinstance(shape, tuple) and isinstance(dtype, np.dtype):
             return array
+        # Not whatever NumPy makes a dtype of: from a class that it does not know it makes "object".
+        if isinstance(dtype, str) or dtype in (bool, int, float, complex) or _is_scalar_type(dtype):
+            dtype = np.dtype(dtype)
+        if isinstance(shape, (tuple, list)) and isinstance(dtype, np.dtype):
+            return _Source(array, tuple(map(operator.index, shape)), dtype)
     made = np.asarray(array)
     if made.ndim == 0:
         raise ArrayError(
@@ -50,6 +55,23 @@ def as_source(array: Any) -> Any:
             " (pass it as a keyword argument if the function needs it)"
         )
     return made
+
+
+def _is_scalar_type(dtype: Any) -> bool:
+    return isinstance(dtype, type) and issubclass(dtype, np.generic)
+
+
+class _Source:
+    """An array-like that gives its shape or dtype in other words than NumPy."""
+
+    def __init__(self, array: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self._array = array
+        self.shape = shape
+        self.dtype = dtype
+        self.name = type(array).__name__
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._array[index]
 
 
 def axis_of(axis: int, shape: Sequence[int], what: str) -> int:
@@ -495,7 +517,15 @@ def _read(array: Any, index: tuple[slice, ...]) -> np.ndarray:
     # An ellipsis keeps 0-d ndarrays arrays.
     if isinstance(array, np.ndarray):
         return array[index] if index else array[...]
-    return np.asarray(array[index])
+    made = np.asarray(array[index])
+    wanted = tuple(int(length) for length in array.shape)
+    if index:
+        axis = len(index) - 1
+        wanted = (*wanted[:axis], index[axis].stop - index[axis].start, *wanted[axis + 1 :])
+    if made.shape != wanted:
+        name = array.name if isinstance(array, _Source) else type(array).__name__
+        raise ArrayError(f"a block that was read from {name} has shape {made.shape} instead of {wanted}")
+    return made
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 
 from shmengine.engine.backend import Entropy, TaskOptions, function_name
 from shmengine.errors import ArrayError
+
+FOREVER_SECONDS = 1e9
 
 __all__ = [
     "check_callable",
@@ -34,20 +37,30 @@ def task_options(
 ) -> TaskOptions:
     """Check what all methods have in common."""
     check_callable("fn", fn)
-    if timeout is not None and not timeout > 0:
-        raise ValueError(f"timeout must be positive (seconds) or None, not {timeout!r}")
     if writable is True:
         writable = "private"
     elif writable is not False:
         check_choice("writable", writable, ("private", "shared"))
     return TaskOptions(
-        timeout=timeout,
+        timeout=seconds_of(timeout),
         retries=0 if writable == "shared" else retries,
         writable=writable,
         rng=entropy_of(rng),
         window=None if window is None else positive("window", window),
         label=f"{method}({function_name(fn)})",
     )
+
+
+def seconds_of(timeout: Any) -> float | None:
+    """Return a timeout in seconds; None for no limit, and for one that nobody lives to see."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (numbers.Real, np.integer, np.floating)):
+        raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
+    seconds: Any = timeout
+    if not seconds > 0:
+        raise ValueError(f"timeout must be positive (seconds) or None, not {timeout!r}")
+    return float(seconds) if seconds < FOREVER_SECONDS else None
 
 
 def entropy_of(rng: Any) -> Entropy | None:

@@ -50,7 +50,7 @@ from shmengine.filemap import forget_files
 from shmengine.leases import release_with
 from shmengine.region import EXTENT_BYTES, Region
 from shmengine.stats import EngineStats
-from shmengine.workers import messages
+from shmengine.workers import logs, messages
 from shmengine.workers.messages import (
     BROKEN,
     EVENT,
@@ -139,6 +139,7 @@ class Dispatcher:
             "arena_limit": self.budget * 3 // 4 // workers,
             "payload_check": payload_check,
             "initializer": initializer,
+            "log_levels": logs.levels(),
         }
         limits = config.thread_limit_environment(threads)
         environment = {name: value for name, value in limits.items() if name not in os.environ}
@@ -236,7 +237,7 @@ class Dispatcher:
 
     def encode_function(self, fn: Callable[..., Any]) -> Any:
         """Serialise a function: bytes that travel with each batch, or a frame in shared memory."""
-        encoded = codec.encode(fn, share=None, label="fn")
+        encoded = codec.encode(messages.with_errstate(fn), share=None, label="fn")
         if encoded.nbytes <= messages.INLINE_FUNCTION_BYTES:
             return encoded.to_bytes()
         return self.put(encoded)

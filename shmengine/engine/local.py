@@ -34,6 +34,7 @@ from shmengine.engine.stalls import Stall, Stalls, summary_of
 from shmengine.errors import Closed
 from shmengine.pickling import substitute
 from shmengine.stats import EngineStats
+from shmengine.workers.messages import with_errstate
 from shmengine.workers.stacks import thread_stack
 
 __all__ = ["LocalRef", "SerialBackend", "ThreadBackend"]
@@ -278,7 +279,7 @@ class ThreadBackend(_LocalBackend):
             # A task that maps on its own engine: waiting for a thread from within one could be for ever.
             yield from self._inline.serial.stream(fn, calls, options, ordered=ordered)
             return
-        fn = _resolved(fn)
+        fn = with_errstate(_resolved(fn))
         window = options.window or 4 * self.workers
         finished: queue.SimpleQueue[tuple[_Task, Any, BaseException | None]] = queue.SimpleQueue()
         running: dict[int, _Task] = {}
@@ -324,7 +325,7 @@ class ThreadBackend(_LocalBackend):
         self._check_open()
         if hasattr(self._inline, "serial"):
             return self._inline.serial.submit(fn, args, kwargs, options)  # type: ignore[no-any-return]
-        fn = _resolved(fn)
+        fn = with_errstate(_resolved(fn))
         future: Future[Any] = Future()
 
         def run(*args: Any, **kwargs: Any) -> Any:

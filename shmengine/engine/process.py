@@ -13,6 +13,7 @@ import numpy as np
 
 from shmengine import codec, config
 from shmengine._native import ffi, lib
+from shmengine._native.status import PLACES
 from shmengine.arena import Arena
 from shmengine.arrays import address_of
 from shmengine.engine.backend import Call, Outcome, Ref, TaskOptions, block_calls
@@ -70,6 +71,11 @@ class ProcessBackend:
         retries: int = 1,
         check: str = "frame",
     ) -> None:
+        most = PLACES - 1
+        if workers > most:
+            raise ValueError(
+                f"workers must be at most {most}, not {workers}: so many processes can share memory"
+            )
         self.workers = workers
         budget = memory if memory is not None else config.default_budget()
         least = (workers + 2) * EXTENT_BYTES

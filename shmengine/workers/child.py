@@ -30,7 +30,7 @@ from shmengine.arrays import GivenReference, detach, has_views, owner_of
 from shmengine.errors import Corrupt, MemoryBudgetExceeded
 from shmengine.leases import release_with
 from shmengine.region import Region
-from shmengine.workers import messages, stacks
+from shmengine.workers import logs, messages, stacks
 from shmengine.workers.messages import (
     BATCH,
     BLOCK,
@@ -66,7 +66,7 @@ NICE = 5
 _ndarray = np.ndarray
 
 
-def main(region_fd: int, parent_pidfd: int, setup_fd: int, stack_pipe: int) -> None:
+def main(region_fd: int, parent_pidfd: int, setup_fd: int, stack_pipe: int, log_pipe: int) -> None:
     """Serve until the task ring is closed; end with the main process, whatever user code is doing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
     lib.shmr_watch_parent(parent_pidfd)
@@ -75,6 +75,7 @@ def main(region_fd: int, parent_pidfd: int, setup_fd: int, stack_pipe: int) -> N
     # All workers have the same open file: one that read on from its position would be in the way of the others.
     setup = pickle.loads(os.pread(setup_fd, os.fstat(setup_fd).st_size, 0))
     os.close(setup_fd)
+    os.set_inheritable(log_pipe, False)
     sys.path[:] = setup["path"]
     sys.argv[:] = setup["argv"]
     with contextlib.suppress(OSError):
@@ -83,7 +84,9 @@ def main(region_fd: int, parent_pidfd: int, setup_fd: int, stack_pipe: int) -> N
     lib.shmr_watch_shortage(region.handle)
     lib.shmr_set_progress(region.handle, STARTING, 0)
     try:
-        Worker(region, setup).serve()
+        worker = Worker(region, setup)
+        logs.send_home(log_pipe, setup["log_levels"], worker.current_task)
+        worker.serve()
     except SystemExit:
         raise
     except BaseException:
@@ -151,6 +154,15 @@ class Worker:
                 self.answer(block.tag, [(False, codec.encode_exception(damage))], 0)
             elif status != INTERRUPTED:
                 fail(status, "lease a task")
+
+    def current_task(self) -> int | None:
+        """Return the number, in its call, of the task that is being run; None if that is not known."""
+        words = ffi.new("uint64_t[4]")
+        slot = lib.shmr_find(self.region.handle, os.getpid())
+        if slot < 0:
+            return None
+        lib.shmr_progress(self.region.handle, slot, words, words + 1, words + 2, words + 3)
+        return None if words[0] in (0, STARTING) or words[1] == WHOLE_BATCH else int(words[1])
 
     def secure_room(self) -> None:
         """Hold a little memory for good: the piece of the region around it is ours, and has room for any error."""

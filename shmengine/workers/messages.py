@@ -14,6 +14,7 @@ alive for as long as the frame does.
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
 import time
@@ -51,6 +52,7 @@ __all__ = [
     "load_shared",
     "pack_account",
     "read_frame",
+    "with_errstate",
     "write_frame",
 ]
 
@@ -238,6 +240,31 @@ def write_bare(
     if status != OK:
         lib.shmr_abort(handle, block)
     return status
+
+
+class _WithErrstate(functools.partial[Any]):
+    """A function under the floating-point error handling of its caller."""
+
+    errors: dict[str, Any]
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        with np.errstate(**self.errors):
+            return super().__call__(*args, **kwargs)
+
+
+_USUAL_ERRSTATE = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
+
+
+def with_errstate(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `fn` with the `numpy.errstate` of the caller, if that is not the usual one."""
+    errors = np.geterr()
+    if errors == _USUAL_ERRSTATE:
+        return fn
+    wrapped = _WithErrstate(fn)
+    wrapped.errors = {
+        kind: how if how in ("ignore", "warn", "raise", "print") else "warn" for kind, how in errors.items()
+    }
+    return wrapped
 
 
 def task_rng(entropy: Any, index: int) -> np.random.Generator:

@@ -25,17 +25,14 @@ from typing import Any
 from shmengine import config
 from shmengine._native import ffi, lib
 from shmengine.region import Region
-from shmengine.workers import stacks
+from shmengine.workers import logs, stacks
 from shmengine.workers.messages import STARTING
 
 __all__ = ["Activity", "Death", "Pool"]
 
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 # Not `-m`: the package may be importable for the main process only. -P: the working directory must not shadow it.
-BOOTSTRAP = (
-    "import sys; sys.path.append({root!r}); from shmengine.workers.child import main;"
-    " main({region}, {parent}, {setup}, {pipe})"
-)
+BOOTSTRAP = "import sys; sys.path.append({root!r}); from shmengine.workers.child import main; main({fds})"
 STDERR_LINES = 20
 LATEST_LOOK = 3600.0
 GRACE_SECONDS = 2.0
@@ -86,6 +83,7 @@ class _Worker:
     process: subprocess.Popen[bytes]
     pidfd: int
     stack_pipe: int
+    log_pipe: int
     started: int = field(default_factory=time.monotonic_ns)
     streams: dict[int, str] = field(default_factory=dict)
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=STDERR_LINES))
@@ -161,13 +159,15 @@ class Pool:
 
     def _start(self) -> None:
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
-            read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            ours.callback(os.close, read)
-            theirs.callback(os.close, write)
-            fds = (self.region.fd, self._parent_pidfd, self._setup_fd, write)
-            process = self._exec(fds)
+            stack_pipe, stack_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            log_pipe, log_end = os.pipe2(os.O_CLOEXEC)
+            for fd in (stack_pipe, log_pipe):
+                ours.callback(os.close, fd)
+            for fd in (stack_end, log_end):
+                theirs.callback(os.close, fd)
+            process = self._exec((self.region.fd, self._parent_pidfd, self._setup_fd, stack_end, log_end))
             try:
-                worker = _Worker(process, os.pidfd_open(process.pid), read)
+                worker = _Worker(process, os.pidfd_open(process.pid), stack_pipe, log_pipe)
             except OSError:
                 process.kill()
                 process.communicate()
@@ -178,15 +178,16 @@ class Pool:
         for stream, name in ((process.stdout, "stdout"), (process.stderr, "stderr")):
             os.set_blocking(stream.fileno(), False)
             worker.streams[stream.fileno()] = name
+        os.set_blocking(log_pipe, False)
+        worker.streams[log_pipe] = "log"
         with self._lock:
             self._workers[process.pid] = worker
             self._selector.register(worker.pidfd, selectors.EVENT_READ, worker)
             for fd in worker.streams:
                 self._selector.register(fd, selectors.EVENT_READ, worker)
 
-    def _exec(self, fds: tuple[int, int, int, int]) -> subprocess.Popen[bytes]:
-        region, parent, setup, pipe = fds
-        source = BOOTSTRAP.format(root=PACKAGE_ROOT, region=region, parent=parent, setup=setup, pipe=pipe)
+    def _exec(self, fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
+        source = BOOTSTRAP.format(root=PACKAGE_ROOT, fds=", ".join(map(str, fds)))
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         flags = [flag for flag in flags if flag != "-i"]
         return subprocess.Popen(
@@ -356,8 +357,11 @@ class Pool:
     def _print(self, worker: _Worker, fd: int, raw: bytes) -> None:
         if not raw:
             return
-        text = raw.decode(errors="replace")
         name = worker.streams[fd]
+        if name == "log":
+            logs.deliver(raw)
+            return
+        text = raw.decode(errors="replace")
         if name == "stderr":
             worker.tail.extend(text.splitlines())
         stream = sys.stdout if name == "stdout" else sys.stderr
@@ -393,6 +397,7 @@ class Pool:
             leased = self._recover(process.pid)
             os.close(worker.pidfd)
             os.close(worker.stack_pipe)
+            os.close(worker.log_pipe)
             for stream in (process.stdout, process.stderr):
                 if stream is not None:
                     stream.close()
@@ -434,7 +439,7 @@ class Pool:
         self._retry_at = time.monotonic() + RETRY_SECONDS
         cause = f"none can be started: {failure}"
         if nobody_left and not self._on_death(
-            Death(0, None, 0, 0, [], "", cause, timed_out=False, starting=True)
+            Death(0, None, 0, 0, [], "", cause, timed_out=False, starting=True, stack="")
         ):
             self._missing = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import types
 
 import numpy as np
 import pytest
@@ -154,6 +155,35 @@ def test_memory_mapped_files(engine, tmp_path):
     out = np.lib.format.open_memmap(tmp_path / "out.npy", "w+", "f8", (50, 4))
     assert engine.map_blocks(np.negative, mapped, out=out, block_bytes=64) is out
     assert_same(np.load(tmp_path / "out.npy"), -array)
+
+
+@pytest.mark.parametrize("dtype", ["f8", float, np.float64, np.dtype("f8")], ids=repr)
+@pytest.mark.parametrize("shape", [(100, 3), [100, 3]], ids=repr)
+def test_array_likes_say_their_shape_and_dtype_in_any_way(engine, dtype, shape):
+    array = np.arange(300.0).reshape(100, 3)
+    longest = []
+
+    class Stored(types.SimpleNamespace):
+        def __getitem__(self, index):
+            longest.append(len(array[index]))
+            return array[index]
+
+    stored = Stored(shape=shape, dtype=dtype)
+    assert_same(engine.map_blocks(np.sqrt, stored, block_bytes=240), np.sqrt(array))
+    assert_same(engine.map_overlap(np.sqrt, stored, 1, block_bytes=240), np.sqrt(array))
+    assert max(longest) < 20
+
+
+def test_an_array_like_that_gives_too_little_is_blamed(engine):
+    class Short:
+        shape, dtype = (10, 3), np.dtype("f8")
+
+        def __getitem__(self, index):
+            return np.ones((10, 3))[index][:-1]
+
+    for call in (engine.map_blocks, lambda fn, x: engine.map_overlap(fn, x, 1)):
+        with pytest.raises(ArrayError, match=r"Short.*shape \(9, 3\) .* \(10, 3\)"):
+            call(np.sqrt, Short())
 
 
 def test_array_likes_are_read_block_by_block(engine):

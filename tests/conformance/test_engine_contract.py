@@ -6,11 +6,16 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import io
 import itertools
+import logging
+import logging.handlers
 import os
+import queue
 import threading
 import time
 import traceback
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -122,6 +127,12 @@ def test_the_error_of_a_task_is_raised_and_ends_the_iterator(engine):
     text = "".join(traceback.format_exception(caught.value))
     assert "in fail_on" in text
     assert list(results) == []
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300, 1e12, np.float32(60), Fraction(60), 10**400])
+def test_a_timeout_as_long_as_you_like(engine, timeout):
+    assert list(engine.map(abs, [-1, -2], timeout=timeout)) == [1, 2]
+    assert engine.map_blocks(np.sqrt, np.ones(3), timeout=timeout).sum() == 3
 
 
 def test_errors_can_be_returned_or_skipped(engine):
@@ -647,3 +658,70 @@ def test_payloads_are_checked_if_asked_for(make_engine):
     assert np.array_equal(engine.map_blocks(np.sqrt, x, block_bytes="64 KiB"), np.sqrt(x))
     assert engine.submit(np.sum, x).result() == x.sum()
     assert [a.sum() for a in engine.map(np.ones, [10, 100_000])] == [10, 100_000]
+
+
+def divide(x):
+    return np.float64(x) / np.zeros(1)
+
+
+def test_the_errstate_of_the_caller_holds_in_tasks(engine):
+    with np.errstate(divide="raise"):
+        with pytest.raises(FloatingPointError):
+            list(engine.map(divide, [1]))
+        with pytest.raises(FloatingPointError):
+            engine.map_blocks(lambda b: 1 / b, np.zeros(300), block_bytes=80)
+        with pytest.raises(FloatingPointError):
+            engine.submit(functools.partial(divide, 1)).result()
+        with np.errstate(divide="ignore"):
+            assert list(engine.map(divide, [1])) == [np.inf]
+    with np.errstate(all="ignore"):
+        assert engine.submit(divide, 1).result() == np.inf
+
+
+# --- logging -------------------------------------------------------------------------------------
+
+
+def log_something(i):
+    logger = logging.getLogger("tests.talk")
+    logger.debug("debug %d", i)
+    logger.info("info %d", i, extra={"size": i, "what": logger})
+    try:
+        raise ZeroDivisionError("no")
+    except ZeroDivisionError:
+        logger.exception("failed %d", i)
+    logging.getLogger("tests.silent").info("never heard")
+    return os.getpid()
+
+
+def test_log_records_reach_the_handlers_of_the_main_process(make_engine, backend):
+    logger = logging.getLogger("tests.talk")
+    records = queue.SimpleQueue()
+    handler = logging.handlers.QueueHandler(records)
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    try:
+        pids = set(make_engine().map(log_something, range(5)))
+        found = [records.get(timeout=30) for _ in range(10)]
+    finally:
+        logger.setLevel("NOTSET")
+        logger.removeHandler(handler)
+    assert sorted(record.getMessage().splitlines()[0] for record in found) == sorted(
+        [f"failed {i}" for i in range(5)] + [f"info {i}" for i in range(5)]
+    )
+    assert all("ZeroDivisionError: no" in r.getMessage() for r in found if "failed" in r.getMessage())
+    assert {record.process for record in found} == pids
+    assert {record.size for record in found if record.levelname == "INFO"} == set(range(5))
+    if backend == "process":
+        assert {record.task for record in found} == set(range(5))
+    assert records.empty()
+
+
+def configure_logging():
+    logging.basicConfig(level=logging.DEBUG, stream=io.StringIO())
+    return len(logging.root.handlers), logging.root.level
+
+
+def test_workers_may_configure_logging_themselves():
+    with Engine(1, memory="16 MiB") as engine:
+        assert engine.submit(configure_logging).result() == (1, logging.DEBUG)
+        assert engine.submit(log_something, 1).result() > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import sys
 import types
 
@@ -86,6 +88,11 @@ def test_the_demo_knows_what_is_wrong(monkeypatch, found, expected, terms, agree
     monkeypatch.setitem(sys.modules, "demo", demo)  # where dataclasses look
     exec(source[: source.rindex("\nmain()")], demo.__dict__)
     assert (demo.disagreement(found, expected, terms) == "") is agree
+
+
+@pytest.mark.parametrize("module", ["shmengine", "shmengine.engine.api"])
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(importlib.import_module(module)) == (0, 5 if module == "shmengine" else 2)
 
 
 def test_the_example_in_the_readme_runs():

@@ -17,7 +17,9 @@ from rich.progress import Progress
 from shmengine.config import default_workers
 from shmengine.engine import Engine, default
 from shmengine.engine.progress import reporter
-from shmengine.errors import ArrayError, Closed
+from shmengine.errors import ArrayError, Closed, MemoryBudgetExceeded
+from shmengine.queues import Queue
+from shmengine.ring import Ring
 
 
 @pytest.fixture
@@ -98,7 +100,10 @@ def test_an_engine_in_a_worker_is_serial(monkeypatch):
         (lambda e: e.map(abs, [1], timeout=0), ValueError, "timeout must be positive"),
         (lambda e: e.map(abs, [1], timeout=-1), ValueError, "timeout must be positive"),
         (lambda e: e.map(abs, [1], timeout=float("nan")), ValueError, "timeout must be positive"),
-        (lambda e: e.map(abs, [1], timeout="1 s"), TypeError, None),
+        (lambda e: e.map(abs, [1], timeout="1 s"), TypeError, "timeout must be a number of seconds or None"),
+        (lambda e: e.map(abs, [1], timeout=True), TypeError, "timeout must be a number of seconds or None"),
+        (lambda e: e.map(abs, [1], timeout=np.ones(2)), TypeError, "timeout must be a number of seconds"),
+        (lambda e: e.map(abs, [1], timeout=1j), TypeError, "timeout must be a number of seconds or None"),
         (
             lambda e: e.map(abs, [1], writable="yes"),
             ValueError,
@@ -314,3 +319,21 @@ def test_heavy_modules_are_imported_late():
         f"print([name for name in {heavy} if name in sys.modules])\n"
     )
     assert run_script(source).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("workers", [256, 10**6])
+def test_more_workers_than_can_share_memory(workers):
+    with pytest.raises(ValueError, match=f"workers must be at most 255, not {workers}"):
+        Engine(workers)
+
+
+@pytest.mark.parametrize("make", [Engine, Queue, lambda memory: Ring(4, memory)])
+@pytest.mark.parametrize("memory", ["20 TiB", 1 << 80, (1 << 41) + 1])
+def test_more_memory_than_a_region_can_have(make, memory):
+    with pytest.raises(MemoryBudgetExceeded, match=r"a memory budget of .* more than .* 2 TiB") as caught:
+        make(memory=memory)
+    assert caught.value.asked > caught.value.budget == 1 << 41
+
+
+def test_the_largest_memory_of_a_region():
+    Queue(memory=1 << 41).close()

@@ -631,3 +631,11 @@ def test_records_of_a_process_that_only_waits_for_others_are_not_missed():
     assert child.exitcode == 0
     assert [q.get() for _ in range(10_000)] == [*range(6000, 10_000), *range(6000)]
     q.close()
+
+
+def test_a_timeout_that_is_no_number_of_seconds(kind):
+    q = kind(1, memory="4 MiB")
+    with pytest.raises(ValueError, match="timeout"):
+        q.get(timeout=float("nan"))
+    with pytest.raises(ValueError, match="timeout"):
+        q.put(0, timeout=float("nan"))

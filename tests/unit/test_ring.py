@@ -593,3 +593,9 @@ def test_close_ends_a_wait_in_another_thread(what):
     ring.close()
     thread.join()
     assert len(caught) == 1
+
+
+def test_a_capacity_of_numpy_is_one():
+    with Ring(np.int64(4), 1 << 20) as ring:
+        assert type(ring.capacity) is int
+        assert ring.capacity == 4
