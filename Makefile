@@ -2,6 +2,7 @@
 
 PYTHON  ?= python3
 MINUTES ?= 5
+SEED    ?=
 INPUT   ?=
 TESTS   ?= tests
 
@@ -11,7 +12,7 @@ stamp  := $(venv)/.stamp
 native := setup.py shmengine/_native/build.py $(wildcard csrc/*.c csrc/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rebuild demo test quick bench soak lint format ctest clean
+.PHONY: help setup rebuild demo test quick bench soak fuzz coverage lint format ctest clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -47,8 +48,17 @@ quick: $(stamp) ## The Python tests that take no more than a few seconds each
 bench: $(stamp) ## Speed, as ratios against rivals in one run
 	@$(python) -m pytest benches --check-targets
 
-soak: $(stamp) ## The stress tests for MINUTES=5 each
-	@SHMENGINE_SOAK_MINUTES=$(MINUTES) $(python) -m pytest -m slow tests/stress
+soak: $(stamp) ## Kills, stops and load for MINUTES=5 in all, with SEED=... or a random one; one report
+	@$(python) -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+fuzz: $(stamp) ## Hostile bytes for MINUTES=5 each: libFuzzer over the C core, atheris over frames (needs clang)
+	@$(MAKE) --no-print-directory -C tests/fuzz fuzz MINUTES=$(MINUTES)
+	@$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[fuzz]'
+	@$(MAKE) --no-print-directory -C tests/fuzz frames MINUTES=$(MINUTES) PYTHON=$(abspath $(python))
+
+coverage: $(stamp) ## Lines and branches of csrc/ that the tests reach; minutes
+	@$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[coverage]'
+	@$(python) -m tests.helpers.coverage
 
 lint: $(stamp) ## ruff and mypy
 	@$(python) -m ruff check .
@@ -61,8 +71,9 @@ format: $(stamp) ## Let ruff repair what it can
 
 ctest: ## The C core's own tests, without Python
 	@$(MAKE) --no-print-directory -C csrc test
+	@$(MAKE) --no-print-directory -C tests/fuzz replay
 
 clean: ## Remove everything that was built, .venv too
-	@rm -rf $(venv) build dist *.egg-info csrc/build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf $(venv) build dist *.egg-info csrc/build tests/fuzz/build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@rm -f shmengine/_native/*.so shmengine/_native/_core.c
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """Build the C core: everything else about the package is in pyproject.toml.
 
-``SHMENGINE_SANITIZE=address|thread|undefined``, ``SHMENGINE_DEBUG=1`` and ``SHMENGINE_COVERAGE=1`` change
-the compiler's flags; they are read by ``shmengine/_native/build.py``.
+``SHMENGINE_SANITIZE=address|thread|undefined``, ``SHMENGINE_DEBUG=1``, ``SHMENGINE_COVERAGE=1`` and
+``SHMENGINE_FAULT_POINTS=1`` change what is compiled; they are read by ``shmengine/_native/build.py``.
 """
 
 from __future__ import annotations

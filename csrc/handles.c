@@ -144,7 +144,6 @@ static void set_writable(PyObject *array, int writable) {
 static void claim_clear(Claim *self) {
     Py_CLEAR(self->ring);
     Py_CLEAR(self->timeout);
-    Py_CLEAR(self->array);
 }
 
 static int claim_abort_now(Claim *self) {
@@ -299,9 +298,13 @@ static int lease_release_now(Lease *self, int named) {
     PyObject *copy = PyBytes_FromStringAndSize((const char *)&self->block, sizeof self->block);
     PyObject *done = copy ? PyObject_CallMethod(self->ring, "_release_late", "OO", array, copy) : NULL;
     Py_XDECREF(copy);
-    Py_XDECREF(done);
+    if (!done) { /* out of memory: the lease goes on, and may be released again */
+        self->array = array;
+        return -1;
+    }
+    Py_DECREF(done);
     Py_DECREF(array);
-    return done ? 0 : -1;
+    return 0;
 }
 
 static PyObject *lease_release(Lease *self, PyObject *unused) {
@@ -325,7 +328,10 @@ static PyObject *lease_exit(Lease *self, PyObject *const *args, Py_ssize_t count
 static void lease_dealloc(Lease *self) {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
-    if (self->array && lease_release_now(self, 0) < 0) PyErr_Clear();
+    if (self->array && lease_release_now(self, 0) < 0) {
+        PyErr_Clear();
+        Py_CLEAR(self->array);
+    }
     Py_CLEAR(self->ring);
     End *end = self->end;
     if (end && end->spare_count < SPARE_MAX && Py_REFCNT((PyObject *)end) > 1) {
@@ -561,8 +567,9 @@ static PyObject *end_lease(End *self, PyObject *const *args, Py_ssize_t count, P
         lease->array = Py_NewRef(array);
         return (PyObject *)lease;
     }
-    PyObject *pair = PyObject_CallMethod(ring, "_read", "N", address(block)); /* on failure it has given it back */
+    PyObject *pair = PyObject_CallMethod(ring, "_read", "N", address(block));
     if (!pair) {
+        core.release(self->handle, block); /* unless it has done so itself */
         Py_DECREF(lease);
         return NULL;
     }

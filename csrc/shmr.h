@@ -139,7 +139,8 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
  * Waits while `capacity` messages are committed. `payload_check`: store a CRC32C of all bytes. */
 int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t deadline, shmr_block *block);
 int shmr_abort(shmr *h, shmr_block *block);
-/* The oldest message -> LEASED by this process. CORRUPT: the message failed a check and was discarded.
+/* The oldest message -> LEASED by this process. CORRUPT: the message failed a check and was discarded; if it was the
+ * payload's, `kind` and `tag` are its own, and else `kind` is 0.
  * CLOSED: the ring was closed and is empty. */
 int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr_block *out);
 int shmr_release(shmr *h, shmr_block *block);
@@ -184,6 +185,9 @@ int shmr_check_deaths(shmr *h);
  * process and listed there (at most `room`); without, it goes back into its ring with one attempt more. */
 int shmr_recover(shmr *h, uint32_t slot, shmr_block *taken, uint32_t room, uint32_t *count);
 uint32_t shmr_live_participants(shmr *h);
+/* For each place in the table: the process that has it (0: none), and how many messages it has leased and not yet
+ * released. A snapshot, exact for who is dead; reads all records. */
+void shmr_leases(shmr *h, uint32_t *pids, uint64_t *counts);
 /* What a participant says it is doing. */
 void shmr_set_progress(shmr *h, uint64_t tag, uint64_t index);
 int shmr_progress(shmr *h, uint32_t slot, uint64_t *tag, uint64_t *index, uint64_t *since_ns, uint64_t *starving);
@@ -195,6 +199,8 @@ void shmr_trim(shmr *h);
 void shmr_leave_extents(shmr *h, uint32_t count);
 /* End this process, at once, when the process behind `pidfd` ends: a thread that needs no interpreter. */
 int shmr_watch_parent(int pidfd);
+/* Send a signal to the main thread of a process: a child that nobody has waited for yet, so that it is surely this one. */
+int shmr_signal_main_thread(uint32_t pid, int number);
 /* From now on that thread also gives back what this process has free, when others wait for memory: four looks a second.
  * The handle must stay until the end of the process. */
 void shmr_watch_shortage(shmr *h);

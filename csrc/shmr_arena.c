@@ -43,7 +43,8 @@ int shmr_arena_init(shmr *h) {
     a->previous = sparse(pages * 4);
     a->record = sparse(pages * 4);
     a->slab_at = sparse(pages * sizeof(void *));
-    if (!a->run || !a->next || !a->previous || !a->record || !a->slab_at)
+    a->own = sparse(h->g.extents);
+    if (!a->run || !a->next || !a->previous || !a->record || !a->slab_at || !a->own)
         return shmr_fail(SHMR_SYSTEM, ENOMEM, "mmap of the allocator's tables");
     return SHMR_OK;
 }
@@ -62,6 +63,7 @@ void shmr_arena_fini(shmr *h) {
     if (a->previous) munmap(a->previous, pages * 4);
     if (a->record) munmap(a->record, pages * 4);
     if (a->slab_at) munmap(a->slab_at, pages * sizeof(void *));
+    if (a->own) munmap(a->own, h->g.extents);
     memset(a, 0, sizeof *a);
 }
 
@@ -306,6 +308,12 @@ static bool delete_empty_slabs(shmr *h) {
     return any;
 }
 
+/* What is kept for the next one of its size becomes pages for any. */
+static bool gather_free(shmr *h) {
+    bool any = flush_quick(h);
+    return delete_empty_slabs(h) || any;
+}
+
 static uint64_t take_small(shmr *h, uint64_t bytes) {
     struct shmr_arena *a = &h->arena;
     uint32_t class_index = class_of(bytes);
@@ -353,13 +361,13 @@ uint64_t shmr_arena_allocate(shmr *h, uint64_t bytes) {
     if (bytes <= SMALL_MAX) {
         offset = take_small(h, bytes);
         if (offset != SHMR_NOWHERE) return offset;
-        return flush_quick(h) | delete_empty_slabs(h) ? take_small(h, bytes) : SHMR_NOWHERE;
+        return gather_free(h) ? take_small(h, bytes) : SHMR_NOWHERE;
     }
     uint64_t pages = (bytes + SHMR_PAGE - 1) / SHMR_PAGE;
     if (pages > h->g.pages) return SHMR_NOWHERE;
     offset = take_quick(&h->arena, (uint32_t)pages);
     if (offset == SHMR_NOWHERE) offset = take_run(h, (uint32_t)pages);
-    if (offset == SHMR_NOWHERE && (flush_quick(h) | delete_empty_slabs(h)))
+    if (offset == SHMR_NOWHERE && gather_free(h))
         offset = take_run(h, (uint32_t)pages);
     return offset;
 }
@@ -376,8 +384,7 @@ void shmr_arena_release(shmr *h, uint64_t offset, uint64_t room) {
 uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t *room) {
     struct shmr_arena *a = &h->arena;
     uint32_t page = (uint32_t)(offset / SHMR_PAGE);
-    uint32_t extent = page / PAGES_PER_EXTENT;
-    if ((uint32_t)shmr_load_relaxed(shmr_extent_at(h, extent)) != h->self + 1) return NULL; /* own word: ours */
+    if (!a->own[page / PAGES_PER_EXTENT]) return NULL;
     struct shmr_slab *s = a->slab_at[page];
     if (s) {
         if (s->class_index == SHMR_CLASSES) return NULL;
@@ -403,7 +410,8 @@ uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t 
 static bool own_extent(shmr *h, uint32_t i) {
     shmr_word *word = shmr_extent_at(h, i);
     uint64_t seen = shmr_load_seq_cst(word); /* S3 */
-    if ((uint32_t)seen || !shmr_cas_acq_rel(word, &seen, seen | (h->self + 1))) return false; /* A6 */
+    if ((uint32_t)seen || h->arena.own[i] || !shmr_cas_acquire(word, &seen, seen | (h->self + 1))) return false; /* A6 */
+    h->arena.own[i] = 1;
     h->arena.owned_bytes += SHMR_EXTENT;
     return true;
 }
@@ -419,6 +427,7 @@ static int warm_extent(shmr *h, uint32_t i) {
 static void give_extent(shmr *h, uint32_t i) {
     uint64_t mine = shmr_load_relaxed(shmr_extent_at(h, i)); /* own word */
     shmr_cas_seq_cst(shmr_extent_at(h, i), &mine, mine & SHMR_EXTENT_WARM); /* S3 R6 */
+    h->arena.own[i] = 0;
     h->arena.owned_bytes -= SHMR_EXTENT;
 }
 
@@ -438,7 +447,6 @@ static int take_extents(shmr *h, uint32_t first, uint32_t need) {
 
 int shmr_arena_grow(shmr *h, uint64_t bytes) {
     uint32_t need = (uint32_t)((bytes + SHMR_EXTENT - 1) / SHMR_EXTENT);
-    if (need == 0) need = 1;
     uint64_t owned = h->arena.owned_bytes / SHMR_EXTENT, leave = h->arena.leave;
     if (need + leave > h->g.extents) return shmr_fail(SHMR_TOO_LARGE, 0, "one block is larger than the memory budget");
     if (owned + need + leave > h->g.extents)
@@ -448,7 +456,7 @@ int shmr_arena_grow(shmr *h, uint64_t bytes) {
         uint32_t row = 0;
         for (uint32_t i = 0; i < h->g.extents; i++) {
             uint64_t seen = shmr_load_seq_cst(shmr_extent_at(h, i)); /* S3: the look after registering */
-            bool usable = (uint32_t)seen == 0 && (pass || seen & SHMR_EXTENT_WARM);
+            bool usable = (uint32_t)seen == 0 && !h->arena.own[i] && (pass || seen & SHMR_EXTENT_WARM);
             row = usable ? row + 1 : 0;
             if (row < need) continue;
             uint32_t first = i + 1 - need;
@@ -503,18 +511,19 @@ static bool is_adoptable(const struct shmr_arena *a, uint32_t page, uint32_t end
 
 /* Take over the extents of `from`, who are dead or left: what `live` (record numbers) covers is in use, the rest
  * is free. Blocks below a page share "adopted" slabs, which are only counted down. What cannot be taken over
- * becomes UINT32_MAX in `live`. */
+ * is marked in `live`. */
 void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *live, uint32_t live_count) {
     struct shmr_arena *a = &h->arena;
     for (uint32_t e = 0; e < h->g.extents; e++) {
         shmr_word *word = shmr_extent_at(h, e);
         uint64_t seen = shmr_load_acquire(word); /* A6 */
-        if (!(uint32_t)seen || !shmr_slots_have(from, (uint32_t)seen - 1)) continue;
+        if (!(uint32_t)seen || !shmr_slots_have(from, (uint32_t)seen - 1) || a->own[e]) continue;
         if (!(seen & SHMR_EXTENT_WARM)) { /* died while reserving it: nobody has used it */
             shmr_cas_seq_cst(word, &seen, 0); /* S3 R6 */
             continue;
         }
         if (!shmr_cas_acq_rel(word, &seen, SHMR_EXTENT_WARM | (h->self + 1))) continue; /* A6 R6 */
+        a->own[e] = 1;
         a->owned_bytes += SHMR_EXTENT;
         uint32_t first = e * PAGES_PER_EXTENT;
         for (uint32_t p = 0; p < PAGES_PER_EXTENT; p++) {
@@ -525,8 +534,9 @@ void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *
     for (uint32_t i = 0; i < live_count; i++) {
         uint64_t offset = h->places[live[i]].offset, room = h->places[live[i]].room;
         uint32_t page = (uint32_t)(offset / SHMR_PAGE), end = (uint32_t)((offset + room + SHMR_PAGE - 1) / SHMR_PAGE);
-        if (!is_adoptable(a, page, end, room)) {
-            live[i] = UINT32_MAX;
+        bool whole_pages = offset % SHMR_PAGE == 0 && room % SHMR_PAGE == 0;
+        if ((room > SMALL_MAX && !whole_pages) || !is_adoptable(a, page, end, room)) {
+            live[i] |= SHMR_NOT_ADOPTED;
             continue;
         }
         a->used_bytes += room;
@@ -546,20 +556,17 @@ void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *
                 s = other;
                 continue;
             }
-            struct shmr_slab *keep = s->page < other->page ? s : other, *gone = keep == s ? other : s;
-            for (uint32_t q = gone->page; q < gone->page + gone->pages; q++) a->slab_at[q] = keep;
-            uint32_t last = gone->page + gone->pages;
-            if (last > keep->page + keep->pages) keep->pages = last - keep->page;
-            keep->blocks += gone->blocks;
-            forget_slab(a, gone);
-            s = keep;
+            for (uint32_t q = other->page; q < other->page + other->pages; q++) a->slab_at[q] = s;
+            s->pages = other->page + other->pages - s->page; /* it lies behind */
+            s->blocks += other->blocks;
+            forget_slab(a, other);
         }
         if (!s) {
             s = calloc(1, sizeof *s);
             if (!s) { /* its memory is lost until the region goes: nothing else breaks */
                 a->used_bytes -= room;
                 for (uint32_t p = page; p < end; p++) a->run[p] = 0;
-                live[i] = UINT32_MAX;
+                live[i] |= SHMR_NOT_ADOPTED;
                 continue;
             }
             s->page = page;
@@ -578,7 +585,7 @@ void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *
     }
     /* Whatever is still unsorted is free. Slab pages look like used runs to the neighbours. */
     for (uint32_t e = 0; e < h->g.extents; e++) {
-        if ((uint32_t)shmr_load_relaxed(shmr_extent_at(h, e)) != h->self + 1) continue; /* own word: ours */
+        if (!a->own[e]) continue;
         uint32_t p = e * PAGES_PER_EXTENT, end = p + PAGES_PER_EXTENT;
         while (p < end) {
             struct shmr_slab *s = a->slab_at[p];

@@ -33,13 +33,22 @@ static bool push_u32(uint32_t **array, uint32_t *count, uint32_t *room, uint32_t
     return true;
 }
 
+static void own_group(shmr *h, uint32_t group, bool own) {
+    uint64_t bit = UINT64_C(1) << (group % 64);
+    h->own_groups[group / 64] = own ? h->own_groups[group / 64] | bit : h->own_groups[group / 64] & ~bit;
+}
+
+bool shmr_owns_group(const shmr *h, uint32_t group) { return h->own_groups[group / 64] >> (group % 64) & 1; }
+
 /* A group that this process now owns: its free records become ours to give. False: no memory to remember it in. */
 bool shmr_add_group(shmr *h, uint32_t group) {
     if (!push_u32(&h->my_groups, &h->my_group_count, &h->my_group_room, group)) return false;
+    own_group(h, group, true);
     for (uint32_t i = SHMR_GROUP; i-- > 0;) {
         uint32_t block = group * SHMR_GROUP + i;
         uint64_t s = shmr_load_acquire(&shmr_record_at(h, block)->state); /* A2 */
         if (h->record_flags[block] & SHMR_MINE) continue; /* adopted alive; if it is free by now, a sweep finds it */
+        if (h->holds[block]) continue;                    /* rubbish: what is held cannot be free */
         if (shmr_state_kind(s) == SHMR_FREE) /* else rubbish, without memory: out of use */
             push_u32(&h->free_records, &h->free_record_count, &h->free_record_room, block);
     }
@@ -56,14 +65,15 @@ void shmr_trim_groups(shmr *h) {
         uint64_t mine = GROUP_RESERVED | (h->self + 1);
         if (used || !shmr_cas_seq_cst(&shmr_group_at(h, group)->owner, &mine, GROUP_RESERVED)) /* S3 R7 */
             h->my_groups[kept++] = group;
+        else
+            own_group(h, group, false);
     }
     if (kept == h->my_group_count) return;
     h->my_group_count = kept;
     uint32_t left = 0;
     for (uint32_t i = 0; i < h->free_record_count; i++) {
         uint32_t block = h->free_records[i];
-        if ((uint32_t)shmr_load_relaxed(&shmr_group_at(h, block / SHMR_GROUP)->owner) == h->self + 1) /* own word */
-            h->free_records[left++] = block;
+        if (shmr_owns_group(h, block / SHMR_GROUP)) h->free_records[left++] = block;
     }
     h->free_record_count = left;
     shmr_notify_all(h, shmr_header_of(h)->extent_waiters);
@@ -74,8 +84,8 @@ static int take_group(shmr *h) {
         uint32_t i = (h->group_hint + n) % h->g.groups;
         shmr_word *word = &shmr_group_at(h, i)->owner;
         uint64_t seen = shmr_load_seq_cst(word); /* S3 A7: the look after registering */
-        if ((uint32_t)seen || (n < h->g.groups && !(seen & GROUP_RESERVED))) continue;
-        if (!shmr_cas_acq_rel(word, &seen, seen | (h->self + 1))) continue; /* A7 */
+        if ((uint32_t)seen || shmr_owns_group(h, i) || (n < h->g.groups && !(seen & GROUP_RESERVED))) continue;
+        if (!shmr_cas_acquire(word, &seen, seen | (h->self + 1))) continue; /* A7 */
         if (!(seen & GROUP_RESERVED)) {
             uint64_t bytes = SHMR_GROUP * sizeof(struct shmr_record);
             int status = shmr_reserve(h, h->g.records_at + i * bytes, bytes);
@@ -105,12 +115,21 @@ int shmr_record_new(shmr *h, uint32_t *block) {
     return SHMR_OK;
 }
 
-static void drop_frame_refs(shmr *h, uint32_t block) {
-    struct shmr_frame_refs *refs = h->frame_refs[block];
+/* What we drop may be reclaimed and have references in turn (rubbish only, but then any number): no recursion. */
+void shmr_drop_frame_refs(shmr *h, uint32_t block) {
+    struct shmr_frame_refs *refs = h->frame_refs[block], first = {0};
     if (!refs) return;
     h->frame_refs[block] = NULL;
-    for (uint32_t i = 0; i < refs->count; i++) shmr_drop_locked(h, refs->blocks[i]);
-    free(refs);
+    refs->next = h->dropping;
+    h->dropping = refs;
+    if (refs->next) return; /* somebody below us on the stack is at it */
+    refs->next = &first;
+    while ((refs = h->dropping) != &first) {
+        h->dropping = refs->next;
+        for (uint32_t i = 0; i < refs->count; i++) shmr_drop_locked(h, refs->blocks[i]);
+        free(refs);
+    }
+    h->dropping = NULL;
 }
 
 static bool no_holders(const struct shmr_record *r) {
@@ -128,14 +147,14 @@ static bool free_if_unheld(struct shmr_record *r) {
 }
 
 void shmr_reclaim(shmr *h, uint32_t block) {
-    if (!(h->record_flags[block] & SHMR_MINE)) return;
+    if (!(h->record_flags[block] & SHMR_MINE) || h->holds[block]) return; /* what we hold is in use, whatever they say */
     struct shmr_record *r = shmr_record_at(h, block);
     uint64_t s = shmr_load_acquire(&r->state); /* A2: the releaser is done with the bytes */
     if (shmr_state_kind(s) == SHMR_SHARED && free_if_unheld(r)) s = 0;
     if (shmr_state_kind(s) != SHMR_FREE) return;
     h->record_flags[block] = 0;
     shmr_arena_release(h, h->places[block].offset, h->places[block].room);
-    drop_frame_refs(h, block);
+    shmr_drop_frame_refs(h, block);
     push_u32(&h->free_records, &h->free_record_count, &h->free_record_room, block);
 }
 
@@ -298,6 +317,7 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
     if (status != SHMR_OK) return status;
     struct claim_attempt attempt = {total, refs, count, items, out};
     status = try_claim(h, &attempt);
+    if (status == SHMR_WOULD_BLOCK && deadline == 0 && shmr_look(h, true)) status = try_claim(h, &attempt);
     if (status == SHMR_OK) return status; /* the pin is now that of the claim */
     if (status != SHMR_WOULD_BLOCK || deadline == 0) return shmr_leave(h, status);
 
@@ -381,7 +401,7 @@ int shmr_hold_locked(shmr *h, uint32_t block, uint32_t generation) {
 
 void shmr_drop_locked(shmr *h, uint32_t block) {
     SHMR_INVARIANT(I4, h->holds[block] > 0);
-    if (--h->holds[block]) return;
+    if (!h->holds[block] || --h->holds[block]) return;
     struct shmr_record *r = shmr_record_at(h, block);
     bool mine = h->record_flags[block] & SHMR_MINE;
     if (!mine) shmr_held_remove(h, block, h->places[block].offset, h->places[block].room);
@@ -532,6 +552,12 @@ uint32_t shmr_descriptor_check(const shmr_block *b) {
     return shmr_crc32c(crc, b->spec, b->spec_bytes);
 }
 
+/* Nothing of a descriptor that failed is left, so that nobody can use it by mistake. */
+static int reject(shmr_block *out, const char *why) {
+    *out = (shmr_block){.state = out->state, .block = out->block};
+    return shmr_fail(SHMR_CORRUPT, 0, why);
+}
+
 /* Copy the descriptor of a block that we have just leased, then validate the copy: the only one ever used. */
 int shmr_read_descriptor(shmr *h, uint32_t id, uint64_t state, shmr_block *out) {
     struct shmr_record *r = shmr_record_at(h, id);
@@ -548,44 +574,44 @@ int shmr_read_descriptor(shmr *h, uint32_t id, uint64_t state, shmr_block *out) 
     out->attempts = (uint32_t)(detail >> 16) & 0xffff;
     out->spec_bytes = (uint32_t)detail & 0xffff;
     if (offset % 64 || room > h->g.config.arena_bytes || offset > h->g.config.arena_bytes - room)
-        return shmr_fail(SHMR_CORRUPT, 0, "bounds of the block");
+        return reject(out, "bounds of the block");
     if (references > SHMR_MAX_REFS || shmr_references_bytes(references) > room)
-        return shmr_fail(SHMR_CORRUPT, 0, "number of references");
+        return reject(out, "number of references");
     uint64_t table = shmr_references_bytes(references);
     out->references = (uint32_t)references;
     out->offset = h->g.arena_at + offset + table;
     out->room = room - table;
-    if (out->length > out->room) return shmr_fail(SHMR_CORRUPT, 0, "length of the message");
-    if (out->spec_bytes > SHMR_SPEC_BYTES) return shmr_fail(SHMR_CORRUPT, 0, "length of the spec");
-    if (out->producer >= h->g.config.participants) return shmr_fail(SHMR_CORRUPT, 0, "producer");
+    if (out->length > out->room) return reject(out, "length of the message");
+    if (out->spec_bytes > SHMR_SPEC_BYTES) return reject(out, "length of the spec");
+    if (out->producer >= h->g.config.participants) return reject(out, "producer");
     for (uint32_t i = 0; i < (out->spec_bytes + 7) / 8; i++) {
         uint64_t word = shmr_load_relaxed(&r->spec[i]); /* after A1 */
         memcpy(out->spec + 8 * i, &word, 8);
     }
     if (shmr_descriptor_check(out) != (uint32_t)(shmr_load_relaxed(&r->check) >> 32)) /* after A1 */
-        return shmr_fail(SHMR_CORRUPT, 0, "checksum of the descriptor");
+        return reject(out, "checksum of the descriptor");
     return SHMR_OK;
 }
 
 /* The table of references of any live frame, bounds checked; entries are to be validated by who uses them. */
-int shmr_references_at(shmr *h, uint32_t id, uint64_t **table, uint32_t *count) {
+int shmr_references_at(shmr *h, uint32_t id, shmr_word **table, uint32_t *count) {
     struct shmr_record *r = shmr_record_at(h, id);
     uint64_t offset = shmr_load_relaxed(&r->offset), room = shmr_load_relaxed(&r->room); /* after A1 */
     uint64_t references = shmr_load_relaxed(&r->references);                             /* after A1 */
     if (offset % 64 || room > h->g.config.arena_bytes || offset > h->g.config.arena_bytes - room ||
         references > SHMR_MAX_REFS || shmr_references_bytes(references) > room)
         return SHMR_CORRUPT;
-    *table = (uint64_t *)(void *)(shmr_arena_base(h) + offset);
+    *table = (shmr_word *)(void *)(shmr_arena_base(h) + offset);
     *count = (uint32_t)references;
     return SHMR_OK;
 }
 
 int shmr_references(shmr *h, const shmr_block *block, shmr_ref *out, uint32_t count) {
     if (block->block >= h->g.config.blocks || count > block->references) return SHMR_BAD_ARGUMENT;
-    const uint64_t *entries =
-        (const uint64_t *)(const void *)(h->base + block->offset - shmr_references_bytes(block->references));
+    const shmr_word *entries =
+        (const shmr_word *)(const void *)(h->base + block->offset - shmr_references_bytes(block->references));
     for (uint32_t i = 0; i < count; i++) {
-        uint64_t entry = entries[i];
+        uint64_t entry = shmr_load_relaxed(&entries[i]); /* payload, after A1; once */
         out[i] = (shmr_ref){(uint32_t)entry, (uint32_t)(entry >> 32), 0, 0};
     }
     return SHMR_OK;

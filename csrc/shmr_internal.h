@@ -68,6 +68,7 @@ struct shmr_arena {
     uint32_t *next, *previous;  /* links of the free lists; page + 1 */
     uint32_t *record;           /* a used run's record + 1 */
     struct shmr_slab **slab_at; /* a page: the slab that it belongs to */
+    uint8_t *own;               /* an extent: ours. The shared words only claim them; here they are not believed */
     uint64_t bin_bits[2];
     uint32_t bin[SHMR_BINS];
     struct shmr_quick quick[SHMR_QUICK];
@@ -77,7 +78,8 @@ struct shmr_arena {
     uint32_t leave; /* extents of the region that this process must not take */
 };
 
-#define SHMR_MINE 1u /* record_flags: allocated by this process and not yet reclaimed */
+#define SHMR_MINE 1u  /* record_flags: allocated by this process and not yet reclaimed */
+#define SHMR_NAMES 2u /* a frame of the dead, whose references are held here */
 
 /* A set of places in the table of participants. */
 struct shmr_slots {
@@ -95,6 +97,7 @@ struct shmr_place {
 };
 
 struct shmr_frame_refs {
+    struct shmr_frame_refs *next; /* of those about to be dropped */
     uint32_t count;
     uint32_t blocks[];
 };
@@ -114,6 +117,7 @@ struct shmr {
     uint64_t pid_namespace;
     shmr_count pins;   /* what keeps this participant in the table: claims, leases, holds, allocations */
     shmr_count handle; /* references to this struct */
+    shmr_count immortal; /* those of them that nobody gives back: NumPy's handlers have them */
     shmr_count closed, left;
 
     pthread_mutex_t lock; /* the arena, records, holds; never held across a wait */
@@ -122,10 +126,12 @@ struct shmr {
     uint32_t free_record_count, free_record_room;
     uint32_t *my_groups;
     uint32_t my_group_count, my_group_room, group_hint;
+    uint64_t own_groups[SHMR_MAX_BLOCKS / SHMR_GROUP / 64]; /* the same as a set: the shared words only claim them */
     uint8_t *record_flags;
     struct shmr_place *places; /* a block of mine, or held: where it is, out of reach of the others */
     uint32_t *holds;                     /* a block: private count behind my holder bit */
     struct shmr_frame_refs **frame_refs; /* a block of mine: what its frame names */
+    struct shmr_frame_refs *dropping;    /* what is to be dropped, while somebody is at it */
     uint64_t held_bytes;
     uint32_t *page_block;   /* foreign blocks that I hold, by page; block + 1 (shmr_held.c) */
     uint32_t *extent_block; /* likewise by extent */
@@ -141,6 +147,7 @@ struct shmr {
     uint32_t doorbells[SHMR_MAX_DOORBELLS];
     uint32_t doorbell_count;
     struct shmr_spin spin[2 * SHMR_SPIN_KINDS]; /* before sleeping; and briefly */
+    shmr_word next_look;                        /* when who only polls looks again */
     shmr_word first_seen[SHMR_MAX_RINGS];       /* private copies of the lease cursors, never ahead of them */
 
     pthread_mutex_t death_lock;
@@ -181,6 +188,9 @@ static inline uint64_t shmr_references_bytes(uint64_t count) { return (count * 8
 int shmr_usable(const shmr *h); /* OK, CLOSED or FORKED */
 int shmr_fail(int status, int error, const char *detail);
 void shmr_pin(shmr *h, int64_t delta);
+int shmr_poison(shmr *h, const char *why); /* CORRUPT, for everybody and for good */
+int shmr_poisoned(void);                   /* CORRUPT: somebody did that */
+bool shmr_file_is_whole(shmr *h);          /* false: somebody has cut it, and now the region is poisoned */
 int shmr_enter(shmr *h); /* OK: usable, and pinned so that a close by another thread waits for us */
 /* Count in a statistics word of this participant's, which is written under a private lock only: no locked instruction. */
 static inline void shmr_tally(shmr_word *own, uint64_t more) {
@@ -192,8 +202,8 @@ static inline int shmr_leave(shmr *h, int status) {
 }
 
 /* ---- shmr_reserve.c ------------------------------------------------------------------------------------------ */
-int shmr_reserve(const shmr *h, uint64_t offset, uint64_t bytes);
-int shmr_reserve_extent(const shmr *h, uint32_t extent);
+int shmr_reserve(shmr *h, uint64_t offset, uint64_t bytes);
+int shmr_reserve_extent(shmr *h, uint32_t extent);
 
 /* ---- shmr_arena.c: call with h->lock held -------------------------------------------------------------------- */
 #define SHMR_NOWHERE UINT64_MAX
@@ -206,6 +216,7 @@ void shmr_arena_release(shmr *h, uint64_t offset, uint64_t room);
 uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t *room); /* of a used allocation */
 int shmr_arena_grow(shmr *h, uint64_t bytes);                       /* take more extents */
 void shmr_arena_trim(shmr *h);                                      /* give whole free extents back */
+#define SHMR_NOT_ADOPTED (1u << 31) /* in `live`, at the number of a record */
 void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *live, uint32_t live_count);
 
 /* ---- shmr_block.c: call with h->lock held where marked (L) --------------------------------------------------- */
@@ -216,12 +227,14 @@ void shmr_sweep(shmr *h);                                           /* (L) all m
 void shmr_freed_by_me(shmr *h, uint32_t block);                     /* after state -> FREE, any owner */
 int shmr_hold_locked(shmr *h, uint32_t block, uint32_t generation); /* (L) */
 void shmr_drop_locked(shmr *h, uint32_t block);                     /* (L) */
+void shmr_drop_frame_refs(shmr *h, uint32_t block);                 /* (L) */
 bool shmr_add_group(shmr *h, uint32_t group);                       /* (L) */
+bool shmr_owns_group(const shmr *h, uint32_t group);                /* (L) */
 void shmr_trim_groups(shmr *h);                                     /* (L) give whole free ones back */
 uint64_t shmr_take_allocation(shmr *h, uint64_t bytes);             /* (L) with all the tricks short of waiting */
 uint32_t shmr_descriptor_check(const shmr_block *block);
 int shmr_read_descriptor(shmr *h, uint32_t id, uint64_t state, shmr_block *out);
-int shmr_references_at(shmr *h, uint32_t id, uint64_t **table, uint32_t *count);
+int shmr_references_at(shmr *h, uint32_t id, shmr_word **table, uint32_t *count);
 
 /* ---- shmr_held.c: call with h->lock held --------------------------------------------------------------------- */
 int shmr_held_init(shmr *h);
@@ -234,6 +247,11 @@ uint32_t shmr_held_find(shmr *h, uint64_t offset); /* block + 1, or 0 */
 int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation, uint64_t limit);
 bool shmr_ring_has_item(const shmr *h, uint32_t ring);
 bool shmr_ring_has_room(const shmr *h, uint32_t ring);
+
+/* ---- shmr_bell.c --------------------------------------------------------------------------------------------- */
+void shmr_bell_ring(shmr_word *bell);
+void shmr_bell_silence(shmr_word *bell);
+int shmr_bell_wait(shmr_word *bell, int64_t end);
 
 /* ---- shmr_wait.c --------------------------------------------------------------------------------------------- */
 struct shmr_source {
@@ -248,6 +266,7 @@ void shmr_notify_all(shmr *h, shmr_word *waiters);
 bool shmr_any_waiter(const shmr_word *waiters);
 int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_spin_kind kind,
               int (*attempt)(shmr *h, void *argument), void *argument, int64_t deadline);
+bool shmr_look(shmr *h, bool for_space);
 void shmr_return_doorbells(shmr *h);
 
 /* ---- shmr_recover.c ------------------------------------------------------------------------------------------ */

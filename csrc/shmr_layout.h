@@ -9,13 +9,12 @@
 #ifndef SHMR_LAYOUT_H
 #define SHMR_LAYOUT_H
 
-#include <semaphore.h>
 #include <stddef.h>
 
 #include "shmr_atomics.h"
 
 #define SHMR_MAGIC UINT64_C(0x31676e69726d6873) /* "shmring1", stored last by the creator */
-#define SHMR_ABI 2
+#define SHMR_ABI 3
 
 #define SHMR_LINE 128             /* separation: the adjacent-line prefetcher pairs 64-byte lines */
 #define SHMR_PAGE 4096u
@@ -111,7 +110,7 @@ struct shmr_header {
     shmr_word hash;
     shmr_word config[SHMR_CONFIG_WORDS];
     char pad0[256 - 8 * (3 + SHMR_CONFIG_WORDS)];
-    shmr_word poisoned; /* non-zero: some check failed beyond repair */
+    shmr_word poisoned; /* non-zero: control words are damaged beyond repair; so say the rings */
     shmr_word deaths;   /* participants found dead, ever */
     shmr_word joins;    /* participants that joined, ever */
     char pad1[SHMR_LINE - 24];
@@ -146,10 +145,13 @@ _Static_assert(sizeof(struct shmr_participant) == 6 * SHMR_LINE, "six lines a pa
 
 struct shmr_doorbell {
     shmr_word owner; /* participant + 1, 0: nobody's */
-    sem_t bell;      /* at most one thread waits on it */
-    char pad[SHMR_LINE - 8 - sizeof(sem_t)];
+    shmr_word bell;  /* at most one thread waits on it (shmr_bell.c) */
+    char pad[SHMR_LINE - 16];
 };
 _Static_assert(sizeof(struct shmr_doorbell) == SHMR_LINE, "one line a doorbell");
+
+#define SHMR_RING_CLOSED UINT64_C(1)
+#define SHMR_RING_POISONED UINT64_C(2)
 
 struct shmr_ring {
     shmr_word commit_cursor; /* next position to be filled; only a hint, anyone advances it */
@@ -160,7 +162,7 @@ struct shmr_ring {
     char pad2[SHMR_LINE - 8 * SHMR_WAITER_WORDS];
     shmr_word slot_waiters[SHMR_WAITER_WORDS];
     char pad3[SHMR_LINE - 8 * SHMR_WAITER_WORDS];
-    shmr_word closed; /* non-zero: no more commits; leases until empty */
+    shmr_word closed; /* bits of the two below: no more commits, leases until empty; or neither */
     shmr_word lessee; /* participant + 1 while only one ever leased; all ones after */
     char pad4[SHMR_LINE - 16];
 };

@@ -99,6 +99,7 @@ void *shmr_numpy_handler(shmr *h, uint64_t threshold, uint64_t limit) {
     struct context *c = calloc(1, sizeof *c); /* immortal, like every array that it made might be */
     if (!c) return NULL;
     shmr_count_add(&h->handle, 1); /* likewise the handle; the mapping goes with the last pin */
+    shmr_count_add(&h->immortal, 1);
     c->h = h;
     c->arena = shmr_arena_base(h);
     c->arena_bytes = h->g.config.arena_bytes;

@@ -13,8 +13,10 @@
  */
 #include <errno.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "shmr_internal.h"
@@ -45,10 +47,11 @@ void shmr_deaths_fini(shmr *h) {
     free(h->again);
 }
 
-/* Field 22 of /proc/PID/stat; 0 if there is no such process. */
+/* When it started, in ticks: field 22 of its stat; 0 if there is no such process. */
 uint64_t shmr_start_time(uint32_t pid) {
     char path[64], text[1024];
-    snprintf(path, sizeof path, "/proc/%u/stat", pid);
+    /* Of its first thread: what the process's own file says of itself is made up by emulators of other processors. */
+    snprintf(path, sizeof path, "/proc/%u/task/%u/stat", pid, pid);
     FILE *file = fopen(path, "re");
     if (!file) return 0;
     size_t n = fread(text, 1, sizeof text - 1, file);
@@ -69,7 +72,12 @@ static bool is_gone(shmr *h, uint32_t slot, uint64_t life, int *kept) {
     struct shmr_participant *p = shmr_participant_at(h, slot);
     uint32_t pid = shmr_life_pid(life);
     int fd = (int)syscall(SYS_pidfd_open, (pid_t)pid, 0);
-    if (fd < 0) return errno == ESRCH;
+    if (fd < 0) {
+        if (errno == ESRCH) return true;
+        /* There is no descriptor to be had. If a child of ours with this pid has ended, whoever joined with it is dead. */
+        siginfo_t ended = {0};
+        return waitid(P_PID, pid, &ended, WEXITED | WNOHANG | WNOWAIT) == 0 && ended.si_pid != 0;
+    }
     /* The pid may have been given to somebody else before we opened it: then the start time differs. 0 is "unknown":
      * of itself when it joined, or of it now, say for want of a file descriptor, and proves nothing. */
     uint64_t start = shmr_life_kind(life) == SHMR_JOINING ? 0 : shmr_load_relaxed(&p->start_time); /* published by R13 */
@@ -140,6 +148,23 @@ int shmr_find(shmr *h, uint32_t pid) {
     return -1;
 }
 
+void shmr_leases(shmr *h, uint32_t *pids, uint64_t *counts) {
+    for (uint32_t i = 0; i < h->g.config.participants; i++) {
+        uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 */
+        uint32_t kind = shmr_life_kind(life);
+        pids[i] = kind == SHMR_LIVE || kind == SHMR_JOINING ? shmr_life_pid(life) : 0;
+        counts[i] = 0;
+    }
+    for (uint32_t g = 0; g < h->g.groups; g++) {
+        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7: never reserved */
+        for (uint32_t i = 0; i < SHMR_GROUP; i++) {
+            uint64_t s = shmr_load_relaxed(&shmr_record_at(h, g * SHMR_GROUP + i)->state); /* a snapshot */
+            uint32_t owner = shmr_state_owner(s);
+            if (shmr_state_kind(s) == SHMR_LEASED && owner < h->g.config.participants) counts[owner]++;
+        }
+    }
+}
+
 /* ---- clearing up --------------------------------------------------------------------------------------------------------- */
 
 struct recovery {
@@ -196,7 +221,8 @@ static bool was_in_ring(const shmr *h, struct recovery *rec, uint32_t ring, uint
 /* Recovery never waits for room in a ring: it may use the spare slots beyond the capacity, and what does not fit even
  * there stays COMMITTED by us, on a private list that is tried again at each lease and each slice of a wait. */
 static void insert_or_keep(shmr *h, uint32_t ring, uint32_t block, uint32_t generation) {
-    if (shmr_insert(h, ring, block, generation, h->g.most[ring]) == SHMR_OK) {
+    if (!shmr_load_relaxed(&shmr_header_of(h)->poisoned) && /* else in vain, and each time a million turns */
+        shmr_insert(h, ring, block, generation, h->g.most[ring]) == SHMR_OK) {
         shmr_notify_one(h, shmr_ring_at(h, ring)->item_waiters);
         return;
     }
@@ -212,7 +238,7 @@ static void insert_or_keep(shmr *h, uint32_t ring, uint32_t block, uint32_t gene
 }
 
 void shmr_retry_inserts(shmr *h) {
-    if (!shmr_count_get(&h->again_count)) return;
+    if (!shmr_count_get(&h->again_count) || shmr_load_relaxed(&shmr_header_of(h)->poisoned)) return;
     pthread_mutex_lock(&h->death_lock);
     uint32_t count = (uint32_t)shmr_count_get(&h->again_count), left = 0;
     for (uint32_t i = 0; i < count; i++) {
@@ -266,7 +292,7 @@ static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
             if (!shmr_cas_acq_rel(&r->state, &s, mine)) break; /* A1 R1 */
             add_attempt(r);
             uint64_t again = shmr_state_pack(generation + 1, h->self, ring, flags, SHMR_COMMITTED);
-            if (shmr_cas_acq_rel(&r->state, &mine, again)) insert_or_keep(h, ring, block, generation + 1); /* R1 */
+            if (shmr_cas_release(&r->state, &mine, again)) insert_or_keep(h, ring, block, generation + 1); /* R1 */
         }
         break;
     case SHMR_COMMITTED:
@@ -298,16 +324,16 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
     for (uint32_t g = 0; g < h->g.groups; g++) {
         shmr_word *word = &shmr_group_at(h, g)->owner;
         uint64_t seen = shmr_load_acquire(word); /* A7 */
-        if (!(uint32_t)seen || !shmr_slots_have(dead, (uint32_t)seen - 1)) continue;
+        if (!(uint32_t)seen || !shmr_slots_have(dead, (uint32_t)seen - 1) || shmr_owns_group(h, g)) continue;
         if (!(seen >> 32)) { /* died while reserving it */
-            shmr_cas_acq_rel(word, &seen, 0); /* R7 */
+            shmr_cas_release(word, &seen, 0); /* R7 */
             continue;
         }
         for (uint32_t i = 0; i < SHMR_GROUP; i++) {
             uint32_t block = g * SHMR_GROUP + i;
             struct shmr_record *r = shmr_record_at(h, block);
-            uint64_t s = shmr_load_acquire(&r->state), *table; /* A1 A2 */
-            if (shmr_state_kind(s) == SHMR_FREE) continue;
+            uint64_t s = shmr_load_acquire(&r->state); /* A1 A2 */
+            if (shmr_state_kind(s) == SHMR_FREE || h->record_flags[block] & SHMR_MINE) continue;
             uint64_t offset = shmr_load_relaxed(&r->offset), bytes = shmr_load_relaxed(&r->room); /* after A1 */
             if (offset % 64 || bytes == 0 || bytes > h->g.config.arena_bytes ||
                 offset > h->g.config.arena_bytes - bytes || count == room)
@@ -315,24 +341,29 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
             live[count++] = block;
             if (!h->holds[block]) /* else read and validated before */
                 h->places[block] = (struct shmr_place){offset, bytes}; /* the shared words are not read again */
+            shmr_word *table;
             uint32_t names;
             if (shmr_state_flags(s) & SHMR_HAS_REFERENCES && !h->frame_refs[block] &&
                 shmr_references_at(h, block, &table, &names) == SHMR_OK) {
                 struct shmr_frame_refs *held = malloc(sizeof *held + names * sizeof(uint32_t));
                 if (held) held->count = 0; /* else what it names is held for good */
                 for (uint32_t k = 0; k < names; k++) { /* I4: d's bit still stands, so these are alive */
-                    uint32_t id = (uint32_t)table[k];
-                    if (id < h->g.config.blocks && shmr_hold_locked(h, id, (uint32_t)(table[k] >> 32)) == SHMR_OK &&
-                        held)
+                    uint64_t entry = shmr_load_relaxed(&table[k]); /* payload, after A1; once */
+                    uint32_t id = (uint32_t)entry;
+                    if (id < h->g.config.blocks && shmr_hold_locked(h, id, (uint32_t)(entry >> 32)) == SHMR_OK && held)
                         held->blocks[held->count++] = id;
                 }
                 h->frame_refs[block] = held;
+                h->record_flags[block] |= SHMR_NAMES; /* also if its memory turns out to be rubbish */
             }
         }
     }
     shmr_arena_adopt_extents(h, dead, live, count);
     for (uint32_t i = 0; i < count; i++) { /* before the groups: what is freed meanwhile is then found by a sweep */
-        if (live[i] == UINT32_MAX) continue; /* rubbish after all: its record is out of use */
+        if (live[i] & SHMR_NOT_ADOPTED) { /* rubbish after all: its record is out of use */
+            shmr_drop_frame_refs(h, live[i] & ~SHMR_NOT_ADOPTED);
+            continue;
+        }
         const struct shmr_place *at = &h->places[live[i]];
         if (h->holds[live[i]] && !(h->record_flags[live[i]] & SHMR_MINE))
             shmr_held_remove(h, live[i], at->offset, at->room);
@@ -341,7 +372,7 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
     for (uint32_t g = 0; g < h->g.groups; g++) {
         shmr_word *word = &shmr_group_at(h, g)->owner;
         uint64_t seen = shmr_load_acquire(word); /* A7 */
-        if (!(uint32_t)seen || !shmr_slots_have(dead, (uint32_t)seen - 1)) continue;
+        if (!(uint32_t)seen || !shmr_slots_have(dead, (uint32_t)seen - 1) || shmr_owns_group(h, g)) continue;
         if (shmr_cas_acq_rel(word, &seen, (seen & ~UINT64_C(0xffffffff)) | (h->self + 1))) /* A7 R7 */
             shmr_add_group(h, g);
     }

@@ -38,6 +38,35 @@ const char *shmr_status_text(int status) {
 
 int shmr_abi(void) { return SHMR_ABI; }
 
+/* ---- poison ------------------------------------------------------------------------------------------------------ */
+
+/* Control words cannot be what the protocol writes. Everybody is told, by words that a commit and a lease read in any
+ * case; whoever sleeps is woken to look. */
+int shmr_poison(shmr *h, const char *why) {
+    shmr_or_release(&shmr_header_of(h)->poisoned, 1); /* R9 */
+    for (uint32_t r = 0; r < h->g.config.rings; r++)
+        shmr_or_release(&shmr_ring_at(h, r)->closed, SHMR_RING_POISONED); /* R9 */
+    shmr_ring_all(h);
+    return shmr_fail(SHMR_CORRUPT, 0, why);
+}
+
+int shmr_poisoned(void) { return shmr_fail(SHMR_CORRUPT, 0, "the region was found damaged beyond repair"); }
+
+static bool file_is_whole(int fd, uint64_t bytes) {
+    struct stat s;
+    return fstat(fd, &s) != 0 || (uint64_t)s.st_size >= bytes;
+}
+
+/* Has a participant cut the file? Then what lies behind its new end would be SIGBUS: give it its length again, all of
+ * it zero, and let nobody take that for messages. Whoever touches it before somebody looks here is lost. */
+bool shmr_file_is_whole(shmr *h) {
+    if (h->fd < 0 || file_is_whole(h->fd, h->g.total)) return true;
+    int ignored = ftruncate(h->fd, (off_t)h->g.total);
+    (void)ignored;
+    if (file_is_whole(h->fd, h->g.total)) shmr_poison(h, "the region's file was cut");
+    return false;
+}
+
 /* ---- forks ------------------------------------------------------------------------------------------------------- */
 
 /* A forked child is not the participant that its parent is: every handle made before is dead in it. */
@@ -157,7 +186,7 @@ static void forget_mapping(const shmr_mapping *m) {
 }
 #endif
 
-/* The base is placed so that the arena starts on a 2 MiB boundary: huge pages need it. */
+/* The base is placed so that the arena starts on a 2 MiB boundary: huge pages need it. On both sides nothing is mapped. */
 static shmr_mapping *map_file(int fd, const struct shmr_geometry *g) {
     shmr_mapping *m;
 #ifdef SHMR_TEST
@@ -166,10 +195,10 @@ static shmr_mapping *map_file(int fd, const struct shmr_geometry *g) {
     m = calloc(1, sizeof *m);
     if (!m) return NULL;
     m->bytes = g->total;
-    m->reserved_bytes = g->total + SHMR_EXTENT;
+    m->reserved_bytes = g->total + 2 * SHMR_EXTENT;
     m->reserved = mmap(NULL, m->reserved_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (m->reserved == MAP_FAILED) goto failed;
-    m->base = (char *)round_up((uint64_t)(uintptr_t)m->reserved, SHMR_EXTENT);
+    m->base = (char *)round_up((uint64_t)(uintptr_t)m->reserved + SHMR_PAGE, SHMR_EXTENT);
     if (mmap(m->base, m->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
         munmap(m->reserved, m->reserved_bytes);
         goto failed;
@@ -201,7 +230,8 @@ void shmr_mapping_release(shmr_mapping *m) {
 
 /* ---- handles ------------------------------------------------------------------------------------------------------- */
 
-static void destroy(shmr *h) {
+/* All but the struct itself. */
+static void dismantle(shmr *h) {
     shmr_arena_fini(h);
     shmr_held_fini(h);
     shmr_deaths_fini(h);
@@ -223,6 +253,10 @@ static void destroy(shmr *h) {
     pthread_mutex_destroy(&h->death_lock);
     if (h->map) shmr_mapping_release(h->map);
     if (h->fd >= 0) close(h->fd);
+}
+
+static void destroy(shmr *h) {
+    dismantle(h);
     free(h);
 }
 
@@ -277,8 +311,13 @@ static int new_handle(int fd, const struct shmr_geometry *g, shmr **out) {
     return SHMR_OK;
 }
 
+/* NumPy's handlers may be called for ever, but without an array in our arena they only ask whether we have closed. */
 void shmr_free(shmr *h) {
-    if (shmr_count_add(&h->handle, -1) == 0) destroy(h);
+    int64_t references = shmr_count_add(&h->handle, -1);
+    if (references == 0)
+        destroy(h);
+    else if (references == shmr_count_get(&h->immortal) && shmr_count_get(&h->pins) == 0)
+        dismantle(h);
 }
 
 /* ---- joining and leaving --------------------------------------------------------------------------------------------- */
@@ -338,7 +377,6 @@ int shmr_create(int fd, const shmr_config *config, shmr **out) {
         shmr_store_relaxed(&header->config[SHMR_CONFIG_CAPACITY + i], config->capacity[i]); /* before R14 */
     shmr_store_relaxed(&header->abi, SHMR_ABI);                 /* before R14 */
     shmr_store_relaxed(&header->hash, geometry_hash(&g));       /* before R14 */
-    for (uint32_t i = 0; i < config->doorbells; i++) sem_init(&shmr_doorbell_at(h, i)->bell, 1, 0);
     for (uint32_t r = 0; r < config->rings; r++) {
         struct shmr_ring *q = shmr_ring_at(h, r);
         shmr_store_relaxed(&q->commit_cursor, config->start); /* before R14 */
@@ -386,11 +424,15 @@ int shmr_attach(int fd, shmr **out) {
     int status = compute_geometry(&config, &g);
     if (status != SHMR_OK) return status;
     if (geometry_hash(&g) != hash) return shmr_fail(SHMR_MISMATCH, 0, "the geometry does not match its checksum");
-    if ((uint64_t)s.st_size < g.total) return shmr_fail(SHMR_MISMATCH, 0, "the file is shorter than its geometry");
+    if ((uint64_t)s.st_size != g.total) return shmr_fail(SHMR_MISMATCH, 0, "the file has another length than its geometry");
     shmr *h;
     status = new_handle(fd, &g, &h);
     if (status != SHMR_OK) return status;
-    status = join(h);
+    if (!file_is_whole(fd, g.total)) /* it has been cut meanwhile */
+        status = shmr_fail(SHMR_MISMATCH, 0, "the file has been cut");
+    else if (shmr_load_relaxed(&shmr_header_of(h)->poisoned)) /* nothing depends on it but this refusal */
+        status = shmr_poisoned();
+    if (status == SHMR_OK) status = join(h);
     if (status != SHMR_OK) {
         destroy(h);
         return status;
@@ -408,7 +450,7 @@ static bool give_groups(shmr *h) {
     for (uint32_t i = 0; i < h->my_group_count; i++) {
         shmr_word *word = &shmr_group_at(h, h->my_groups[i])->owner;
         uint64_t seen = shmr_load_relaxed(word); /* own word */
-        shmr_cas_acq_rel(word, &seen, seen & ~UINT64_C(0xffffffff)); /* R7 */
+        shmr_cas_release(word, &seen, seen & ~UINT64_C(0xffffffff)); /* R7 */
     }
     h->my_group_count = h->free_record_count = 0;
     return true;
@@ -500,9 +542,10 @@ void shmr_read_counters(shmr *h, shmr_counters *out) {
 
 void shmr_set_progress(shmr *h, uint64_t tag, uint64_t index) {
     struct shmr_participant *me = shmr_participant_at(h, h->self);
-    shmr_store_relaxed(&me->task_tag, tag);     /* for observers; read exactly only after our death */
-    shmr_store_relaxed(&me->task_index, index); /* likewise */
-    shmr_store_relaxed(&me->task_since_ns, tag ? (uint64_t)shmr_now() : 0); /* likewise */
+    /* In this order, so that who dies in between is not blamed for a task that it has not begun. */
+    shmr_store_relaxed(&me->task_since_ns, tag ? (uint64_t)shmr_now() : 0); /* for observers; exact after our death */
+    shmr_store_relaxed(&me->task_index, index);                            /* likewise */
+    shmr_store_relaxed(&me->task_tag, tag);                                /* likewise */
 }
 
 int shmr_progress(shmr *h, uint32_t slot, uint64_t *tag, uint64_t *index, uint64_t *since_ns, uint64_t *starving) {

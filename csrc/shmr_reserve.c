@@ -114,32 +114,48 @@ static bool cgroup_has_room(uint64_t bytes, int64_t slack_max) {
     return true;
 }
 
+/* posix_fallocate that gets on while signals come all the time: many kernels undo a call in which one comes, so then
+ * less is asked for at once. An error number, or 0. */
+static int allocate(int fd, uint64_t offset, uint64_t bytes) {
+    uint64_t piece = bytes;
+    while (bytes) {
+        if (piece > bytes) piece = bytes;
+        int error = posix_fallocate(fd, (off_t)offset, (off_t)piece);
+        if (error == EINTR) {
+            if (piece > SHMR_PAGE) piece = (piece / 2 + SHMR_PAGE - 1) / SHMR_PAGE * SHMR_PAGE;
+        } else if (error) {
+            return error;
+        } else {
+            offset += piece;
+            bytes -= piece;
+        }
+    }
+    return 0;
+}
+
 /* Reserve part of the region. NO_MEMORY: the file system or the cgroup is full. Any thread. */
-int shmr_reserve(const shmr *h, uint64_t offset, uint64_t bytes) {
+int shmr_reserve(shmr *h, uint64_t offset, uint64_t bytes) {
+    if (!shmr_file_is_whole(h)) return shmr_poisoned(); /* it would be lengthened, part of the way */
     if (!cgroup_has_room(bytes, SLACK_MIN))
         return shmr_fail(SHMR_NO_MEMORY, ENOMEM, "the memory cgroup has too little headroom");
-    int error;
-    do error = posix_fallocate(h->fd, (off_t)offset, (off_t)bytes);
-    while (error == EINTR);
+    int error = allocate(h->fd, offset, bytes);
     if (error == ENOSPC || error == ENOMEM)
         return shmr_fail(SHMR_NO_MEMORY, error, "the file system that holds the region is full");
     if (error) return shmr_fail(SHMR_SYSTEM, error, "posix_fallocate");
     return SHMR_OK;
 }
 
-int shmr_reserve_extent(const shmr *h, uint32_t extent) {
+int shmr_reserve_extent(shmr *h, uint32_t extent) {
     uint64_t offset = h->g.arena_at + (uint64_t)extent * SHMR_EXTENT;
+    if (!shmr_file_is_whole(h)) return shmr_poisoned();
     if (!cgroup_has_room(SHMR_EXTENT, SLACK_MAX))
         return shmr_fail(SHMR_NO_MEMORY, ENOMEM, "the memory cgroup has too little headroom");
-    int error;
-    do error = posix_fallocate(h->fd, (off_t)offset, SHMR_PAGE);
-    while (error == EINTR);
+    int error = allocate(h->fd, offset, SHMR_PAGE);
     if (error == 0) {
         char *address = h->base + offset;
         *(volatile char *)address = 0; /* the page must be mapped for the collapse to find it */
         if (madvise(address, SHMR_EXTENT, MADV_COLLAPSE) == 0) return SHMR_OK;
-        do error = posix_fallocate(h->fd, (off_t)offset, SHMR_EXTENT);
-        while (error == EINTR);
+        error = allocate(h->fd, offset, SHMR_EXTENT);
     }
     if (error == ENOSPC || error == ENOMEM)
         return shmr_fail(SHMR_NO_MEMORY, error, "the file system that holds the region is full");

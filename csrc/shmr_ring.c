@@ -25,7 +25,10 @@
 #include "shmr_internal.h"
 
 /* After so many turns of a helping loop somebody must be writing rubbish: give up instead of spinning. */
+#ifndef TURNS_MAX
 #define TURNS_MAX (1u << 20)
+#endif
+#define NO_AGREEMENT "a ring's cursors and slots do not agree"
 
 static uint32_t cycle_of(const shmr *h, uint32_t ring, uint64_t position) {
     return (uint32_t)((position >> h->g.shift[ring]) + 1) & SHMR_CYCLE_MASK;
@@ -46,10 +49,7 @@ static void advance_lease_cursor(shmr *h, uint32_t ring, uint64_t position) {
         shmr_notify_one(h, q->slot_waiters);
 }
 
-static int poison(shmr *h, const char *why) {
-    shmr_or_release(&shmr_header_of(h)->poisoned, 1); /* R9 */
-    return shmr_fail(SHMR_CORRUPT, 0, why);
-}
+static int refusal(uint64_t closed) { return closed & SHMR_RING_POISONED ? shmr_poisoned() : SHMR_CLOSED; }
 
 /* Put a COMMITTED block into the ring. WOULD_BLOCK: `limit` messages are in it. Only whom the state word names may
  * call this. */
@@ -76,16 +76,16 @@ int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation, uin
         uint64_t seen = shmr_load_acquire(at); /* A3 */
         uint32_t cycle = cycle_of(h, ring, position);
         if (shmr_slot_cycle(seen) == cycle) { /* help a slow or dead producer */
-            shmr_cas_acq_rel(&q->commit_cursor, &position, position + 1); /* R5 */
+            shmr_cas_release(&q->commit_cursor, &position, position + 1); /* R5 */
             continue;
         }
         if (shmr_slot_cycle(seen) != ((cycle - 1) & SHMR_CYCLE_MASK)) continue; /* the cursor was stale */
         if (shmr_cas_seq_cst(at, &seen, shmr_slot_pack(cycle, generation, block))) { /* S1 R3: published */
-            shmr_cas_acq_rel(&q->commit_cursor, &position, position + 1); /* R5 */
+            shmr_cas_release(&q->commit_cursor, &position, position + 1); /* R5 */
             return SHMR_OK;
         }
     }
-    return poison(h, "a ring's cursors and slots do not agree");
+    return shmr_poison(h, NO_AGREEMENT);
 }
 
 /* Take the oldest message. WOULD_BLOCK: empty. */
@@ -115,7 +115,7 @@ static int take(shmr *h, uint32_t ring, uint32_t *block, uint64_t *state) {
             return SHMR_OK;
         }
     }
-    return poison(h, "a ring's cursors and slots do not agree");
+    return shmr_poison(h, NO_AGREEMENT);
 }
 
 /* ---- readiness, as cheap as it gets: a hint only ------------------------------------------------------------------- */
@@ -150,6 +150,7 @@ int shmr_has_room(shmr *h, uint32_t ring) {
         if (is_waiting(h, ring, slot, &state)) return 0;
         advance_lease_cursor(h, ring, first); /* help a slow or dead consumer */
     }
+    shmr_poison(h, NO_AGREEMENT);
     return 0;
 }
 
@@ -178,7 +179,8 @@ static int try_commit(shmr *h, void *argument) {
     int status = shmr_usable(h);
     if (status != SHMR_OK) return status;
     struct shmr_ring *q = shmr_ring_at(h, c->ring);
-    if (shmr_load_seq_cst(&q->closed)) return SHMR_CLOSED; /* S6 A9 */
+    uint64_t closed = shmr_load_seq_cst(&q->closed); /* S6 A9 */
+    if (closed) return refusal(closed);
     struct shmr_record *r = shmr_record_at(h, b->block);
     pthread_mutex_lock(&h->commit_lock[c->ring]);
     if (shmr_load_acquire(&r->state) != b->state) { /* A1: a doubled call must not touch the descriptor */
@@ -204,7 +206,7 @@ static int try_commit(shmr *h, void *argument) {
     uint32_t generation = shmr_state_generation(b->state) + 1; /* I2 */
     uint64_t expected = b->state;
     uint64_t committed = shmr_state_pack(generation, h->self, c->ring, shmr_state_flags(b->state), SHMR_COMMITTED);
-    if (!shmr_cas_acq_rel(&r->state, &expected, committed)) { /* R1 */
+    if (!shmr_cas_release(&r->state, &expected, committed)) { /* R1 */
         pthread_mutex_unlock(&h->commit_lock[c->ring]);
         return SHMR_STALE;
     }
@@ -217,7 +219,7 @@ static int try_commit(shmr *h, void *argument) {
     } else { /* I7: only we could insert it, so nobody has seen it */
         b->state = shmr_state_pack(generation, h->self, shmr_state_ring(b->state), shmr_state_flags(b->state),
                                    shmr_state_kind(b->state)); /* a lease stays one: its message must not be lost */
-        shmr_cas_acq_rel(&r->state, &committed, b->state); /* R1 */
+        shmr_cas_release(&r->state, &committed, b->state); /* R1 */
     }
     pthread_mutex_unlock(&h->commit_lock[c->ring]);
     if (status == SHMR_WOULD_BLOCK && c->items >= 0 && shmr_ring_has_item(h, (uint32_t)c->items))
@@ -235,6 +237,7 @@ int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t de
         shmr_state_owner(block->state) != h->self)
         return SHMR_STALE;
     struct commit_attempt attempt = {ring, items, block, 0};
+    shmr_retry_inserts(h); /* they are older */
     if (payload_check) attempt.payload_crc = shmr_crc32c(0, h->base + block->offset, block->length);
     status = try_commit(h, &attempt);
     if (status == SHMR_WOULD_BLOCK && deadline != 0) {
@@ -269,7 +272,7 @@ static bool in_sequence(shmr *h, uint32_t ring, const shmr_block *b, bool sole) 
     if (b->seq > before) *last = b->seq;
     if (b->attempts || before == 0 /* none of it seen yet */ || b->seq >> 40 < before >> 40) return true;
     if (before >> 40 != b->seq >> 40) /* another life of that slot of the table */
-        return b->seq > before && (!sole || (b->seq & ((UINT64_C(1) << 40) - 1)) == 1);
+        return !sole || (b->seq & ((UINT64_C(1) << 40) - 1)) == 1;
     return sole ? b->seq == before + 1 : b->seq > before;
 }
 
@@ -286,7 +289,8 @@ static int try_lease(shmr *h, void *argument) {
     }
     uint32_t block = 0;
     uint64_t state = 0;
-    bool closed = shmr_load_seq_cst(&q->closed); /* S6 A9: first, so that what was committed before is found */
+    uint64_t closed = shmr_load_seq_cst(&q->closed); /* S6 A9: first, so that what was committed before is found */
+    if (closed & SHMR_RING_POISONED) return shmr_poisoned();
     pthread_mutex_lock(&h->lease_lock[a->ring]);
     status = take(h, a->ring, &block, &state);
     if (status == SHMR_OK) {
@@ -298,6 +302,7 @@ static int try_lease(shmr *h, void *argument) {
         } else {
             a->out->state = state; /* so that it can be given back */
             a->out->block = block;
+            a->out->kind = 0;
             /* Whose it was cannot be told: begin to count afresh, or the next one would look like a gap. */
             memset(h->last_seq[a->ring], 0, h->g.config.participants * sizeof(uint64_t));
         }
@@ -315,15 +320,20 @@ int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr
     if (status != SHMR_OK) return status;
     struct lease_attempt attempt = {ring, out, false};
     out->state = 0;
+    out->kind = 0;
+    shmr_retry_inserts(h);
     status = try_lease(h, &attempt);
+    if (status == SHMR_WOULD_BLOCK && deadline == 0 && shmr_look(h, false)) status = try_lease(h, &attempt);
     if (status == SHMR_WOULD_BLOCK && deadline != 0) {
         struct shmr_source source = {shmr_ring_at(h, ring)->item_waiters, shmr_ring_has_item, ring, true};
         status = shmr_wait(h, &source, 1, SHMR_SPIN_ITEM, try_lease, &attempt, deadline);
     }
     if (status != SHMR_OK && out->state == 0) return shmr_leave(h, status);
     shmr_retry_inserts(h); /* the pin is now that of the lease */
-    if (status == SHMR_OK && attempt.sequence_broken)
+    if (status == SHMR_OK && attempt.sequence_broken) {
+        out->kind = 0;
         status = shmr_fail(SHMR_CORRUPT, 0, "sequence number: a message is missing, doubled or out of order");
+    }
     if (status == SHMR_OK && payload_check) {
         uint32_t stored = (uint32_t)shmr_load_relaxed(&shmr_record_at(h, out->block)->check); /* leased by us */
         if (stored != 0 && stored != shmr_crc32c(0, h->base + out->offset, out->length))
@@ -339,7 +349,7 @@ int shmr_close_ring(shmr *h, uint32_t ring) {
     int status = shmr_usable(h);
     if (status != SHMR_OK) return status;
     if (ring >= h->g.config.rings) return shmr_fail(SHMR_BAD_ARGUMENT, 0, "no such ring");
-    shmr_or_seq_cst(&shmr_ring_at(h, ring)->closed, 1); /* S6 R9 */
+    shmr_or_seq_cst(&shmr_ring_at(h, ring)->closed, SHMR_RING_CLOSED); /* S6 R9 */
     shmr_ring_all(h);
     return SHMR_OK;
 }
@@ -348,7 +358,8 @@ static int item_waits(shmr *h, void *argument) {
     uint32_t ring = *(uint32_t *)argument;
     int status = shmr_usable(h);
     if (status != SHMR_OK) return status;
-    bool closed = shmr_load_seq_cst(&shmr_ring_at(h, ring)->closed); /* S6 A9: before the look */
+    uint64_t closed = shmr_load_seq_cst(&shmr_ring_at(h, ring)->closed); /* S6 A9: before the look */
+    if (closed & SHMR_RING_POISONED) return shmr_poisoned();
     if (slot_is_filled(h, ring)) return SHMR_OK;
     return closed ? SHMR_CLOSED : SHMR_WOULD_BLOCK;
 }

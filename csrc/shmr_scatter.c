@@ -67,10 +67,17 @@ int shmr_scatter_settle(shmr_scatter *scatter, uint64_t tag) {
 }
 
 int shmr_scatter_accept(shmr *h, shmr_scatter *scatter, shmr_block *message) {
-    uint64_t words[3]; /* bytes and offset of a result that is to be copied; bytes that are in their place */
+    uint64_t words[3]; /* bytes and offset of a result that is to be copied, and its check; or 0, 0, bytes in their place */
     if (message->kind != scatter->result_kind || message->spec_bytes != sizeof words) return SHMR_WOULD_BLOCK;
     memcpy(words, message->spec, sizeof words);
     uint64_t bytes = words[0], offset = words[1], index = message->tag - scatter->first_tag;
+    uint64_t arena = h->g.config.arena_bytes;
+    bool wanted = index < scatter->count && shmr_mark_get(&scatter->states[index]) == SHMR_SCATTER_OUT;
+    if (wanted && scatter->payload_check && bytes && bytes <= arena && offset >= h->g.arena_at &&
+        offset - h->g.arena_at <= arena - bytes && shmr_crc32c(0, h->base + offset, bytes) != words[2]) {
+        shmr_release(h, message); /* still out, for the caller to settle */
+        return shmr_fail(SHMR_CORRUPT, 0, "checksum of a result");
+    }
     if (!shmr_scatter_settle(scatter, message->tag)) {
         shmr_release(h, message); /* delivered twice, or wanted no more */
         return SHMR_OK;
@@ -78,7 +85,6 @@ int shmr_scatter_accept(shmr *h, shmr_scatter *scatter, shmr_block *message) {
     if (bytes) {
         uint64_t start = index * scatter->target_pitch, room = scatter->target_bytes - start;
         if (room > scatter->target_pitch) room = scatter->target_pitch;
-        uint64_t arena = h->g.config.arena_bytes;
         if (start > scatter->target_bytes || bytes != room || bytes > arena || offset < h->g.arena_at ||
             offset - h->g.arena_at > arena - bytes) {
             shmr_release(h, message);
@@ -86,8 +92,9 @@ int shmr_scatter_accept(shmr *h, shmr_scatter *scatter, shmr_block *message) {
         }
         shmr_copy(scatter->target + start, h->base + offset, bytes);
         scatter->bytes_copied += bytes;
+    } else {
+        scatter->bytes_copied += words[2];
     }
-    scatter->bytes_copied += words[2];
     shmr_release(h, message);
     shmr_tally_add(&scatter->arrived, 1);
     return SHMR_OK;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
-/* Waiting: a bitmap of waiters per source, and doorbells: process-shared semaphores with one waiter each.
+/* Waiting: a bitmap of waiters per source, and doorbells: semaphores with one waiter each.
  *
  *   waiter                                        the other side
  *   borrow a doorbell, drain old tokens           change the state (one seq_cst CAS)
@@ -17,7 +17,6 @@
  * The 250 ms slices are a safety net and the moment to look for deaths; wake-ups that only they found are counted.
  */
 #include <errno.h>
-#include <semaphore.h>
 #include <time.h>
 
 #include "shmr_internal.h"
@@ -27,6 +26,7 @@
 #define BRIEFLY_NS 10000
 #define MISSES_MAX 3   /* after so many spins in vain: no more spinning */
 #define PROBE_EVERY 32 /* but try again now and then */
+#define LOST_MAX 64    /* bits that others were faster to clear */
 
 int64_t shmr_now(void) {
     struct timespec t;
@@ -44,15 +44,18 @@ bool shmr_any_waiter(const shmr_word *waiters) {
 
 static void post(shmr *h, uint32_t doorbell) {
     if (doorbell >= h->g.config.doorbells) return;
-    SHMR_STEP(&shmr_doorbell_at(h, doorbell)->owner);
-    sem_post(&shmr_doorbell_at(h, doorbell)->bell);
+    shmr_bell_ring(&shmr_doorbell_at(h, doorbell)->bell);
 }
 
 void shmr_notify_one(shmr *h, shmr_word *waiters) {
     for (int w = 0; w < SHMR_WAITER_WORDS; w++) {
         uint64_t bits;
-        while ((bits = shmr_load_seq_cst(&waiters[w]))) { /* S1 S2 S3 S5 I9 */
+        for (int turn = 0; (bits = shmr_load_seq_cst(&waiters[w])); turn++) { /* S1 S2 S3 S5 I9 */
             uint64_t bit = bits & -bits;
+            if (turn == LOST_MAX) { /* somebody plays with the bits: all of the rest */
+                shmr_notify_all(h, waiters);
+                return;
+            }
             if (!(shmr_and_acq_rel(&waiters[w], ~bit) & bit)) continue; /* A11 R11: another was faster */
             post(h, (uint32_t)(w * 64) + (uint32_t)__builtin_ctzll(bit)); /* I10 */
             return;
@@ -91,13 +94,11 @@ static int borrow_doorbell(shmr *h) {
         }
     }
     pthread_mutex_unlock(&h->doorbell_lock);
-    if (found >= 0)
-        while (sem_trywait(&shmr_doorbell_at(h, (uint32_t)found)->bell) == 0) continue; /* old tokens */
+    if (found >= 0) shmr_bell_silence(&shmr_doorbell_at(h, (uint32_t)found)->bell); /* an old token */
     return found;
 }
 
 static void return_doorbell(shmr *h, int doorbell) {
-    if (doorbell < 0) return;
     pthread_mutex_lock(&h->doorbell_lock);
     if (shmr_count_get(&h->left)) /* nobody will empty the pool any more */
         shmr_store_release(&shmr_doorbell_at(h, (uint32_t)doorbell)->owner, 0); /* R12 */
@@ -145,13 +146,9 @@ static bool spin(shmr *h, const struct shmr_source *sources, int count, enum shm
 }
 
 static int sleep_until(shmr *h, int doorbell, int64_t end) {
-    struct timespec t = {end / 1000000000, end % 1000000000};
-    if (doorbell < 0) { /* more sleeping threads than doorbells: look again in a millisecond */
-        t.tv_sec = 0;
-        t.tv_nsec = 1000000;
-        return nanosleep(&t, NULL) == 0 ? 0 : errno;
-    }
-    return sem_clockwait(&shmr_doorbell_at(h, (uint32_t)doorbell)->bell, CLOCK_MONOTONIC, &t) == 0 ? 0 : errno;
+    if (doorbell >= 0) return shmr_bell_wait(&shmr_doorbell_at(h, (uint32_t)doorbell)->bell, end);
+    struct timespec t = {0, 1000000}; /* more sleeping threads than doorbells: look again in a millisecond */
+    return nanosleep(&t, NULL) == 0 ? 0 : errno;
 }
 
 /* Give back whole free extents and groups if somebody is short of them: called on every wake-up. */
@@ -193,6 +190,21 @@ static int await_post(shmr *h, const struct shmr_source *sources, int count, int
     return any_ready(h, sources, count) ? ETIMEDOUT : 0;
 }
 
+/* Who only polls looks, too, as often as a sleeper does. True: that may have found something. */
+bool shmr_look(shmr *h, bool for_space) {
+    int64_t now = shmr_now();
+    if (now < (int64_t)shmr_load_relaxed(&h->next_look)) return false; /* private; a race costs a look */
+    shmr_store_relaxed(&h->next_look, (uint64_t)(now + SLICE_NS));     /* likewise */
+    bool found = shmr_check_deaths(h) > 0;
+    shmr_retry_inserts(h);
+    if (!for_space) return found;
+    shmr_adopt_orphans(h);
+    pthread_mutex_lock(&h->lock);
+    shmr_sweep(h);
+    pthread_mutex_unlock(&h->lock);
+    return true;
+}
+
 /* Call attempt() until it returns something else than WOULD_BLOCK, sleeping on the sources in between. */
 int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_spin_kind kind,
               int (*attempt)(shmr *h, void *argument), void *argument, int64_t deadline) {
@@ -221,12 +233,20 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
                 shmr_add_relaxed(&shmr_participant_at(h, h->self)->rescued_wakeups, 1); /* statistics */
             break;
         }
+        if (shmr_load_relaxed(&shmr_header_of(h)->poisoned)) { /* a hint: whoever set it rang */
+            status = shmr_poisoned();
+            break;
+        }
         int64_t now = shmr_now();
         if (deadline >= 0 && now >= deadline) {
             status = SHMR_TIMEOUT;
             break;
         }
         if (now >= next_look) {
+            if (!shmr_file_is_whole(h)) {
+                status = shmr_poisoned();
+                break;
+            }
             bool found = shmr_check_deaths(h) > 0;
             shmr_retry_inserts(h);
             next_look = now + SLICE_NS;
@@ -241,6 +261,8 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
                 }
             }
             if (found || shmr_load_relaxed(&shmr_header_of(h)->deaths)) { /* a hint: shmr_alone looks itself */
+                /* Who left may have recovered messages for which there was no room. */
+                if (!watching_space && !(h->g.config.flags & SHMR_CREATOR_RECOVERS)) shmr_adopt_orphans(h);
                 status = attempt(h, argument);
                 if (status != SHMR_WOULD_BLOCK) break;
                 if (!(h->g.config.flags & SHMR_WAIT_ALONE) && shmr_alone(h)) {

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "shmr_internal.h"
@@ -21,6 +22,11 @@ static void *watch(void *argument) {
         if (h && !shmr_count_get(&h->left) && shmr_any_waiter(shmr_header_of(h)->extent_waiters)) shmr_trim(h);
     }
     _exit(0);
+}
+
+int shmr_signal_main_thread(uint32_t pid, int number) {
+    if (syscall(SYS_tgkill, (pid_t)pid, (pid_t)pid, number) == 0) return SHMR_OK;
+    return shmr_fail(SHMR_SYSTEM, errno, "tgkill");
 }
 
 void shmr_watch_shortage(shmr *h) {

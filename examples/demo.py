@@ -45,8 +45,8 @@ def tone_curve(block: Array) -> Array:
 
 
 def sum_of_sines(block: Array) -> Any:
-    """Something that keeps a core busy."""
-    return np.sin(block).sum()
+    """Something that keeps a core busy; added up in at least double precision."""
+    return np.sin(block).sum(dtype=np.result_type(block.dtype, np.float64))
 
 
 def blur(block: Array) -> Array:
@@ -109,7 +109,8 @@ def load(path: str) -> tuple[Array, str]:
     """An array from a file, memory-mapped: only the blocks at work are in memory."""
     array = np.load(path, mmap_mode="r")
     if array.dtype.kind not in "biuf" or array.ndim == 0 or len(array) < 5:
-        sys.exit(f"{path}: the demo wants an array of real numbers with at least 5 rows, not {array.dtype}")
+        what = f"{array.dtype} {array.shape}"
+        sys.exit(f"{path}: the demo wants an array of real numbers with at least 5 rows, not {what}")
     return array, os.path.basename(path)
 
 
@@ -178,17 +179,25 @@ def best_time(call: Callable[[], Any]) -> tuple[float, Any]:
     return best, result
 
 
-def disagreement(found: Any, expected: Any) -> str:
-    """Empty when the answers agree: arrays bit for bit, sums up to the order of their terms."""
-    if not isinstance(expected, np.ndarray):
-        difference = abs(float(found) - float(expected)) / max(abs(float(expected)), 1.0)
-        return "" if difference < 1e-9 else f"off by {difference:.1e}"
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return f"{found.dtype}{found.shape} instead of {expected.dtype}{expected.shape}"
+def disagreement(found: Any, expected: Any, terms: int) -> str:
+    """Empty when the answers agree: arrays bit for bit, sums of so many terms up to their order.
+
+    Terms are at most 1 in size. Each addition rounds, up or down as luck has it, so that errors grow with the
+    square root of the number of additions.
+    """
+    if type(found) is not type(expected) or np.shape(found) != np.shape(expected):
+        return f"{type(found).__name__}{np.shape(found)} instead of {type(expected).__name__}{np.shape(expected)}"
+    if found.dtype != expected.dtype:
+        return f"{found.dtype} instead of {expected.dtype}"
+    inexact = expected.dtype.kind == "f"
+    if expected.ndim == 0:
+        tolerance = np.finfo(expected.dtype).eps * terms**1.5 if inexact else 0
+        agree = np.isclose(found, expected, rtol=0, atol=tolerance, equal_nan=inexact)
+        return "" if agree else f"{found} instead of {expected}"
     rows = max(len(expected) * (1 << 24) // max(expected.nbytes, 1), 1)  # 16 MiB at a time
     for start in range(0, len(expected), rows):
         here, there = found[start : start + rows], expected[start : start + rows]
-        if not np.array_equal(here, there, equal_nan=expected.dtype.kind == "f"):
+        if not np.array_equal(here, there, equal_nan=inexact):
             return f"differs after row {start}"
     return ""
 
@@ -207,7 +216,7 @@ def run(job: Job, array: Array, backend: str, table: Table) -> str:
         found = None
         engine_seconds, found = best_time(lambda: job.engine(engine, array, False))
         end = engine.stats()
-    wrong = disagreement(found, expected)
+    wrong = disagreement(found, expected, array.size)
     table.add_row(
         job.name,
         f"{plain_seconds:.2f} s",

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from shmengine.engine.default import map as map
     from shmengine.engine.default import map_blocks as map_blocks
     from shmengine.engine.default import reduce as reduce
+    from shmengine.engine.stalls import Stall as Stall
+    from shmengine.engine.stalls import Stalls as Stalls
     from shmengine.errors import Full as Full
     from shmengine.queues import JoinableQueue as JoinableQueue
     from shmengine.queues import Queue as Queue
@@ -72,6 +74,8 @@ __all__ = [
     "SerializationError",
     "ShmError",
     "StaleReference",
+    "Stall",
+    "Stalls",
     "TaskTimeout",
     "Timeout",
     "UseAfterFork",
@@ -92,6 +96,8 @@ _HOMES = {
     "Queue": "shmengine.queues",
     "Ring": "shmengine.ring",
     "RingStats": "shmengine.stats",
+    "Stall": "shmengine.engine.stalls",
+    "Stalls": "shmengine.engine.stalls",
     "map": "shmengine.engine.default",
     "map_blocks": "shmengine.engine.default",
     "reduce": "shmengine.engine.default",

@@ -237,6 +237,8 @@ class Arena:
         region, block, generation, _ = reference
         if region != self.region.number:
             raise StaleReference("this reference belongs to another engine")
+        if (block | generation) >> 32:
+            raise StaleReference("nothing can have the name in this reference")
         writable = writable or type(reference) is GivenReference
         key = (block, generation, writable)
         known = self._roots.get(key)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from shmengine._native import copy_bytes, crc32c
+from shmengine._native import copy_bytes, crc32c, ffi, lib
 from shmengine.arrays import (
     Array,
     Bytes,
@@ -42,7 +42,7 @@ from shmengine.errors import (
     StaleReference,
 )
 from shmengine.filemap import mapping_behind
-from shmengine.pickling import dump, find_culprit
+from shmengine.pickling import Reducers, dump, find_culprit
 from shmengine.plain import dump_plain, load_plain
 
 __all__ = [
@@ -83,6 +83,7 @@ _PART_BUFFER = 0
 _PART_ARRAY = 1
 _PART_SHARED = 2  # from here on without bytes in the frame
 _PART_GIVEN = 3
+_CHECKED = 1 << 32  # in place of the bytes of one without any: the rest is a checksum of what it refers to
 
 _REFERENCE = struct.Struct("<QQQQ")
 
@@ -103,11 +104,23 @@ Resolve = Callable[[SharedReference], Bytes]
 class _Parts:
     """The parts of a frame in the making."""
 
-    __slots__ = ("bytes_shared", "entries", "memmap_mode", "references", "share", "sources", "specs")
+    __slots__ = (
+        "bytes_shared",
+        "check_given",
+        "entries",
+        "memmap_mode",
+        "reducers",
+        "references",
+        "share",
+        "sources",
+        "specs",
+    )
 
-    def __init__(self, share: Share | None, memmap_mode: str | None) -> None:
+    def __init__(self, share: Share | None, memmap_mode: str | None, reducers: Reducers | None) -> None:
         self.share = share
         self.memmap_mode = memmap_mode
+        self.reducers = reducers
+        self.check_given = False
         self.entries: list[tuple[int, int, int]] = []  # bytes, bytes of the spec, what it is
         self.specs: list[bytes] = []
         # For each part with bytes: an array and the strides of its copy, or a memoryview and None.
@@ -153,8 +166,11 @@ class _Parts:
         self.references.append(reference)
         self.bytes_shared += array.nbytes
         self.specs.append(spec)
-        what = _PART_GIVEN if type(reference) is GivenReference else _PART_SHARED
-        self.entries.append((0, len(spec), what))
+        if type(reference) is GivenReference:
+            check = _CHECKED | crc32c_of(array) if self.check_given else 0
+            self.entries.append((check, len(spec), _PART_GIVEN))
+        else:
+            self.entries.append((0, len(spec), _PART_SHARED))
 
 
 def copy_array(target: Array, source: Array) -> None:
@@ -164,6 +180,12 @@ def copy_array(target: Array, source: Array) -> None:
         copy_bytes(address_of(target), address_of(source), source.nbytes)
     else:
         target[...] = source
+
+
+def crc32c_of(array: Array) -> int:
+    """Return the checksum of all bytes between the first and the last of an array."""
+    low, high = extent_of(array)
+    return int(lib.shmr_crc32c(0, ffi.cast("void *", low), high - low))
 
 
 class Encoded:
@@ -288,6 +310,8 @@ def encode(
     allow_pickle: bool = True,
     by_value: bool = True,
     memmap_mode: str | None = "r",
+    reducers: Reducers | None = None,
+    check_given: bool = False,
     label: str = "",
 ) -> Encoded:
     """Make an object ready to be written as a frame.
@@ -311,6 +335,10 @@ def encode(
     memmap_mode : {"r", "r+", None}, optional
         How the reader opens a `numpy.memmap` or a view of one, which travels as the name of its
         file; with None its data travels.
+    reducers : Reducers, optional
+        How objects of some types are pickled, before all other rules.
+    check_given : bool, optional
+        Whether the reader is to verify what a `GivenReference` refers to.
     label : str, optional
         What the path in an error begins with.
 
@@ -319,7 +347,8 @@ def encode(
     SerializationError
         With the path to what cannot be encoded, for instance ``args[0]['lock']``.
     """
-    parts = _Parts(share, memmap_mode)
+    parts = _Parts(share, memmap_mode, reducers)
+    parts.check_given = check_given
     if (
         type(obj) is _ndarray
         and is_plain_dtype(obj.dtype)
@@ -471,7 +500,7 @@ def _read_parts(
             raise Corrupt("the spec of an array is outside of its place", "parts")
         if _PART_SHARED <= what <= _PART_GIVEN:
             kind = GivenReference if what == _PART_GIVEN else SharedReference
-            parts.append(_read_shared(raw[spec_start:spec_end], kind, resolve, copy))
+            parts.append(_read_shared(raw[spec_start:spec_end], kind, nbytes, resolve, copy))
             spec_start = spec_end
             continue
         if offset < body_end or offset + nbytes > total or offset & (FRAME_ALIGNMENT - 1):
@@ -499,7 +528,9 @@ def _read_parts(
     return parts
 
 
-def _read_shared(raw: bytes, kind: type[SharedReference], resolve: Resolve | None, copy: bool) -> Array:
+def _read_shared(
+    raw: bytes, kind: type[SharedReference], check: int, resolve: Resolve | None, copy: bool
+) -> Array:
     if len(raw) < _REFERENCE.size:
         raise Corrupt(f"{len(raw)} bytes for a reference to shared memory", "parts")
     reference = kind(*_REFERENCE.unpack_from(raw))
@@ -507,6 +538,8 @@ def _read_shared(raw: bytes, kind: type[SharedReference], resolve: Resolve | Non
     if resolve is None:
         raise StaleReference(f"{reference} is shared memory of others")
     array = view(resolve(reference), spec, reference.offset)
+    if check & _CHECKED and check != _CHECKED | crc32c_of(array):
+        raise Corrupt("an array that is named by reference was changed on its way", "payload")
     return array.copy("K") if copy else array
 
 

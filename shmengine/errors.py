@@ -194,7 +194,7 @@ class WorkerDied(ShmError, RuntimeError):
     Attributes
     ----------
     pid : int
-        The (last) worker that died.
+        The (last) worker that died; 0: no worker is left, and none can be started.
     returncode : int or None
         As in `subprocess`: the exit code, or minus the signal number.
     task : str
@@ -222,7 +222,7 @@ class WorkerDied(ShmError, RuntimeError):
         self.attempts = attempts
         self.cause = cause
         self.stderr_tail = stderr_tail
-        text = f"worker {pid} {describe_exit(returncode)}"
+        text = f"worker {pid} {describe_exit(returncode)}" if pid else "no worker is left"
         if cause:
             text += f" ({cause})"
         if task:

@@ -16,8 +16,10 @@ are copied straight into the frame.
 from __future__ import annotations
 
 import importlib.machinery
+import os
 import pickle
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from pickle import PickleBuffer
 from types import BuiltinFunctionType, FunctionType
@@ -29,7 +31,7 @@ from shmengine import filemap
 from shmengine.arrays import Array, is_plain_dtype
 from shmengine.errors import SerializationError
 
-__all__ = ["Parts", "dump", "find_culprit"]
+__all__ = ["MultiprocessingReducers", "Parts", "Reducers", "dump", "find_culprit", "substitute"]
 
 PROTOCOL = 5
 _ndarray = np.ndarray
@@ -49,7 +51,15 @@ class Parts(Protocol):
         """Forget everything: pickling starts again."""
 
     memmap_mode: str | None
+    reducers: Reducers | None
     bytes_shared: int
+
+
+class Reducers(Protocol):
+    """How objects of exactly some types are pickled, before all other rules."""
+
+    def get(self, cls: type, /) -> Callable[[Any], Any] | None:
+        """Return a reducer."""
 
 
 # --- what the reading side calls -----------------------------------------------------------
@@ -131,10 +141,17 @@ def _reduce_memoryview(view: memoryview) -> Any:
 
 def _reduce(parts: Parts, obj: Any) -> Any:
     """Return our own reduction of what is not an exact ndarray; NotImplemented if we have none."""
+    if parts.reducers is not None:
+        reducer = parts.reducers.get(type(obj))
+        if reducer is not None:
+            return reducer(obj)
     if isinstance(obj, _ndarray):
         return _reduce_subclass(parts, obj)
     if type(obj) is memoryview:
         return _reduce_memoryview(obj)
+    if type(obj).__module__ == "multiprocessing.connection" and hasattr(obj, "fileno"):
+        # As a plain object it would arrive with the same number, which is another descriptor there, or none.
+        raise TypeError("a connection's descriptor cannot be sent here; a shmengine.Queue can")
     return NotImplemented
 
 
@@ -195,7 +212,7 @@ class _PlainPickler(pickle.Pickler):
         cls = type(obj)
         if cls is _ndarray:
             return _reduce_array(self.parts, obj)
-        if cls in _plain_types:
+        if cls in _plain_types and self.parts.reducers is None:
             return NotImplemented
         if isinstance(obj, (type, FunctionType, BuiltinFunctionType)):
             if not _is_stable(obj.__module__):
@@ -222,6 +239,39 @@ class _ReferencePickler(_PlainPickler):
         if type(obj) is _ndarray:
             return _reduce_array(self.parts, obj)
         return _reduce(self.parts, obj)
+
+
+class MultiprocessingReducers:
+    """How `multiprocessing` pickles sockets, connections and the like, which is as duplicates of descriptors.
+
+    These wait in this process for their receiver; `take_back` is for a message that does not go out.
+    """
+
+    __slots__ = ("_known", "_waiting")
+
+    def __init__(self) -> None:
+        # Whoever has a connection, or a process to send it to, has loaded this.
+        reduction = sys.modules.get("multiprocessing.reduction")
+        self._known: dict[type, Callable[[Any], Any]] = (
+            {} if reduction is None else reduction.ForkingPickler._extra_reducers
+        )
+        self._waiting: list[Any] = []
+
+    def get(self, cls: type) -> Callable[[Any], Any] | None:
+        """Return the reducer for objects of this type."""
+        return self._reduce if cls in self._known else None
+
+    def _reduce(self, obj: Any) -> Any:
+        reduced = self._known[type(obj)](obj)
+        sharer = sys.modules.get("multiprocessing.resource_sharer")
+        if sharer is not None:
+            self._waiting += (part for part in reduced[1] if isinstance(part, sharer.DupFd))
+        return reduced
+
+    def take_back(self) -> None:
+        """Close the duplicates."""
+        while self._waiting:
+            os.close(self._waiting.pop().detach())
 
 
 def _make_value_pickler() -> Any:
@@ -328,7 +378,7 @@ def dump(obj: Any, parts: Parts, *, by_value: bool = True, label: str = "") -> l
     try:
         return _dump(obj, parts, by_value)
     except Exception as error:
-        path, culprit, reason = find_culprit(obj, label, by_value=by_value)
+        path, culprit, reason = find_culprit(obj, label, by_value=by_value, reducers=parts.reducers)
         what = f"{type(culprit).__qualname__!r} object"
         message = f"cannot pickle {what} at {path}" if path else f"cannot pickle {what}"
         raise SerializationError(f"{message}: {reason or error}", path) from (reason or error)
@@ -363,6 +413,54 @@ def _dump(obj: Any, parts: Parts, by_value: bool) -> list[Any]:
     return value_pickler.pieces  # type: ignore[no-any-return]
 
 
+# --- objects with others in their place ----------------------------------------------------------
+
+
+class _Kept:
+    """Parts that are kept as they are; among them what takes the place of objects of a type."""
+
+    memmap_mode: str | None = None
+    bytes_shared = 0
+
+    def __init__(self, cls: type, replacement: Callable[[Any], Any]) -> None:
+        self.cls = cls
+        self.replacement = replacement
+        self.reducers: Reducers | None = self
+        self.found = False
+        self.parts: list[Any] = []
+
+    def add_array(self, array: Array) -> None:
+        self.parts.append(array)
+
+    def add_buffer(self, buffer: PickleBuffer) -> None:
+        self.parts.append(buffer)
+
+    def reset(self) -> None:
+        self.parts.clear()
+
+    def get(self, cls: type) -> Callable[[Any], Any] | None:
+        return self._reduce if issubclass(cls, self.cls) else None
+
+    def _reduce(self, obj: Any) -> Any:
+        self.found = True
+        self.parts.append(self.replacement(obj))
+        return _part, (_NEXT_PART,)
+
+
+def substitute(obj: Any, cls: type, replacement: Callable[[Any], Any]) -> Any:
+    """Return what would arrive if `obj` were pickled, with other objects in place of those of a type.
+
+    Arrays in it are the same arrays. `obj` itself is returned if nothing is to be replaced, or if it cannot
+    be pickled.
+    """
+    parts = _Kept(cls, replacement)
+    try:
+        pieces = _dump(obj, parts, by_value=True)
+        return pickle.loads(b"".join(pieces), buffers=parts.parts) if parts.found else obj
+    except Exception:
+        return obj
+
+
 # --- whose fault it was --------------------------------------------------------------------
 
 
@@ -372,6 +470,9 @@ class _NoParts:
     memmap_mode: str | None = None
     bytes_shared = 0
 
+    def __init__(self, reducers: Reducers | None) -> None:
+        self.reducers = reducers
+
     def add_array(self, array: Array) -> None: ...
 
     def add_buffer(self, buffer: PickleBuffer) -> None: ...
@@ -379,7 +480,9 @@ class _NoParts:
     def reset(self) -> None: ...
 
 
-def find_culprit(obj: Any, label: str = "", *, by_value: bool = True) -> tuple[str, Any, Exception | None]:
+def find_culprit(
+    obj: Any, label: str = "", *, by_value: bool = True, reducers: Reducers | None = None
+) -> tuple[str, Any, Exception | None]:
     """Find the innermost part of an object that cannot be pickled.
 
     Parameters
@@ -388,6 +491,8 @@ def find_culprit(obj: Any, label: str = "", *, by_value: bool = True) -> tuple[s
         For instance the arguments of a call.
     label : str, optional
         What the path begins with, for instance ``"args"``.
+    by_value, reducers : optional
+        As for `dump`.
 
     Returns
     -------
@@ -397,7 +502,7 @@ def find_culprit(obj: Any, label: str = "", *, by_value: bool = True) -> tuple[s
     reason : Exception or None
         What pickling the culprit alone raised; None if the whole object can be pickled.
     """
-    reason = _why_not(obj, by_value)
+    reason = _why_not(obj, by_value, reducers)
     path = label
     seen: set[int] = set()
     while reason is not None and id(obj) not in seen:
@@ -405,7 +510,7 @@ def find_culprit(obj: Any, label: str = "", *, by_value: bool = True) -> tuple[s
         if _refuses(obj):
             break
         for step, part in _parts_of(obj):
-            failure = _why_not(part, by_value)
+            failure = _why_not(part, by_value, reducers)
             if failure is not None:
                 path, obj, reason = path + step, part, failure
                 break
@@ -425,9 +530,9 @@ def _refuses(obj: Any) -> bool:
     return False
 
 
-def _why_not(obj: Any, by_value: bool) -> Exception | None:
+def _why_not(obj: Any, by_value: bool, reducers: Reducers | None) -> Exception | None:
     try:
-        _dump(obj, _NoParts(), by_value)
+        _dump(obj, _NoParts(reducers), by_value)
     except Exception as error:
         return error
     return None

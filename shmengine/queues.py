@@ -23,15 +23,27 @@ from shmengine._native.status import CLOSED, FORKED, INTERRUPTED, OK, TIMEOUT, W
 from shmengine.codec import Encoded, decode, encode
 from shmengine.config import format_bytes, parse_bytes
 from shmengine.leases import new_block
+from shmengine.pickling import MultiprocessingReducers
 from shmengine.region import Region, RegionConfig, RegionToken, call_at_process_end
 from shmengine.ring import Attached, read_config
 
 __all__ = ["JoinableQueue", "Queue"]
 
+_forks = 0  # of this process so far
+
+
+def _count_fork() -> None:
+    global _forks  # the hook of the standard library takes no argument
+    _forks += 1
+
+
+os.register_at_fork(before=_count_fork)
+
 T = TypeVar("T")
 
 MAX_BLOCKS = 1 << 20  # of a region
 SPARE_BLOCKS = 1024  # beyond the messages that wait: for puts under way, and for messages being read
+IDLE_OWNERS = 4
 MAX_MAXSIZE = MAX_BLOCKS - SPARE_BLOCKS
 # Slots take memory from the start: a queue without maxsize has no more of them than make sense.
 UNBOUNDED_CAPACITY = 1 << 18
@@ -92,7 +104,8 @@ class Queue(Attached, Generic[T]):
             capacities=(capacity,),
             participants=256,
             doorbells=512,
-            blocks=max(4096, capacity + SPARE_BLOCKS),
+            # A process keeps the records of what it has put until it calls again: enough for several that do not.
+            blocks=min(MAX_BLOCKS, max(4096, IDLE_OWNERS * capacity + SPARE_BLOCKS)),
             wait_alone=True,
         )
         self._setup(Region.create(geometry), maxsize, not _children_know_main(ctx))
@@ -100,6 +113,8 @@ class Queue(Attached, Generic[T]):
     def _setup(self, region: Region, maxsize: int, by_value: bool) -> None:
         self._attach(region)
         self._takers: set[int | None] = set()  # threads here that have called `get`, by ident
+        self._passed_on = False  # by pickling
+        self._forks = _forks
         self._maxsize = maxsize
         self._by_value = by_value
 
@@ -111,7 +126,8 @@ class Queue(Attached, Generic[T]):
         Parameters
         ----------
         obj : object
-            Anything that can be pickled.
+            Anything that can be pickled; sockets, connections and what else `multiprocessing` can send
+            arrive as with its own queues, once, while this process lives.
         block : bool, optional
             Whether to wait while the queue is full.
         timeout : float, optional
@@ -128,10 +144,11 @@ class Queue(Attached, Generic[T]):
             The queue is closed.
         """
         self._check_open()
-        frame = self._encode(obj)
         deadline = _deadline(block, timeout)
         message = new_block()
+        reducers = MultiprocessingReducers()
         try:
+            frame = self._encode(obj, reducers)
             self._patiently(
                 lambda until: lib.shmr_claim(self._handle(), frame.nbytes, ffi.NULL, 0, -1, until, message),
                 deadline,
@@ -149,19 +166,20 @@ class Queue(Attached, Generic[T]):
         except BaseException:
             if message.state:  # claimed and not committed
                 lib.shmr_abort(self._region.handle, message)
+            reducers.take_back()
             raise
 
     def put_nowait(self, obj: T) -> None:
         """Like ``put(obj, block=False)``."""
         self.put(obj, False)
 
-    def _encode(self, obj: object) -> Encoded:
+    def _encode(self, obj: object, reducers: MultiprocessingReducers) -> Encoded:
         if not self._by_value:
             try:
-                return encode(obj, by_value=False, memmap_mode=None)
+                return encode(obj, by_value=False, memmap_mode=None, reducers=reducers)
             except errors.SerializationError:  # no importable name, perhaps
-                pass
-        return encode(obj, memmap_mode=None)
+                reducers.take_back()
+        return encode(obj, memmap_mode=None, reducers=reducers)
 
     def _patiently(
         self, call: Callable[[int], int], deadline: int, frame: Encoded, *, relieved_by_others: bool
@@ -217,6 +235,8 @@ class Queue(Attached, Generic[T]):
                 continue
             if thread.ident in self._takers or (strangers and thread.name not in config.SERVICE_THREADS):
                 return True
+        if not self._passed_on and self._forks == _forks:
+            return False
         processes = sys.modules.get("multiprocessing")
         return processes is not None and bool(processes.active_children())
 
@@ -355,6 +375,7 @@ class Queue(Attached, Generic[T]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._handle()
+        self._passed_on = True
         return _from_token, (type(self), self._region.token(), self._maxsize, self._by_value)
 
 

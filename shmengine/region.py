@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -212,17 +213,25 @@ class Region:
         LayoutMismatch
             It is no region of ours: another owner, open to others, another version.
         """
-        fd = os.open(_path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        must = "it must be a plain file of this user with mode 0600"
+        refusal = f"{_path(name)} is not safe to attach to: {must}, and {{}}"
+        try:
+            fd = os.open(_path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # a symbolic link, a directory, a socket, or somebody else's
+            raise LayoutMismatch(refusal.format(f"it cannot be opened: {error.strerror}")) from error
         info = os.fstat(fd)
-        if (
-            not stat.S_ISREG(info.st_mode)
-            or info.st_uid != os.geteuid()
-            or stat.S_IMODE(info.st_mode) & 0o077
-        ):
+        wrong = None
+        if not stat.S_ISREG(info.st_mode):
+            wrong = "it is not a plain file"
+        elif info.st_uid != os.geteuid():
+            wrong = f"it belongs to user {info.st_uid}"
+        elif stat.S_IMODE(info.st_mode) & 0o077:
+            wrong = f"its mode is {stat.S_IMODE(info.st_mode):04o}"
+        if wrong:
             os.close(fd)
-            raise LayoutMismatch(
-                f"{_path(name)} is not safe to attach to: it must be a plain file of this user with mode 0600"
-            )
+            raise LayoutMismatch(refusal.format(wrong))
         return cls.attach(fd, name)
 
     @classmethod
@@ -271,6 +280,16 @@ class Region:
         out = ffi.new("shmr_counters *")
         lib.shmr_read_counters(self.handle, out)
         return out
+
+    def leases(self) -> dict[int, int]:
+        """Return how many messages each process has leased and not yet released."""
+        pids, counts = ffi.new("uint32_t[]", PLACES), ffi.new("uint64_t[]", PLACES)
+        lib.shmr_leases(self.handle, pids, counts)
+        held: dict[int, int] = {}
+        for pid, leases in zip(pids, counts, strict=True):
+            if pid and leases:
+                held[pid] = held.get(pid, 0) + leases
+        return held
 
     def is_abandoned(self) -> bool:
         """Tell whether nobody else is attached any more (the dead are cleared up after first)."""
@@ -407,10 +426,15 @@ def _make_file(total: int, arena: int, needed: int, name: str | None) -> int:
     """Return a descriptor of a new sparse file of `total` bytes, of which `needed` may really be used."""
     free = config.shm_free()
     if name is None and free < needed:
+        fd = -1
         try:
-            fd = os.memfd_create("shmengine", os.MFD_CLOEXEC)
+            fd = os.memfd_create("shmengine", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.truncate(fd, total)
+            # Memory is reserved within this length; who cut it would kill us by SIGBUS.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         except OSError as error:
+            if fd >= 0:
+                os.close(fd)
             raise MemoryBudgetExceeded(
                 f"/dev/shm has {config.format_bytes(free)} free, {config.format_bytes(total)} are asked for, and"
                 f" an anonymous memory file is refused ({error}); give a smaller memory=, or more to /dev/shm"

@@ -335,9 +335,9 @@ class Ring(Attached):
     def _read(self, address: int) -> tuple[Any, Array]:
         """Return the root and the array of a leased message; a message that is no array is given back."""
         block = ffi.cast("shmr_block *", address)
-        raw = ffi.buffer(block.spec, block.spec_bytes)[:]
-        root = self._region.root(block.offset, block.length)
         try:
+            raw = ffi.buffer(block.spec, block.spec_bytes)[:]
+            root = self._region.root(block.offset, block.length)
             start = 0
             if block.kind == KIND_ARRAY_PREFIX and block.length >= 4:
                 length = int.from_bytes(root[:4].tobytes(), "little")
@@ -420,6 +420,7 @@ class Ring(Attached):
             memory_budget=c.budget,
             memory_used=c.reserved,
             bytes_committed=c.bytes_committed,
+            leases_held=tuple(self._region.leases().items()),
         )
 
     def close(self) -> None:

@@ -104,3 +104,5 @@ class RingStats(_Table):
     """Bytes of shared memory reserved now."""
     bytes_committed: int = 0
     """Bytes of payload committed since the ring was made."""
+    leases_held: tuple[tuple[int, int], ...] = ()
+    """(process id, messages that it has leased and not yet released) of each participant that has any now."""

@@ -434,7 +434,7 @@ class RingModel {
         s.payload[b] = 0;
     }
     static void post(State &s, int p) {
-        if (s.tokens[p] < 2) s.tokens[p]++;   // two stand for many: one wakes, the rest is drained
+        s.tokens[p] = 1;   // a binary semaphore: who has been rung for already looks again once
     }
     bool has_doorbell(const State &s, int p) const {
         return can_be_full() && (p < c.producers || p >= first_recoverer) && s.local[p].at != DONE &&

@@ -363,7 +363,7 @@ class WaitModel {
                (s.recoverer[d] == NOBODY || dead(s, s.recoverer[d]));
     }
     static void post(State &s, int p) {
-        if (s.tokens[p] < 2) s.tokens[p]++;   // two stand for many: one wakes, the rest is drained
+        s.tokens[p] = 1;   // a binary semaphore: who has been rung for already looks again once
     }
 
     static u8 first_source(int sources) { return static_cast<u8>(__builtin_ctz(sources)); }

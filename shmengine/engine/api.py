@@ -48,6 +48,7 @@ from shmengine.engine.checks import (
 )
 from shmengine.engine.progress import reporter
 from shmengine.engine.results import Results
+from shmengine.engine.stalls import Observed
 from shmengine.errors import ArrayError, Closed, UseAfterFork
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ CHECKS = ("frame", "payload")
 _MISSING: Any = object()
 
 
-class Engine:
+class Engine(Observed):
     """Runs functions over large arrays and streams of tasks, in parallel, on this machine.
 
     Workers start with the engine and are reused by all its calls. Results do not depend on the backend
@@ -85,7 +86,10 @@ class Engine:
     retries : int
         How often a task is started again after its worker process died.
     check : {"frame", "payload"}
-        What is verified of each message: its header, or every byte.
+        What is verified of each message: its header, or every byte. With ``"payload"`` a task or a result that
+        was changed in shared memory fails with `Corrupt`, and so does a task that takes an object which was
+        changed after `put`. Arrays born shared that tasks take, and memory that they write to in place (`out`,
+        ``writable="shared"``), are nobody's message but the caller's own to change, and are not verified.
 
     Raises
     ------
@@ -460,8 +464,12 @@ class Engine:
     def put(self, obj: Any) -> Ref:
         """Keep a copy of `obj` where all workers can read it, and return a reference to it.
 
-        Pass the reference to tasks, also inside lists, tuples and dicts: functions get the object itself,
-        its arrays read-only. It is freed when the last reference dies.
+        Pass the reference to tasks, in an argument, in anything that an argument contains, or in what the
+        function captures: it gets the object itself, with its arrays read-only. (Here ``ref.get()`` returns
+        it.) The object is freed when the last reference dies.
+
+        Whatever contains a reference, other than lists, tuples and dicts, is pickled on all backends, so that
+        functions get a copy of it.
 
         Raises
         ------
@@ -546,11 +554,6 @@ class Engine:
         """Whether `close` was called."""
         return not self._finalizer.alive
 
-    def stats(self) -> EngineStats:
-        """Return a snapshot of the engine's counters (after `close`: the last one)."""
-        self._check_process()
-        return self._last_stats or self._backend.stats()
-
     def close(self, *, wait: bool = True) -> None:
         """End the engine: drop what is pending, and wait (if `wait`) for what runs.
 
@@ -576,9 +579,6 @@ class Engine:
     def __repr__(self) -> str:
         state = " closed" if self.closed else ""
         return f"<Engine backend={self.backend!r} workers={self.workers}{state}>"
-
-    def _repr_html_(self) -> str:
-        return self.stats()._repr_html_()
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

@@ -6,10 +6,11 @@ together; a backend only runs tasks, so that all backends behave alike and the s
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from shmengine.engine.blocks import Cut
+    from shmengine.engine.stalls import Stalls
     from shmengine.stats import EngineStats
 
 __all__ = [
@@ -89,11 +91,17 @@ class TaskOptions:
 class Ref(ABC):
     """A reference to an object that `Engine.put` keeps where every worker can read it.
 
-    Pass it to a task, alone or inside lists, tuples and dicts: the function gets the object itself. The
-    object is freed when the last reference dies. Arrays in it are read-only.
+    Pass it to a task, in whatever its arguments or its function contain: the function gets the object itself.
+    The object is freed when the last reference dies. Arrays in it are read-only.
     """
 
     __slots__ = ("__weakref__",)
+
+    alive: ClassVar[weakref.WeakSet[Ref]] = weakref.WeakSet()
+    """All references of this process."""
+
+    def __init__(self) -> None:
+        Ref.alive.add(self)
 
     @abstractmethod
     def get(self) -> Any:
@@ -173,6 +181,10 @@ class Backend(Protocol):
         """Return a snapshot of the counters."""
         ...
 
+    def stalls(self, after: float) -> Stalls:
+        """Return the tasks that have been running for so many seconds; see `shmengine.engine.stalls`."""
+        ...
+
     def close(self, *, wait: bool = True) -> None:
         """End; pending tasks are dropped. `wait`: until running tasks have ended (idempotent)."""
         ...
@@ -236,9 +248,12 @@ def annotate(error: BaseException, options: TaskOptions, index: int | None = Non
     return error
 
 
-def timed_out(options: TaskOptions, index: int | None = None) -> TaskTimeout:
-    """Return the error of a task that ran longer than its ``timeout``."""
-    return TaskTimeout(f"{_task_text(options, index)} did not end", options.timeout)
+def timed_out(options: TaskOptions, index: int | None = None, stack: str = "") -> TaskTimeout:
+    """Return the error of a task that ran longer than its ``timeout``, with where it was then as a note."""
+    error = TaskTimeout(f"{_task_text(options, index)} did not end", options.timeout)
+    if stack:
+        error.add_note(f"where it was then:\n{stack}")
+    return error
 
 
 def _task_text(options: TaskOptions, index: int | None) -> str:

@@ -81,7 +81,9 @@ class Deaths:
             if guilty:
                 task.attempts += 1
                 if death.timed_out:
-                    error: BaseException = timed_out(job.options, task.index if job.options.label else None)
+                    error: BaseException = timed_out(
+                        job.options, task.index if job.options.label else None, death.stack
+                    )
                     core.conclude(job, task, None, error)
                     continue
                 if task.attempts > job.retries:
@@ -96,7 +98,7 @@ class Deaths:
         return WorkerDied(
             death.pid,
             death.returncode,
-            "its start and the initializer",
+            "its start and the initializer" if death.pid else "",
             self.failed_starts,
             death.cause,
             death.stderr_tail,

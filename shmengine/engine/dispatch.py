@@ -28,14 +28,24 @@ import numpy as np
 
 from shmengine import codec, config
 from shmengine._native import ffi, lib
-from shmengine._native.status import CLOSED, INTERRUPTED, ITEM_WAITS, OK, TIMEOUT, WOULD_BLOCK, fail
+from shmengine._native.status import (
+    CLOSED,
+    CORRUPT,
+    INTERRUPTED,
+    ITEM_WAITS,
+    OK,
+    TIMEOUT,
+    WOULD_BLOCK,
+    detail,
+    fail,
+)
 from shmengine.arena import Arena
 from shmengine.arrays import has_views
 from shmengine.engine.deaths import Deaths
 from shmengine.engine.futures import Futures
 from shmengine.engine.inflight import Batch, InFlight, Job, Task, always
 from shmengine.engine.interrupts import InterruptsLater
-from shmengine.errors import ArrayError, Closed, MemoryBudgetExceeded, RemoteError, ShmError
+from shmengine.errors import ArrayError, Closed, Corrupt, MemoryBudgetExceeded, RemoteError, ShmError
 from shmengine.filemap import forget_files
 from shmengine.leases import release_with
 from shmengine.region import EXTENT_BYTES, Region
@@ -156,7 +166,9 @@ class Dispatcher:
             if status == OK:
                 break
             self.relieve(status, encoded.nbytes, "put an object", patience)
-        encoded.write_into(self.region.root(block.offset, encoded.nbytes, writable=True))
+        encoded.write_into(
+            self.region.root(block.offset, encoded.nbytes, writable=True), checksum=bool(self.payload_check)
+        )
         block.length = encoded.nbytes
         ref = ffi.new("shmr_ref *")
         status = lib.shmr_publish(self.handle, block, ref)
@@ -379,7 +391,20 @@ class Dispatcher:
                 return took
             if status == CLOSED:
                 raise Closed(CLOSED_TEXT)
+            if status == CORRUPT and block.kind and self.spoiled(block.tag):
+                took = True
+                continue
             fail(status, "receive a result")
+
+    def spoiled(self, tag: int) -> bool:
+        """A result was changed in shared memory: its tasks fail, and no others; False if there are none."""
+        batch = self.in_flight.take(tag)
+        if batch is None:
+            return False
+        for task in batch.tasks:
+            error = Corrupt("the result was changed in shared memory, on its way here", detail())
+            self.conclude(batch.job, task, None, error)
+        return True
 
     def receive(self, block: Any) -> None:
         """Decode one message of the result ring and deliver it."""
@@ -396,13 +421,18 @@ class Dispatcher:
             self.spare.append(block)
             return
         if kind == NUMBER:
-            nanoseconds, value = messages.number_in(block)
+            value = damage = None
+            nanoseconds = 0
+            try:
+                nanoseconds, value = messages.number_in(block)
+            except Corrupt as found:
+                damage = found
             lib.shmr_release(self.handle, block)
             self.spare.append(block)
             self.deaths.failed_starts = 0
             if (batch := self.in_flight.take(number)) is not None and not batch.job.abandoned:
                 batch.job.task_ns = _smoothed(batch.job.task_ns, nanoseconds)
-                self.conclude(batch.job, batch.tasks[0], value, None)
+                self.conclude(batch.job, batch.tasks[0], value, damage)
             return
         root = messages.frame_root(self.arena, block, writable=True)  # ours alone from now on
         nanoseconds, inline, shared = messages.account_of(block)
@@ -594,7 +624,7 @@ class Dispatcher:
 
     def wind_down(self) -> None:
         """While the last tasks end: take their results, and let none wait for memory that nobody will free."""
-        with contextlib.suppress(Closed):
+        with contextlib.suppress(Closed, Corrupt):
             self.drain(0)
         for pid, _ in self.pool.starving():
             self.pool.deny(pid)

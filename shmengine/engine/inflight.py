@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from shmengine.engine.backend import TaskOptions
+from shmengine.workers.messages import WHOLE_BATCH
 
 __all__ = ["Batch", "InFlight", "Job", "ScatteredBlocks", "Task"]
 
@@ -181,6 +182,16 @@ class InFlight:
             return batch.job.options
         scattered = self.scattered(tag)
         return None if scattered is None else scattered.job.options
+
+    def whose(self, tag: int, index: int) -> tuple[str, int | None]:
+        """Return the call that a tag belongs to, and which of its tasks: the one of this index, or the only one."""
+        batch = self._batches.get(tag)
+        if batch is not None:
+            if index == WHOLE_BATCH:
+                return batch.job.options.label, batch.tasks[0].index if len(batch.tasks) == 1 else None
+            return batch.job.options.label, index
+        scattered = self.scattered(tag)
+        return ("", None) if scattered is None else (scattered.job.options.label, tag - scattered.first_tag)
 
     def any_abandoned(self) -> bool:
         """Tell whether results will come that nobody waits for."""

@@ -6,13 +6,14 @@ and what it returns belongs to the caller alone, never to an input or to another
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -29,8 +30,11 @@ from shmengine.engine.backend import (
     timed_out,
 )
 from shmengine.engine.blocks import Cut
+from shmengine.engine.stalls import Stall, Stalls, summary_of
 from shmengine.errors import Closed
+from shmengine.pickling import substitute
 from shmengine.stats import EngineStats
+from shmengine.workers.stacks import thread_stack
 
 __all__ = ["LocalRef", "SerialBackend", "ThreadBackend"]
 
@@ -43,11 +47,19 @@ class LocalRef(Ref):
     __slots__ = ("_snapshot",)
 
     def __init__(self, snapshot: Any) -> None:
+        super().__init__()
         self._snapshot = snapshot
 
     def get(self) -> Any:
         """Return the object."""
         return self._snapshot
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self._snapshot,)
+
+
+def _itself(obj: Any) -> Any:
+    return obj
 
 
 class _LocalBackend:
@@ -65,13 +77,10 @@ class _LocalBackend:
         self._closed = False
         self._lock = threading.Lock()
         self._done = self._failed = self._in_flight = 0
-        self._refs: weakref.WeakSet[LocalRef] = weakref.WeakSet()
 
     def put(self, obj: Any) -> Ref:
         self._check_open()
-        ref = LocalRef(_snapshot(obj))
-        self._refs.add(ref)
-        return ref
+        return LocalRef(_snapshot(obj))
 
     def empty(self, shape: Any, dtype: Any, order: Literal["C", "F"]) -> np.ndarray:
         self._check_open()
@@ -116,6 +125,9 @@ class _LocalBackend:
             tasks_in_flight=self._in_flight,
         )
 
+    def stalls(self, after: float) -> Stalls:  # noqa: ARG002  # who could ask runs nothing
+        return Stalls((), summary_of(self.stats(), 0))
+
     def _check_open(self) -> None:
         if self._closed:
             raise Closed(CLOSED)
@@ -130,8 +142,8 @@ class _LocalBackend:
     def _run(self, fn: Callable[..., Any], call: Call, options: TaskOptions, index: int | None) -> Any:
         """Run one task and return its value, or raise what it raised."""
         args, kwargs = call
-        if self._refs:
-            args, kwargs = _resolved(args), _resolved(kwargs)
+        if Ref.alive:
+            args, kwargs = _resolved((args, kwargs))
         args = tuple([_presented(a, options.writable) if isinstance(a, np.ndarray) else a for a in args])
         kwargs = {
             name: _presented(a, options.writable) if isinstance(a, np.ndarray) else a
@@ -165,6 +177,7 @@ class SerialBackend(_LocalBackend):
         ordered: bool,  # noqa: ARG002  # either is the same here
     ) -> Iterator[Outcome]:
         self._check_open()
+        fn = _resolved(fn)
         for index, call in enumerate(calls):
             yield self._attempt(fn, call, options, index)  # no local: a large value must not live on here
             self._check_open()
@@ -175,7 +188,7 @@ class SerialBackend(_LocalBackend):
         self._check_open()
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
-        _, value, error = self._attempt(fn, Call(args, kwargs), options, None)
+        _, value, error = self._attempt(_resolved(fn), Call(args, kwargs), options, None)
         if error is None:
             future.set_result(value)
         else:
@@ -252,6 +265,7 @@ class ThreadBackend(_LocalBackend):
         super().__init__(workers, initializer, initargs)
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._threads: set[threading.Thread] = set()
+        self._running: dict[threading.Thread, _Task] = {}  # those nobody waits for any more, too
         self._inline = threading.local()  # has `serial` in our own threads
         while len(self._threads) < workers:
             self._add_thread()
@@ -264,6 +278,7 @@ class ThreadBackend(_LocalBackend):
             # A task that maps on its own engine: waiting for a thread from within one could be for ever.
             yield from self._inline.serial.stream(fn, calls, options, ordered=ordered)
             return
+        fn = _resolved(fn)
         window = options.window or 4 * self.workers
         finished: queue.SimpleQueue[tuple[_Task, Any, BaseException | None]] = queue.SimpleQueue()
         running: dict[int, _Task] = {}
@@ -309,6 +324,7 @@ class ThreadBackend(_LocalBackend):
         self._check_open()
         if hasattr(self._inline, "serial"):
             return self._inline.serial.submit(fn, args, kwargs, options)  # type: ignore[no-any-return]
+        fn = _resolved(fn)
         future: Future[Any] = Future()
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -327,6 +343,24 @@ class ThreadBackend(_LocalBackend):
 
         self._start(_Task(run, Call(args, kwargs), options, None, finish))
         return future
+
+    def stalls(self, after: float) -> Stalls:
+        now = time.monotonic()
+        with self._lock:
+            running = [(now - (task.started or now), thread, task) for thread, task in self._running.items()]
+        found = [
+            Stall(
+                os.getpid(),
+                f"thread {thread.name} ({thread.native_id})",
+                task.options.label,
+                task.index,
+                seconds,
+                thread_stack(thread.ident),
+            )
+            for seconds, thread, task in sorted(running, key=itemgetter(0), reverse=True)
+            if seconds >= after and not task.ended
+        ]
+        return Stalls(found, summary_of(self.stats(), len(found)))
 
     def close(self, *, wait: bool = True) -> None:
         with self._lock:
@@ -375,6 +409,7 @@ class ThreadBackend(_LocalBackend):
             dropped = task.abandoned or self._closed
             if not dropped:
                 task.thread, task.started = threading.current_thread(), time.monotonic()
+                self._running[task.thread] = task
         if dropped:
             error = Closed(CLOSED)
         else:
@@ -389,6 +424,7 @@ class ThreadBackend(_LocalBackend):
             abandoned, task.ended = task.abandoned, True
             replaced = not dropped and task.thread is None
             self._in_flight -= 1
+            self._running.pop(threading.current_thread(), None)
         if not abandoned:
             if not dropped:
                 self._count(error is not None)
@@ -424,10 +460,14 @@ class ThreadBackend(_LocalBackend):
                 now = time.monotonic()
                 starts = {index: task.started for index, task in running.items() if task.started is not None}
                 for index, started in starts.items():
-                    if now - started > options.timeout and self._abandon(running[index], replace=True):
+                    if now - started <= options.timeout:
+                        continue
+                    thread = running[index].thread
+                    stack = thread_stack(thread.ident) if thread is not None else ""
+                    if self._abandon(running[index], replace=True):
                         del running[index]
                         self._count(failed=True)
-                        return Outcome(index, None, timed_out(options, index))
+                        return Outcome(index, None, timed_out(options, index, stack))
                 # A task that has not started cannot exceed its time before a whole timeout from now.
                 patience = max(min(starts.values(), default=now) + options.timeout - now, 0.001)
             try:
@@ -449,14 +489,22 @@ def _presented(array: np.ndarray, writable: Any) -> np.ndarray:
 
 
 def _resolved(value: Any) -> Any:
-    """Return `value` with the object in place of each reference, inside exact containers too."""
-    if isinstance(value, LocalRef):
+    """Return `value` with the object in place of each reference, wherever pickling would find one."""
+    return substitute(_in_containers(value), Ref, lambda ref: ref.get()) if Ref.alive else value
+
+
+def _in_containers(value: Any) -> Any:
+    """Return `value` with the object in place of each reference that lies in exact containers alone.
+
+    So these need not be pickled, and what lies beside them need not be something that can be.
+    """
+    if isinstance(value, Ref):
         return value.get()
     kind = type(value)
-    if kind is tuple or kind is list or kind is set or kind is frozenset:
-        return kind(_resolved(part) for part in value)
+    if kind is tuple or kind is list:
+        return kind(_in_containers(part) for part in value)
     if kind is dict:
-        return {key: _resolved(part) for key, part in value.items()}
+        return {key: _in_containers(part) for key, part in value.items()}
     return value
 
 

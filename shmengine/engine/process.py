@@ -19,11 +19,13 @@ from shmengine.engine.backend import Call, Outcome, Ref, TaskOptions, block_call
 from shmengine.engine.blocks import Cut
 from shmengine.engine.dispatch import RING_CAPACITY, Dispatcher
 from shmengine.engine.scatter import TargetOf, scatter_blocks
+from shmengine.engine.stalls import Stall, Stalls, summary_of
 from shmengine.engine.stream import run_stream
 from shmengine.errors import MemoryBudgetExceeded
 from shmengine.region import EXTENT_BYTES, Region, RegionConfig
 from shmengine.stats import EngineStats
 from shmengine.workers import messages
+from shmengine.workers.messages import RESULT_RING, STARTING, TASK_RING
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -41,6 +43,7 @@ class ProcessRef(Ref):
     __slots__ = ("_arena", "_frame")
 
     def __init__(self, frame: Any, arena: Arena) -> None:
+        super().__init__()
         self._frame = frame
         self._arena = arena
 
@@ -196,6 +199,36 @@ class ProcessBackend:
     def stats(self) -> EngineStats:
         """Return a snapshot of the counters."""
         return self._core.stats()
+
+    def stalls(self, after: float) -> Stalls:
+        """Return the tasks that have been running for so many seconds."""
+        core = self._core
+        found = []
+        for activity in core.pool.slow(after):
+            function, task = "start", None
+            if activity.tag != STARTING:
+                function, task = core.in_flight.whose(activity.tag, activity.index)
+            found.append(
+                Stall(
+                    activity.pid,
+                    f"worker {activity.pid}",
+                    function or "a task whose result is here",
+                    task,
+                    activity.seconds,
+                    activity.stack,
+                    activity.starves,
+                )
+            )
+        stats = core.stats()
+        more = ""
+        if not core.closed:
+            rings = [
+                f"{name} ring {lib.shmr_approx_fill(core.handle, ring)} of {RING_CAPACITY}"
+                for name, ring in (("task", TASK_RING), ("result", RESULT_RING))
+            ]
+            memory = f"memory {config.format_bytes(stats.memory_used)} of {config.format_bytes(stats.memory_budget)}"
+            more = ", ".join(["", *rings, memory])
+        return Stalls(found, summary_of(stats, len(found)) + more)
 
     def close(self, *, wait: bool = True) -> None:
         """End the workers."""

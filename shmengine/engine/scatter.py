@@ -21,7 +21,7 @@ import numpy as np
 
 from shmengine import codec
 from shmengine._native import ffi, lib
-from shmengine._native.status import OK, WOULD_BLOCK, fail
+from shmengine._native.status import CORRUPT, OK, WOULD_BLOCK, fail
 from shmengine.arrays import address_of, encode_spec, is_plain_dtype, spec_of
 from shmengine.engine.backend import PLACED, Outcome, TaskOptions
 from shmengine.engine.blocks import Cut
@@ -294,7 +294,10 @@ class Scatter:
             if self.job.abandoned:
                 lib.shmr_scatter_settle(self._exchange, block.tag)
                 return False
+            kind, tag = block.kind, block.tag
             status = lib.shmr_scatter_accept(self.core.handle, self._exchange, block)
+            if status == CORRUPT and kind and self.core.spoiled(tag):
+                return True
         if status not in (OK, WOULD_BLOCK):
             fail(status, "receive a result")
         return bool(status == OK)

@@ -24,13 +24,13 @@ import numpy as np
 
 from shmengine import codec
 from shmengine._native import ffi, lib
-from shmengine._native.status import CLOSED, INTERRUPTED, OK, TIMEOUT, fail
+from shmengine._native.status import CLOSED, CORRUPT, INTERRUPTED, OK, TIMEOUT, detail, fail
 from shmengine.arena import Arena
 from shmengine.arrays import GivenReference, detach, has_views, owner_of
-from shmengine.errors import MemoryBudgetExceeded
+from shmengine.errors import Corrupt, MemoryBudgetExceeded
 from shmengine.leases import release_with
 from shmengine.region import Region
-from shmengine.workers import messages
+from shmengine.workers import messages, stacks
 from shmengine.workers.messages import (
     BATCH,
     BLOCK,
@@ -41,6 +41,7 @@ from shmengine.workers.messages import (
     SHARED,
     SHORT,
     STARTING,
+    TASK,
     TASK_RING,
     VALUE,
     WHOLE_BATCH,
@@ -65,10 +66,11 @@ NICE = 5
 _ndarray = np.ndarray
 
 
-def main(region_fd: int, parent_pidfd: int, setup_fd: int) -> None:
+def main(region_fd: int, parent_pidfd: int, setup_fd: int, stack_pipe: int) -> None:
     """Serve until the task ring is closed; end with the main process, whatever user code is doing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
     lib.shmr_watch_parent(parent_pidfd)
+    stacks.answer(stack_pipe)
     os.nice(NICE)
     # All workers have the same open file: one that read on from its position would be in the way of the others.
     setup = pickle.loads(os.pread(setup_fd, os.fstat(setup_fd).st_size, 0))
@@ -144,6 +146,9 @@ class Worker:
                     messages.forget_shared()
             elif status == CLOSED:
                 return
+            elif status == CORRUPT and block.kind in (TASK, BLOCK):
+                damage = Corrupt("the task was changed in shared memory, on its way to a worker", detail())
+                self.answer(block.tag, [(False, codec.encode_exception(damage))], 0)
             elif status != INTERRUPTED:
                 fail(status, "lease a task")
 
@@ -284,20 +289,20 @@ class Worker:
             plan = Plan(*messages.read_frame(frame, self.arena.resolve))
             if len(self.plans) >= PLANS_KEPT:
                 self.plans.clear()
-            runner = PlanRunner(plan, self.function(plan.function), self.arena)
+            runner = PlanRunner(plan, self.function(plan.function), self.arena, self.payload_check)
             # The frame is kept, so its block, and with it the key, stays what it is.
             runner.frame = frame
             self.plans[key] = runner
         return runner
 
-    def answer_placed(self, tag: int, nbytes: int, offset: int, reference: Any) -> None:
+    def answer_placed(self, tag: int, nbytes: int, offset: int, check: int, reference: Any) -> None:
         """Say that a result is in its place, or where it is."""
         references, count = ffi.NULL, 0
         words = 0, 0, nbytes
         if reference is not None:
             references, count = self.named, 1
             references[0].block, references[0].generation = reference.block, reference.generation
-            words = nbytes, offset, 0
+            words = nbytes, offset, check
         self.check_sent(
             messages.write_bare(
                 self.arena,
@@ -321,6 +326,7 @@ class Worker:
     def answer(self, tag: int, results: list[Any], nanoseconds: int) -> None:
         """Send the results of a batch, and empty the list; one that cannot be sent becomes the error that says so."""
         owners: list[weakref.ref[Any]] = []
+        check = bool(self.payload_check)
 
         def share(array: Any) -> Any:
             reference = self.arena.share(array)
@@ -350,15 +356,18 @@ class Worker:
                 return
         try:
             if len(results) == 1 and results[0][0]:
-                encoded = codec.encode(results[0][1], share=share, memmap_mode="r", label="result")
+                encoded = codec.encode(
+                    results[0][1], share=share, memmap_mode="r", check_given=check, label="result"
+                )
                 kind = VALUE
             else:
-                encoded = codec.encode(results, share=share, memmap_mode="r")
+                encoded = codec.encode(results, share=share, memmap_mode="r", check_given=check)
                 kind = BATCH
         except BaseException:
             kind = BATCH
             owners.clear()
-            encoded = codec.encode([self.sendable(result) for result in results], share=share)
+            sendable = [self.sendable(result) for result in results]
+            encoded = codec.encode(sendable, share=share, check_given=check)
         held = [reference for reference in encoded.references if self.arena.hold(reference)] if owners else []
         try:
             if owners:
@@ -425,7 +434,9 @@ class Worker:
     def function(self, encoded: Any) -> Callable[..., Any]:
         """Return the function that these bytes stand for; kept by its bytes, since a global of it may have changed."""
         if type(encoded) is not bytes:
-            loaded: Callable[..., Any] = messages.load_shared(encoded, encoded.nbytes <= CAPTURED_COPY_BYTES)
+            loaded: Callable[..., Any] = messages.load_shared(
+                encoded, encoded.nbytes <= CAPTURED_COPY_BYTES, self.arena.resolve
+            )
             return loaded
         fn = self.functions.get(encoded)
         if fn is None:

@@ -15,6 +15,7 @@ alive for as long as the frame does.
 from __future__ import annotations
 
 import struct
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +25,9 @@ import numpy as np
 from shmengine._native import ffi, lib
 from shmengine._native.status import INTERRUPTED, OK
 from shmengine.arena import Arena
-from shmengine.arrays import Bytes
+from shmengine.arrays import Bytes, readonly
 from shmengine.codec import Encoded, decode
+from shmengine.errors import Corrupt
 
 __all__ = [
     "BATCH",
@@ -82,8 +84,15 @@ objects_kept_bytes = 1 << 62  # together; a worker sets a part of the memory bud
 
 _ACCOUNT = struct.Struct("<QQQ")
 
+
 # What an unpickled reference reads from: set where objects are decoded.
-_resolve: Callable[[Any], Bytes] | None = None
+class _Unpickling(threading.local):
+    """What this thread is unpickling: there is no other way to hand something down."""
+
+    resolve: Callable[[Any], Bytes] | None = None
+
+
+_unpickling = _Unpickling()
 _loaded: dict[tuple[int, int], list[Any]] = {}  # (address, bytes) of a frame -> frame, object, last use
 
 
@@ -189,9 +198,18 @@ def write_number(
 
 
 def number_in(block: Any) -> tuple[int, Any]:
-    """Return (nanoseconds, value) of such a message."""
+    """Return (nanoseconds, value) of such a message.
+
+    Raises
+    ------
+    Corrupt
+        If its descriptor has something else.
+    """
     raw = ffi.buffer(block.spec, block.spec_bytes)[:]
-    return _ACCOUNT.unpack_from(raw)[0], unpack_number(raw[_ACCOUNT.size :])
+    try:
+        return _ACCOUNT.unpack_from(raw)[0], unpack_number(raw[_ACCOUNT.size :])
+    except (struct.error, ValueError, TypeError, IndexError) as error:
+        raise Corrupt(f"not a number in a descriptor: {error}", "spec") from error
 
 
 def write_bare(
@@ -236,26 +254,30 @@ def account_of(block: Any) -> tuple[int, int, int]:
 
 def read_frame(root: Bytes, resolve: Callable[[Any], Bytes], *, copy: bool = False) -> Any:
     """Decode the frame in a leased block."""
-    global _resolve  # unpickling has no other way to hand something down
-    _resolve = resolve
-    return decode(root, resolve=resolve, verify=True, copy=copy)
+    _unpickling.resolve = resolve
+    try:
+        return decode(root, resolve=resolve, verify=True, copy=copy)
+    finally:
+        _unpickling.resolve = None  # it would keep the region
 
 
 # --- objects that were put ---------------------------------------------------------------------------------------
 
 
-def load_shared(frame: Bytes, copy: bool = False) -> Any:
+def load_shared(frame: Bytes, copy: bool = False, resolve: Callable[[Any], Bytes] | None = None) -> Any:
     """Decode an object that was put into shared memory, once (in workers, until they have nothing to do).
 
-    Its arrays are read-only views of that memory, or (`copy`) private.
+    Its arrays are read-only views of that memory, or (`copy`) private. Without `resolve`: as for the frame
+    that is being unpickled.
     """
     key = (frame.__array_interface__["data"][0], frame.nbytes)
     known = _loaded.get(key)
     if known is not None:
         known[2] = time.perf_counter_ns()
         return known[1]
-    # The frame is kept, so its block, and with it the key, stays what it is.
-    obj = decode(frame, resolve=_resolve, copy=copy)
+    # The frame is kept, so its block, and with it the key, stays what it is. One that a function brought along is a
+    # private copy, and no different.
+    obj = decode(readonly(frame), resolve=resolve or _unpickling.resolve, copy=copy)
     if len(_loaded) >= OBJECTS_KEPT or sum(size for _, size in _loaded) + frame.nbytes > objects_kept_bytes:
         _loaded.clear()
     _loaded[key] = [frame, obj, time.perf_counter_ns()]

@@ -25,20 +25,21 @@ from typing import Any
 from shmengine import config
 from shmengine._native import ffi, lib
 from shmengine.region import Region
+from shmengine.workers import stacks
 from shmengine.workers.messages import STARTING
 
-__all__ = ["Death", "Pool"]
+__all__ = ["Activity", "Death", "Pool"]
 
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 # Not `-m`: the package may be importable for the main process only. -P: the working directory must not shadow it.
 BOOTSTRAP = (
     "import sys; sys.path.append({root!r}); from shmengine.workers.child import main;"
-    " main({region}, {parent}, {setup})"
+    " main({region}, {parent}, {setup}, {pipe})"
 )
 STDERR_LINES = 20
-TAKEN_ROOM = 64
 LATEST_LOOK = 3600.0
 GRACE_SECONDS = 2.0
+RETRY_SECONDS = 0.25  # after a worker could not be started
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Death:
     """What is known of a worker that ended."""
 
     pid: int
+    """0: it could not even be started, and no other worker is left."""
     returncode: int | None
     tag: int
     """Batch that it was running; 0: none."""
@@ -59,16 +61,37 @@ class Death:
     """We killed it, for a task that took too long."""
     starting: bool
     """It died before it could run any task."""
+    stack: str
+    """Where it was when we killed it."""
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What a worker has been doing for some time."""
+
+    pid: int
+    tag: int
+    """Batch; `messages.STARTING`: none yet."""
+    index: int
+    """Task of that batch, or `messages.WHOLE_BATCH`."""
+    seconds: float
+    starves: int
+    """Bytes of shared memory that it waits for."""
+    stack: str
+    """In parentheses: why there is none."""
 
 
 @dataclass
 class _Worker:
     process: subprocess.Popen[bytes]
     pidfd: int
+    stack_pipe: int
+    started: int = field(default_factory=time.monotonic_ns)
     streams: dict[int, str] = field(default_factory=dict)
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=STDERR_LINES))
     partial: dict[int, bytes] = field(default_factory=dict)
     killed_for: tuple[int, int] | None = None
+    stack: str = ""  # then
 
 
 class Pool:
@@ -108,8 +131,11 @@ class Pool:
         self._time_limit = time_limit
         self._workers: dict[int, _Worker] = {}
         self._lock = threading.RLock()
+        self._asking = threading.Lock()  # for stacks
         self._closing = False
         self._timed = False
+        self._missing = 0  # workers that could not be started, and are tried again
+        self._retry_at = 0.0
         self._descriptors = contextlib.ExitStack()
         try:
             self._setup_fd = self._keep(_file_of(pickle.dumps(setup)))
@@ -134,28 +160,21 @@ class Pool:
     # --- starting --------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        source = BOOTSTRAP.format(
-            root=PACKAGE_ROOT, region=self.region.fd, parent=self._parent_pidfd, setup=self._setup_fd
-        )
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        flags = [flag for flag in flags if flag != "-i"]
-        process = subprocess.Popen(
-            [sys.executable, *flags, "-P", "-c", source],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=(self.region.fd, self._parent_pidfd, self._setup_fd),
-            env={**os.environ, **self._environment},
-            process_group=0,  # Ctrl-C at the terminal reaches main alone
-        )
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            ours.callback(os.close, read)
+            theirs.callback(os.close, write)
+            fds = (self.region.fd, self._parent_pidfd, self._setup_fd, write)
+            process = self._exec(fds)
+            try:
+                worker = _Worker(process, os.pidfd_open(process.pid), read)
+            except OSError:
+                process.kill()
+                process.communicate()
+                raise
+            ours.pop_all()
         assert process.stdout is not None
         assert process.stderr is not None
-        try:
-            worker = _Worker(process, os.pidfd_open(process.pid))
-        except OSError:
-            process.kill()
-            process.communicate()
-            raise
         for stream, name in ((process.stdout, "stdout"), (process.stderr, "stderr")):
             os.set_blocking(stream.fileno(), False)
             worker.streams[stream.fileno()] = name
@@ -164,6 +183,21 @@ class Pool:
             self._selector.register(worker.pidfd, selectors.EVENT_READ, worker)
             for fd in worker.streams:
                 self._selector.register(fd, selectors.EVENT_READ, worker)
+
+    def _exec(self, fds: tuple[int, int, int, int]) -> subprocess.Popen[bytes]:
+        region, parent, setup, pipe = fds
+        source = BOOTSTRAP.format(root=PACKAGE_ROOT, region=region, parent=parent, setup=setup, pipe=pipe)
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        flags = [flag for flag in flags if flag != "-i"]
+        return subprocess.Popen(
+            [sys.executable, *flags, "-P", "-c", source],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=fds,
+            env={**os.environ, **self._environment},
+            process_group=0,  # Ctrl-C at the terminal reaches main alone
+        )
 
     # --- watching --------------------------------------------------------------------------------
 
@@ -186,6 +220,8 @@ class Pool:
     def _watch(self) -> None:
         while True:
             wait = self._enforce_limits() if self._timed else LATEST_LOOK
+            if self._missing:
+                wait = min(wait, max(self._retry_at - time.monotonic(), 0))
             for key, _ in self._selector.select(wait):
                 worker: _Worker | None = key.data
                 if worker is None:
@@ -197,6 +233,8 @@ class Pool:
                     self._forward(worker, key.fd)
             if self._closing and not self._workers:
                 return
+            if self._missing and time.monotonic() >= self._retry_at:
+                self._start_missing()
 
     def _enforce_limits(self) -> float:
         """Kill workers whose task runs longer than it may; return the seconds until the next look."""
@@ -207,19 +245,31 @@ class Pool:
             found = self._progress(pid)
             if found is None:
                 continue
-            tag, index, since, _ = found
+            tag, _, since, _ = found
             limit = self._time_limit(tag) if tag else None
             if limit is None or not since or worker.killed_for is not None:
                 continue
             any_limit = True
             left = limit - (now - since) / 1e9
             if left <= 0:
-                worker.killed_for = (tag, index)
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+                self._end_overdue(worker, found)
             else:
                 wait = min(wait, left)
         return wait if any_limit or self._timed else LATEST_LOOK
+
+    def _end_overdue(self, worker: _Worker, found: tuple[int, int, int, int]) -> None:
+        """Kill a worker for the task that it runs too long; if it is at that task no more, let it go on."""
+        pid = worker.process.pid
+        with self._asking, contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(worker.pidfd, signal.SIGSTOP)  # what is killed is what was judged
+            stacks.await_standstill(pid)
+            now = self._progress(pid)
+            if now is None or now[:3] != found[:3]:
+                signal.pidfd_send_signal(worker.pidfd, signal.SIGCONT)
+                return
+            worker.killed_for = found[:2]
+            (worker.stack,) = stacks.answers([stacks.Question(pid, worker.stack_pipe, last=True)])
+            signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
 
     def _progress(self, pid: int) -> tuple[int, int, int, int] | None:
         """Return (tag, index, since, bytes it starves for) of a worker."""
@@ -258,6 +308,31 @@ class Pool:
             if progress is not None and progress[0] not in (0, STARTING):
                 found.append((pid, progress[0], progress[1], (now - progress[2]) / 1e9))
         return found
+
+    def slow(self, after: float) -> list[Activity]:
+        """Return what has been going on for so many seconds, the longest first; asks those workers for their stacks."""
+        with self._asking, contextlib.ExitStack() as files:
+            questions, found = [], []
+            with self._lock:  # nobody is buried meanwhile, and the region stays
+                now = time.monotonic_ns()
+                for pid, worker in self._workers.items():
+                    tag, index, since, starves = self._progress(pid) or (STARTING, 0, worker.started, 0)
+                    seconds = (now - (since or now)) / 1e9
+                    if tag and seconds >= after:
+                        found.append((seconds, pid, tag, index, since, starves))
+                        pipe = os.dup(worker.stack_pipe)
+                        files.callback(os.close, pipe)
+                        questions.append(stacks.Question(pid, pipe))
+            said = stacks.answers(questions)
+            with self._lock:
+                # Without those that have moved on, whose stack is of something else.
+                return [
+                    Activity(pid, tag, index, seconds, starves, stack)
+                    for (seconds, pid, tag, index, since, starves), stack in sorted(
+                        zip(found, said, strict=True), reverse=True
+                    )
+                    if (self._progress(pid) or (tag, index, since))[:3] == (tag, index, since)
+                ]
 
     def _forward(self, worker: _Worker, fd: int) -> None:
         """Pass on what a worker printed, whole lines at a time."""
@@ -317,6 +392,7 @@ class Pool:
             progress = self._progress(process.pid)
             leased = self._recover(process.pid)
             os.close(worker.pidfd)
+            os.close(worker.stack_pipe)
             for stream in (process.stdout, process.stderr):
                 if stream is not None:
                     stream.close()
@@ -335,18 +411,36 @@ class Pool:
             _likely_cause(returncode),
             worker.killed_for is not None and worker.killed_for == (tag, index),
             progress is None or tag == STARTING,
+            worker.stack,
         )
-        if self._on_death(death) and not self._closing:
-            with self._lock:
-                if not self._closing:
-                    try:
-                        self._start()
-                    except OSError as error:
-                        self._print_failure(error)
+        if self._on_death(death):
+            self._missing += 1
+            self._start_missing()
 
-    def _print_failure(self, error: OSError) -> None:
+    def _start_missing(self) -> None:
+        """Replace the dead, or try again later; while nobody is left that counts as a death at the start."""
+        with self._lock:
+            try:
+                while self._missing and not self._closing:
+                    self._start()
+                    self._missing -= 1
+                self._missing, self._retry_at = 0, 0.0
+                return
+            except (OSError, MemoryError) as error:
+                failure = str(error) or "no memory"
+            nobody_left = not self._workers
+        if not self._retry_at:
+            self._print_failure(failure)
+        self._retry_at = time.monotonic() + RETRY_SECONDS
+        cause = f"none can be started: {failure}"
+        if nobody_left and not self._on_death(
+            Death(0, None, 0, 0, [], "", cause, timed_out=False, starting=True)
+        ):
+            self._missing = 0
+
+    def _print_failure(self, failure: str) -> None:
         with contextlib.suppress(Exception):
-            sys.stderr.write(f"shmengine: a worker could not be replaced: {error}\n")
+            sys.stderr.write(f"shmengine: a worker could not be replaced, and is tried again: {failure}\n")
 
     def _recover(self, pid: int) -> list[int]:
         """Clear up after a dead worker; return the tags of the tasks that it had leased."""
@@ -356,9 +450,12 @@ class Pool:
         slot = lib.shmr_find(handle, pid)
         if slot < 0:
             return []
-        taken = ffi.new("shmr_block[]", TAKEN_ROOM)
+        # All of it: what does not fit would go back into the ring, and be run again although it has its outcome.
+        # (Functions that keep their arguments keep the messages leased, however long ago these were answered.)
+        room = self.region.leases().get(pid, 0)
+        taken = ffi.new("shmr_block[]", room + 1)
         count = ffi.new("uint32_t *")
-        lib.shmr_recover(handle, slot, taken, TAKEN_ROOM, count)
+        lib.shmr_recover(handle, slot, taken, room, count)
         tags = []
         for i in range(count[0]):
             tags.append(taken[i].tag)

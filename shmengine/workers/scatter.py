@@ -19,14 +19,15 @@ import numpy as np
 
 from shmengine.arena import Arena
 from shmengine.arrays import Bytes, SharedReference, decode_spec, is_alone, view
-from shmengine.codec import copy_array
+from shmengine.codec import copy_array, crc32c_of
 
 __all__ = ["BLOCK_SPEC", "PLACED_SPEC", "Flat", "Plan", "PlanRunner", "Target"]
 
 BLOCK_SPEC = struct.Struct("<QQQQ")
 """Of a block: reference (region, block, generation) of its plan; tag of the message with block 0."""
 PLACED_SPEC = struct.Struct("<QQQ")
-"""Of an answer: bytes and offset in the region of a result that main is to copy; bytes that are in their place."""
+"""Of an answer: bytes, offset in the region and (with a payload check) checksum of a result that main is to copy;
+or 0, 0 and the bytes that are in their place."""
 
 _ALIGNMENT = 64
 
@@ -82,7 +83,7 @@ class Plan(NamedTuple):
 class PlanRunner:
     """Runs blocks of one plan, in a worker."""
 
-    def __init__(self, plan: Plan, fn: Callable[..., Any], arena: Arena) -> None:
+    def __init__(self, plan: Plan, fn: Callable[..., Any], arena: Arena, payload_check: int) -> None:
         self.fn = fn
         self.frame: Bytes | None = None
         self.used = time.perf_counter_ns()
@@ -91,6 +92,7 @@ class PlanRunner:
         self.kwargs = plan.kwargs
         self._plan = plan
         self._arena = arena
+        self._payload_check = payload_check
         target = plan.target
         if target is not None:
             self._target = target
@@ -121,7 +123,7 @@ class PlanRunner:
             blocks.append(block)
         return blocks
 
-    def place(self, index: int, results: list[Any]) -> tuple[int, int, SharedReference | None] | None:
+    def place(self, index: int, results: list[Any]) -> tuple[int, int, int, SharedReference | None] | None:
         """Write the result to its place, or name it; None if it is not just what belongs there.
 
         One that the function keeps is not named: it may be written to again.
@@ -133,8 +135,9 @@ class PlanRunner:
 
         Returns
         -------
-        nbytes, offset, reference
-            With a reference, where in the region the result is and what to hold it by; without, it is in its place.
+        nbytes, offset, check, reference
+            With a reference, where in the region the result is, its checksum and what to hold it by; without, it
+            is in its place.
         """
         if self._plan.target is None or type(results[0]) is not np.ndarray:
             return None
@@ -157,10 +160,11 @@ class PlanRunner:
             with self._arena.borrowed(target.reference) as root:
                 whole = view(root, self._target_spec, target.reference.offset)
                 copy_array(whole[(slice(None),) * axis + (slice(start, stop),)], inner)
-            return inner.nbytes, 0, None
+            return inner.nbytes, 0, 0, None
         if not alone or not (inner.flags.f_contiguous if target.order == "F" else inner.flags.c_contiguous):
             return None
         reference = self._arena.share(inner)
         if reference is None:
             return None
-        return inner.nbytes, self._arena.offset_of(inner), reference
+        check = crc32c_of(inner) if self._payload_check else 0
+        return inner.nbytes, self._arena.offset_of(inner), check, reference

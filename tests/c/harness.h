@@ -12,6 +12,11 @@
 
 #include "shmr_internal.h"
 
+#ifdef SHMR_COVERAGE /* what a forked child has covered counts, too */
+void __gcov_dump(void);
+#define _exit(status) (__gcov_dump(), _exit(status))
+#endif
+
 #define WATCHDOG_SECONDS 120
 
 #define MIB (UINT64_C(1) << 20)

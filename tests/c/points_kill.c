@@ -187,6 +187,7 @@ static void a_worker_dies(void) {
 /* A victim with a bit of everything in hand, whose recoverer dies; the parent finishes. */
 static void everything_in_hand(void) {
     shmr *p = attach_region(fd);
+    shmr_store_relaxed(&p->next_look, INT64_MAX); /* it clears up after nobody */
     shmr_block b = {0};
     shmr_ref ref;
     for (int i = 0; i < 2 && shmr_lease(p, 0, 1, NOT_AT_ALL, &b) == SHMR_OK; i++) {

@@ -8,6 +8,24 @@
 #define MAGIC UINT64_C(0x7e57ab1e7e57ab1e)
 #define HEADER_BYTES sizeof(struct payload)
 
+/* What a whole run moved, for whoever adds up several (tests/soak). */
+struct totals {
+    uint64_t kills, messages, redelivered, lost, duplicated, rescued_wakeups;
+};
+
+static inline void print_totals(const struct totals *all) {
+    printf("report {\"kills\": %llu, \"messages\": %llu, \"redelivered\": %llu, \"lost\": %llu, "
+           "\"duplicated\": %llu, \"rescued_wakeups\": %llu}\n",
+           (unsigned long long)all->kills, (unsigned long long)all->messages, (unsigned long long)all->redelivered,
+           (unsigned long long)all->lost, (unsigned long long)all->duplicated,
+           (unsigned long long)all->rescued_wakeups);
+}
+
+/* `seconds` of the command line, as a moment; without it: once. */
+static inline int64_t end_of_run(int argc, char **argv) {
+    return argc > 2 ? shmr_now() + (int64_t)(strtod(argv[2], NULL) * 1e9) : 0;
+}
+
 struct payload {
     uint64_t magic, producer, number, length, seed;
     uint32_t check, unused;

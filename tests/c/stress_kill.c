@@ -5,7 +5,7 @@
  * whole; nothing is delivered twice as if for the first time (a repetition says so by its attempts); at the end every
  * record is free and no memory is in use.
  *
- *     stress_kill [seed]
+ *     stress_kill [seed [seconds]]
  */
 #include "stress.h"
 
@@ -32,6 +32,8 @@ static struct {
     shmr_word stop_producing, stop_consuming, failures, messages;
 } *shared;
 static uint32_t births;
+static uint64_t base_seed; /* of a run */
+static struct totals all;
 
 static void note_failures(void) {
     uint64_t failures = (uint64_t)shmr_count_get(&check_failures);
@@ -39,7 +41,7 @@ static void note_failures(void) {
 }
 
 static void produce(shmr *p, uint64_t life) {
-    uint64_t seed = life * 77 + 5;
+    uint64_t seed = base_seed * 1000003 + life * 77 + 5;
     for (uint64_t number = 0; number < NUMBERS && !shmr_load_relaxed(&shared->stop_producing);) {
         int status = send_payload(p, 0, life, number, message_size(&seed, 300000), random_below(&seed, 6) == 0,
                                   shmr_now() + 20000000);
@@ -75,7 +77,7 @@ static int consume_one(shmr *p, uint32_t ring, uint64_t *seed, int64_t deadline)
 }
 
 static void consume(shmr *p, uint64_t life) {
-    uint64_t seed = life;
+    uint64_t seed = base_seed * 1000003 + life;
     while (!shmr_load_relaxed(&shared->stop_consuming)) {
         consume_one(p, 0, &seed, shmr_now() + 20000000);
         consume_one(p, 1, &seed, NOT_AT_ALL);
@@ -120,15 +122,17 @@ static void check_arrivals(void) {
     CHECK_EQ(lost, 0);
     CHECK_EQ(invented, 0);
     CHECK_EQ(doubled, 0);
+    all.messages += sent_in_all;
+    all.redelivered += repeated;
+    all.lost += lost;
+    all.duplicated += doubled;
     printf("       %llu messages of %u lives, %llu delivered again\n", (unsigned long long)sent_in_all, births,
            (unsigned long long)repeated);
     CHECK(sent_in_all > KILLS);
 }
 
-static uint64_t seed;
-
 static void run(uint64_t capacity, uint32_t participants, bool stops) {
-    uint64_t s = seed;
+    uint64_t s = base_seed;
     shmr_config config = {.participants = participants, .doorbells = 32, .rings = 2, .blocks = 8192,
                           .arena_bytes = 48 * MIB, .flags = SHMR_WAIT_ALONE, .capacity = {capacity, capacity}};
     h = create_region(&config, &fd);
@@ -159,6 +163,8 @@ static void run(uint64_t capacity, uint32_t participants, bool stops) {
     CHECK_EQ(shmr_load_relaxed(&shared->failures), 0);
     CHECK_EQ(shmr_live_participants(h), 1);
     CHECK(counters_of(h).deaths <= KILLS);
+    all.kills += KILLS;
+    all.rescued_wakeups += counters_of(h).rescued_wakeups;
     check_arrivals();
     check_whole(h);
     leave_region(h);
@@ -173,12 +179,17 @@ static void in_a_crowded_table(void) { run(4, PEOPLE + 1, false); }
 static void while_others_are_stopped(void) { run(8, 16, true); }
 
 int main(int argc, char **argv) {
-    seed = argc > 1 ? strtoull(argv[1], NULL, 0) : (uint64_t)shmr_now() % 1000000;
-    printf("       seed %llu\n", (unsigned long long)seed);
+    base_seed = argc > 1 ? strtoull(argv[1], NULL, 0) : (uint64_t)shmr_now() % 1000000;
+    int64_t end = end_of_run(argc, argv);
+    printf("       seed %llu\n", (unsigned long long)base_seed);
     rescues_allowed = true;
-    RUN(killed_and_replaced);
-    RUN(in_a_narrow_ring);
-    RUN(in_a_crowded_table);
-    RUN(while_others_are_stopped);
+    do {
+        RUN(killed_and_replaced);
+        RUN(in_a_narrow_ring);
+        RUN(in_a_crowded_table);
+        RUN(while_others_are_stopped);
+        base_seed++;
+    } while (shmr_now() < end && !tests_failed);
+    print_totals(&all);
     return summary("stress_kill");
 }

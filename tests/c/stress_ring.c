@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
-/* Many producers and consumers, as threads and as processes: everything arrives once, whole, and in order. */
+/* Many producers and consumers, as threads and as processes: everything arrives once, whole, and in order.
+ *
+ *     stress_ring [seed [seconds]]
+ */
 #include "stress.h"
 
 #if defined(__SANITIZE_THREAD__)
@@ -20,9 +23,11 @@ static uint32_t producers, consumers;
 static uint64_t size_max;
 static shmr_word (*received)[MESSAGES]; /* by producer and number: how often */
 static shmr_count *child_failures;
+static uint64_t base_seed;
+static struct totals all;
 
 static void produce(shmr *p, uint64_t id) {
-    uint64_t seed = id + 1;
+    uint64_t seed = base_seed * 1000 + id + 1;
     for (uint64_t number = 0; number < MESSAGES; number++)
         OK(send_payload(p, 0, id, number, message_size(&seed, size_max), random_below(&seed, 8) == 0, FOR_EVER));
 }
@@ -138,6 +143,10 @@ static void run(enum mode how, uint32_t producer_count, uint32_t consumer_count,
         }
     CHECK_EQ(lost, 0);
     CHECK_EQ(doubled, 0);
+    all.messages += (uint64_t)producers * MESSAGES - lost;
+    all.lost += lost;
+    all.duplicated += doubled;
+    all.rescued_wakeups += counters_of(h).rescued_wakeups;
     check_whole(h);
     leave_region(h);
     close(fd);
@@ -161,20 +170,26 @@ static void processes_many_to_one(void) { run(PROCESSES, 6, 1, 4, 32 * MIB, 1000
 static void processes_one_to_many(void) { run(PROCESSES, 1, 6, 4, 32 * MIB, 100000); }
 #endif
 
-int main(void) {
-    RUN(threads_over_one_handle);
-    RUN(threads_with_handles_of_their_own);
-    RUN(threads_small_messages);
-    RUN(threads_one_slot);
-    RUN(threads_short_of_memory);
+int main(int argc, char **argv) {
+    base_seed = argc > 1 ? strtoull(argv[1], NULL, 0) : 0;
+    int64_t end = end_of_run(argc, argv);
+    do {
+        RUN(threads_over_one_handle);
+        RUN(threads_with_handles_of_their_own);
+        RUN(threads_small_messages);
+        RUN(threads_one_slot);
+        RUN(threads_short_of_memory);
 #if !defined(__SANITIZE_THREAD__)
-    RUN(processes_one_to_one);
-    RUN(processes);
-    RUN(processes_small_messages);
-    RUN(processes_one_slot);
-    RUN(processes_short_of_memory);
-    RUN(processes_many_to_one);
-    RUN(processes_one_to_many);
+        RUN(processes_one_to_one);
+        RUN(processes);
+        RUN(processes_small_messages);
+        RUN(processes_one_slot);
+        RUN(processes_short_of_memory);
+        RUN(processes_many_to_one);
+        RUN(processes_one_to_many);
 #endif
+        base_seed++;
+    } while (shmr_now() < end && !tests_failed);
+    print_totals(&all);
     return summary("stress_ring");
 }

@@ -99,12 +99,25 @@ static void an_insert_is_finished(void) {
     kill_victim(script_commit_without_slot, &r);
     OK(receive_message(h, 0, &tag, NOT_AT_ALL));
     CHECK_EQ(tag, 1);
-    CHECK_STATUS(receive_message(h, 0, &tag, NOT_AT_ALL), SHMR_WOULD_BLOCK);
+    CHECK_EQ(shmr_approx_fill(h, 0), 0);
     CHECK_EQ(kind_of(h, r.block.block), SHMR_COMMITTED);
     CHECK_EQ(shmr_check_deaths(h), 1);
     OK(receive_message(h, 0, &tag, NOT_AT_ALL));
     CHECK_EQ(tag, 2);
     CHECK_STATUS(receive_message(h, 0, &tag, NOT_AT_ALL), SHMR_WOULD_BLOCK); /* once */
+    close_whole();
+}
+
+/* Who never sleeps looks for deaths, too. */
+static void polling_finds_the_dead(void) {
+    open_region();
+    struct report r;
+    uint64_t tag = 0;
+    kill_victim(script_commit_without_slot, &r);
+    OK(receive_message(h, 0, &tag, NOT_AT_ALL));
+    OK(receive_message(h, 0, &tag, NOT_AT_ALL));
+    CHECK_EQ(tag, 2);
+    CHECK_STATUS(receive_message(h, 0, &tag, NOT_AT_ALL), SHMR_WOULD_BLOCK); /* and not again at once */
     close_whole();
 }
 
@@ -132,6 +145,24 @@ static void an_insert_into_a_full_ring_is_kept(void) {
     for (expected = 0; receive_message(h, 0, &tag, NOT_AT_ALL) == SHMR_OK; expected++) CHECK(tag == 2 || tag == 200);
     CHECK_EQ(expected, 2);
     leave_region(successor);
+    close_whole();
+}
+
+/* It leaves before there was room: whoever waits for a message takes over what it left. */
+static void kept_by_one_who_left(void) {
+    open_region();
+    struct report r;
+    uint64_t tag = 0;
+    kill_victim(script_commit_without_slot, &r);
+    for (uint64_t k = 0; k < 7; k++) OK(send_message(h, 0, 8, 100 + k, NOT_AT_ALL));
+    shmr *recoverer = attach_region(fd);
+    recoverer->g.most[0] = 8; /* as if the spare slots were full too */
+    CHECK_EQ(shmr_check_deaths(recoverer), 1);
+    leave_region(recoverer);
+    for (uint64_t k = 0; k < 8; k++) OK(receive_message(h, 0, &tag, NOT_AT_ALL));
+    CHECK_EQ(tag, 106);
+    OK(receive_message(h, 0, &tag, shmr_now() + 5000000000));
+    CHECK_EQ(tag, 2);
     close_whole();
 }
 
@@ -508,7 +539,9 @@ int main(void) {
     RUN(half_reserved_memory_is_nobodys);
     RUN(committed_stays_a_message);
     RUN(an_insert_is_finished);
+    RUN(polling_finds_the_dead);
     RUN(an_insert_into_a_full_ring_is_kept);
+    RUN(kept_by_one_who_left);
     RUN(a_late_message_of_an_earlier_life);
     RUN(leased_goes_back);
     RUN(leased_can_be_taken_over);

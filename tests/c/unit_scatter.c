@@ -146,7 +146,9 @@ static void put_out(uint64_t index) {
 
 static void answer_as(shmr *p, uint32_t kind, uint32_t spec_bytes, uint64_t tag, uint64_t bytes, uint64_t offset,
                       uint64_t in_place, const shmr_ref *ref) {
-    uint64_t words[3] = {bytes, offset, in_place};
+    uint64_t words[3] = {bytes, offset, in_place}, arena = h->g.config.arena_bytes;
+    if (bytes && bytes <= arena && offset >= h->g.arena_at && offset - h->g.arena_at <= arena - bytes)
+        words[2] = shmr_crc32c(0, h->base + offset, bytes);
     shmr_block b = {0};
     OK(shmr_claim(p, 0, ref, ref != NULL, -1, FOR_EVER, &b));
     b.kind = kind;
@@ -624,6 +626,25 @@ static void check_rubbish(uint64_t index, uint64_t bytes, uint64_t offset) {
     CHECK_EQ(counters_of(h).pins, 0);
 }
 
+/* It is still out: the caller knows from the message whose result is lost. */
+static void a_result_that_was_changed(void) {
+    open_scatter(4, 8);
+    add_source(400, 100, 0, 0);
+    add_target(400, 100);
+    put_out(1);
+    shmr_ref ref = publish_result(worker, 1, 100);
+    answer_as(worker, RESULT_KIND, 24, FIRST_TAG + 1, 100, ref.offset, 0, &ref);
+    h->base[ref.offset + 50] ^= 1;
+    shmr_block m = {0};
+    CHECK_STATUS(accept_next(&m), SHMR_CORRUPT);
+    CHECK_EQ(m.tag, FIRST_TAG + 1);
+    CHECK_EQ(m.state, 0);
+    CHECK_EQ(s.out, 1);
+    CHECK(shmr_scatter_settle(&s, m.tag));
+    OK(shmr_drop(worker, ref.block, ref.generation));
+    close_whole();
+}
+
 static void rubbish_in_an_answer(void) {
     open_scatter(3, 8);
     add_target(250, 100);
@@ -951,6 +972,7 @@ int main(void) {
     RUN(answered_twice);
     RUN(answers_to_nothing_that_is_out);
     RUN(messages_of_another_kind);
+    RUN(a_result_that_was_changed);
     RUN(rubbish_in_an_answer);
     RUN(settling);
     RUN(sending_and_accepting_in_turn);

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
+import dataclasses
+import functools
 import itertools
 import os
 import threading
 import time
 import traceback
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from shmengine.engine import Engine
 from shmengine.engine.backend import task_rng
 from shmengine.errors import Closed, TaskTimeout, UseAfterFork
 
@@ -323,6 +328,79 @@ def test_references_reach_block_functions(engine):
     ref = engine.put(np.arange(10.0))
     result = engine.map_blocks(lambda b, *, table: table[b], np.arange(10)[::-1], block_bytes=16, table=ref)
     assert result.tolist() == list(range(10))[::-1]
+
+
+@dataclasses.dataclass
+class Holder:
+    ref: object
+
+
+class Pair(NamedTuple):
+    left: object
+    right: object
+
+
+PLACES = {
+    "bare": lambda ref: ref,
+    "list": lambda ref: [ref],
+    "dict": lambda ref: {"a": [ref]},
+    "named tuple": lambda ref: Pair(1, ref),
+    "dataclass": Holder,
+    "defaultdict": lambda ref: collections.defaultdict(list, a=ref),
+    "deque": lambda ref: collections.deque([ref]),
+    "set": lambda ref: {ref},
+    "object array": lambda ref: np.array([None, ref], object),
+    "deep": lambda ref: [Holder({"a": collections.OrderedDict(b=(ref, Holder(ref)))})],
+}
+
+
+def content(place):
+    """What lies in such a place."""
+    while type(place) is not str:
+        if isinstance(place, Holder):
+            place = place.ref
+        else:
+            place = list(place.values() if isinstance(place, dict) else place)[-1]
+    return place
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_reference_becomes_the_object_wherever_it_lies(engine, place):
+    ref = engine.put("object")
+    argument = PLACES[place](ref)
+    assert engine.submit(content, argument).result() == "object"
+    assert list(engine.map(content, [argument] * 3)) == ["object"] * 3
+    assert engine.map_blocks(lambda b, place: b + len(content(place)), np.zeros(3), place=argument)[0] == 6
+    assert engine.submit(lambda: content(argument)).result() == "object"
+    assert engine.submit(functools.partial(content, argument)).result() == "object"
+    assert list(engine.starmap(lambda i: content(argument) * i, [(2,)])) == ["object" * 2]
+    assert engine.reduce(lambda b: content(argument), np.zeros(3), combine=max) == "object"
+    assert engine.submit(lambda: argument).result() is not argument
+
+
+def test_functions_index_what_they_refer_to(engine):
+    weights = engine.put(np.arange(3.0))
+    assert list(engine.map(lambda i: float(weights[i]), range(3))) == [0, 1, 2]
+    assert not engine.submit(lambda: weights.flags.writeable).result()
+    assert engine.submit(lambda pair: pair[0] is pair[1].ref, [weights, Holder(weights)]).result()
+
+
+def test_what_comes_with_a_reference_in_a_local_engine_is_not_copied(backend, make_engine):
+    engine = make_engine()
+    x, lock = np.zeros(10), threading.Lock()
+    ref = engine.put("object")
+    if backend != "process":
+        assert engine.submit(lambda holder, y: y[0] is x, Holder(ref), [x]).result()
+        assert engine.submit(lambda parts: (parts[0], parts[1] is lock), [ref, lock]).result() == (
+            "object",
+            True,
+        )
+
+
+def test_references_of_other_engines(engine):
+    with Engine(backend="serial") as other:
+        assert engine.submit(lambda part: part.ref, Holder(other.put("object"))).result() == "object"
+        assert other.submit(lambda part: part.ref, Holder(engine.put("object"))).result() == "object"
 
 
 def test_arrays_made_by_the_engine(engine):

@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import queue
 import signal
+import socket
 import threading
 import time
+from multiprocessing import resource_sharer
 
 import numpy as np
 import pytest
@@ -109,6 +111,13 @@ OBJECTS = [
     np.arange(24, dtype="i4").reshape(2, 3, 4)[:, ::-1],
     [np.arange(3), np.array(["2020-01-01"], "M8[D]"), np.array([{}, None])],
 ]
+
+
+@pytest.fixture
+def sharer():
+    """The standard library's thread that hands out descriptors, which it would keep."""
+    yield
+    resource_sharer.stop(timeout=FOREVER)
 
 
 # --- in one process ------------------------------------------------------------------------------
@@ -526,3 +535,44 @@ def test_full_in_a_child(processes):
     process.join()
     assert process.exitcode == 0
     assert q.get(timeout=FOREVER) == 1
+
+
+# --- descriptors ---------------------------------------------------------------------------------
+
+
+def answer(inbox, outbox):
+    """Use what comes, and send back an end of a pipe of our own."""
+    for _ in range(2):
+        end = inbox.get(timeout=FOREVER)
+        if isinstance(end, socket.socket):
+            end.sendall(b"by socket")
+        else:
+            end.send("by connection")
+        end.close()
+    here, there = multiprocessing.Pipe()
+    outbox.put({"end": there})  # not closed here before it has gone: others pickle later
+    here.send("by a connection of the child's")
+    assert here.recv() == "done"
+    resource_sharer.stop(timeout=FOREVER)
+
+
+@pytest.mark.usefixtures("sharer")
+def test_sockets_and_connections_arrive_as_themselves(processes):
+    ctx, maker = processes
+    there, back = maker.Queue(), maker.Queue()
+    child = ctx.Process(target=answer, args=(there, back))
+    child.start()
+    left, right = socket.socketpair()
+    here, end = ctx.Pipe()
+    with left, here:
+        there.put(right)
+        there.put(end)
+        assert left.recv(100) == b"by socket"
+        assert here.recv() == "by connection"
+        with back.get(timeout=FOREVER)["end"] as other:
+            assert other.recv() == "by a connection of the child's"
+            other.send("done")
+        child.join()
+        right.close()
+        end.close()
+    assert child.exitcode == 0

@@ -6,6 +6,7 @@ Here is what only processes can have: things that do not pickle. The rest is in 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import sys
 import threading
@@ -76,6 +77,7 @@ UNPICKLABLE = {
     "attribute": (Config, "args[0].guard['lock']"),
     "generator": (lambda: (i for i in range(3)), "args[0]"),
     "file": (lambda: sys.stdout.buffer, "args[0]"),
+    "connection": (lambda: multiprocessing.Pipe()[0], "args[0]"),
     "in an object array": (lambda: np.array([None, threading.Lock()], object), "args[0][1]"),
 }
 

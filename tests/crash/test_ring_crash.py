@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import secrets
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 
 from shmengine.errors import PeerLost, WouldBlock
+from shmengine.region import remove_name
 from shmengine.ring import Ring
+from tests.helpers import poll_until
 
 FOREVER = 60
 ctx = multiprocessing.get_context("fork")
@@ -226,6 +231,28 @@ def test_who_waits_for_a_slot_is_told_too(ring):
     assert [int(ring.receive()[0]) for _ in range(4)] == [0, 1, 2, 3]
 
 
+def test_who_only_polls_gets_what_the_dead_had_leased(ring):
+    ring.send([1])
+    with victim(lease_one, ring) as kill:
+        assert ring.try_lease() is None
+        kill()
+        got = []
+        poll_until(lambda: got.append(ring.try_lease()) or got[-1], what="the message is there again")
+        assert got[-1].attempts == 1
+        got[-1].release()
+
+
+def test_who_only_polls_gets_the_memory_of_the_dead():
+    with Ring(16, "8 MiB") as ring, victim(fill_memory, ring) as kill:
+        assert ring.try_claim(5_000_000, "u1") is None
+        kill()
+        got = []
+        poll_until(
+            lambda: got.append(ring.try_claim(5_000_000, "u1")) or got[-1], what="the memory is there again"
+        )
+        got[-1].abort()
+
+
 def fill_memory(ring):
     return [ring.claim(900_000, "u1") for _ in range(6)]
 
@@ -295,6 +322,56 @@ def test_a_consumer_killed_in_its_sleep_takes_no_wakeup_with_it(ring):
             process.join()
             thread.join()
             assert got == [3]
+
+
+# --- strangers ------------------------------------------------------------------------------------
+
+STRANGER = """
+import signal, sys
+import shmengine
+ring = shmengine.Ring(4, "8 MiB", name=sys.argv[1])
+held = eval(sys.argv[2])
+print("ready", flush=True)
+signal.pause()
+"""
+
+
+def test_what_strangers_leave_is_found_by_the_last_one():
+    """All others who know a name are killed, its creator among them."""
+    name = f"test-{secrets.token_hex(8)}"
+    acts = [
+        "[ring.send([i] * 1000) for i in range(3)]",
+        "ring.lease(timeout=60)",
+        "[ring.lease(timeout=60), ring.claim(100_000), ring.send([3])]",
+    ]
+    processes = []
+    try:
+        for act in acts:
+            command = [sys.executable, "-c", STRANGER, name, act]
+            processes.append(
+                subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+            )
+            assert processes[-1].stdout.readline() == "ready\n"
+        with Ring(4, "8 MiB", name=name) as ring:
+            for process in processes:
+                process.kill()
+                process.wait()
+            got = {}
+            for _ in range(4):
+                lease = ring.lease(timeout=FOREVER)
+                got[int(lease.array[0])] = lease.attempts
+                lease.release()
+            assert got == {0: 1, 1: 1, 2: 0, 3: 0}
+            assert (ring.stats().participants, ring.stats().deaths) == (1, 3)
+            ring.send(np.ones(900_000))
+            assert ring.receive(timeout=FOREVER).sum() == 900_000
+            assert_memory_is_whole(ring)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        remove_name(name)
 
 
 # --- at random moments ---------------------------------------------------------------------------

@@ -462,14 +462,23 @@ def backtrack():
     re.match(r"(a+)+$", "a" * 60 + "b")
 
 
+def import_this_module():
+    """Do nothing; where it is unpickled the module has been imported."""
+
+
 @pytest.mark.parametrize("stuck", [hold_the_interpreter, ignore_signals, backtrack])
-def test_a_time_limit_ends_any_task(engine, stuck):
+def test_a_time_limit_ends_any_task(make_engine, stuck):
+    engine = make_engine(
+        initializer=import_this_module
+    )  # which takes long, and must not count as a task's time
     before = engine.stats()
     results = list(engine.map(lambda i: stuck() if i == 5 else i, range(40), timeout=1, on_error="return"))
     error = results.pop(5)
     assert isinstance(error, TaskTimeout)
     assert str(error) == "task 5 of map(<lambda>) did not end within 1 s"
     assert error.seconds == 1
+    where = "(no answer: it blocks signals)" if stuck is ignore_signals else f"in {stuck.__name__}"
+    assert where in error.__notes__[0]
     assert results == [i for i in range(40) if i != 5]
     after = engine.stats()
     assert after.worker_deaths - before.worker_deaths == 1

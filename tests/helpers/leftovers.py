@@ -41,6 +41,11 @@ def _stat_fields(pid: int) -> list[str]:
         return []
 
 
+def state_of(pid: int) -> str:
+    """The letter that /proc has for what a process does: S sleeps, Z is dead; empty when it is gone."""
+    return "".join(_stat_fields(pid)[:1])
+
+
 def _parents() -> dict[int, int]:
     found = {}
     for name in os.listdir("/proc"):

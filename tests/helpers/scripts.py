@@ -22,10 +22,10 @@ from tests.helpers.leftovers import descendants, describe_process
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def soak_seconds(default: float) -> float:
-    """How long a stress test should run: `default`, or what ``make soak MINUTES=`` asks for."""
+def soak_seconds(default: float, tests: int = 1) -> float:
+    """How long a stress test should run: `default`, or its part of the minutes that a soak gives to `tests` of them."""
     minutes = os.environ.get("SHMENGINE_SOAK_MINUTES")
-    return float(minutes) * 60 if minutes else default
+    return float(minutes) * 60 / tests if minutes else default
 
 
 def poll_until(condition: Callable[[], object], timeout: float = 30.0, what: str = "") -> None:

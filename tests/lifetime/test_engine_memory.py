@@ -80,6 +80,11 @@ def count_mappings():
         return len(file.readlines())
 
 
+def is_mapped(inode):
+    with open("/proc/self/maps") as file:
+        return any(line.split()[4] == str(inode) for line in file)
+
+
 def is_shared(engine, array):
     return engine._backend.is_shared(array)
 
@@ -514,6 +519,29 @@ def test_arrays_outlive_the_engine():
         assert (view == 3).all()
         assert np.array_equal(inside, np.arange(1000))
         assert other.submit(np.sum, zeros).result() == 500_000
+
+
+@pytest.mark.parametrize("order", ["engine first", "array first"])
+def test_the_mapping_of_a_closed_engine_goes_with_its_last_array(order):
+    """Until then its memory stays in use, and nothing names it any more."""
+    engine = Engine(1, memory="16 MiB")
+    inode = engine._backend._core.region.inode
+    array = engine.full(100_000, 7.0)
+    assert engine.submit(np.sum, array).result() == 700_000
+    assert len(engine.submit(np.ones, 100_000).result()) == 100_000
+    view = array[::2]
+    del array
+    if order == "array first":
+        del view
+    engine.close()
+    del engine
+    gc.collect()
+    if order == "engine first":
+        assert is_mapped(inode)
+        assert (view == 7).all()
+        del view
+        gc.collect()
+    assert not is_mapped(inode)
 
 
 def test_arrays_of_a_forgotten_engine():

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from multiprocessing import resource_sharer
 
 import numpy as np
 import pytest
@@ -220,6 +221,59 @@ def test_an_engine_beside_it_relieves_nothing():
         with pytest.raises(Full, match="nobody is left"):
             for _ in range(100):
                 q.put(np.arange(50_000.0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_children_that_cannot_have_it_relieve_nothing(method):
+    ctx = multiprocessing.get_context(method)
+    stop = ctx.Event()
+    child = ctx.Process(target=stop.wait)
+    child.start()
+    try:
+        q = Queue(memory="2 MiB", ctx=ctx)
+        with pytest.raises(Full, match="nobody is left"):
+            for _ in range(100):
+                q.put(np.arange(50_000.0))
+    finally:
+        stop.set()
+        child.join()
+
+
+def get_late(q, go, count):
+    go.wait()
+    for _ in range(count):
+        q.get(timeout=FOREVER)
+
+
+@pytest.mark.parametrize("way", [*METHODS, "later"])
+def test_a_child_that_may_come_to_it_is_waited_for(way):
+    ctx = multiprocessing.get_context("spawn" if way == "later" else way)
+    q = Queue(memory="2 MiB", ctx=ctx)
+    go, count = ctx.Event(), 20
+    if way == "later":
+        here, there = ctx.Pipe()
+        child = ctx.Process(target=receive_it, args=(there, go, count))
+    else:
+        child = ctx.Process(target=get_late, args=(q, go, count))
+    child.start()
+    if way == "later":
+        here.send(q)
+    late = threading.Timer(0.5, go.set)
+    late.name = "shmengine-pool"  # no thread that might take a message
+    late.start()
+    for _ in range(count):
+        q.put(np.arange(50_000.0))
+    child.join()
+    late.join()
+    assert child.exitcode == 0
+    if way == "later":
+        here.close()
+        there.close()
+
+
+def receive_it(pipe, go, count):
+    go.wait()
+    get_late(pipe.recv(), go, count)
 
 
 def test_threads_that_never_got_anything_are_hoped_for_a_while(monkeypatch):
@@ -524,3 +578,56 @@ def test_a_closed_queue_cannot_be_sent(kind):
         pickle.dumps(q)
     with pytest.raises(ValueError, match="is closed"):
         q.qsize()
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+def test_descriptors_go_as_multiprocessing_says(by_value):
+    q = Queue(memory="4 MiB")
+    q._by_value = by_value
+    here, there = multiprocessing.Pipe()
+    with here, there:
+        q.put([there, lambda x: x])
+        got, _ = q.get(timeout=FOREVER)
+        with got:
+            assert got.fileno() != there.fileno()
+            got.send(1)
+            assert here.recv() == 1
+    resource_sharer.stop(timeout=FOREVER)
+
+
+def test_what_is_to_blame_beside_a_descriptor():
+    q = Queue(memory="4 MiB")
+    here, there = multiprocessing.Pipe()
+    with here, there, pytest.raises(SerializationError, match=r"'lock' object at \[1\]"):
+        q.put([there, threading.Lock()])
+    resource_sharer.stop(timeout=FOREVER)
+
+
+def test_a_descriptor_that_does_not_go_out_is_closed():
+    q = Queue(1, memory="4 MiB")
+    q.put(0)
+    here, there = multiprocessing.Pipe()
+    with here:
+        with pytest.raises(Full):
+            q.put(there, timeout=0.01)
+        there.close()
+        assert here.poll(FOREVER)  # nobody has the other end any more
+    resource_sharer.stop(timeout=FOREVER)
+
+
+def take_and_put_back(q, count):
+    taken = [q.get(timeout=FOREVER) for _ in range(count)]
+    for item in taken:
+        q.put(item, timeout=FOREVER)
+
+
+def test_records_of_a_process_that_only_waits_for_others_are_not_missed():
+    q = Queue(10_000)
+    for number in range(10_000):
+        q.put(number)
+    child = multiprocessing.get_context("fork").Process(target=take_and_put_back, args=(q, 6000))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert [q.get() for _ in range(10_000)] == [*range(6000, 10_000), *range(6000)]
+    q.close()

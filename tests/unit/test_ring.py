@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
 import signal
 import threading
@@ -531,6 +532,9 @@ def test_stats(ring):
     assert stats.bytes_committed == 200
     assert (stats.participants, stats.deaths) == (1, 0)
     assert stats.memory_budget == 8 << 20
+    assert stats.leases_held == ()
+    with ring.lease():
+        assert ring.stats().leases_held == ((os.getpid(), 1),)
     assert stats.memory_used == 2 << 20
     with pytest.raises(dataclasses.FrozenInstanceError):
         stats.capacity = 5

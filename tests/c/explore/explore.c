@@ -6,6 +6,7 @@
  * ends there. What a process will do is a function of what it has read so far; so a state is told by the values of all shared
  * words (with histories: by all messages), by a hash for each process of all it has read, and by the budgets left.
  */
+#include <linux/futex.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -60,7 +61,8 @@ struct process {
     jmp_buf entry, context;
     char *stack;
     enum status status;
-    sem_t *bell;
+    shmr_word *word; /* asleep on it */
+    bool woken;
     pthread_mutex_t *mutex;
     int64_t end;
     uint64_t obs;
@@ -104,6 +106,7 @@ static struct {
 static int trail_length, replayed;
 static bool randomly;
 static uint64_t seed;
+static unsigned busy, deadly, forgetful; /* one in so many chances, at random, is taken: of this run */
 
 static struct visited {
     uint64_t hash;
@@ -130,7 +133,7 @@ enum kind { WHO_BEGINS = 1, WHO_GOES_ON, AT_AN_ACCESS, GOING_ON, GOING_TO_SLEEP,
 static uint64_t state_hash(enum kind kind) {
     uint64_t hash = mix(mix(mix(memory_hash, kind), (uint64_t)now), log_hash);
     for (int i = 0; i < process_count; i++)
-        hash = mix(hash, mix(processes[i].obs, (uint64_t)processes[i].status << 8 | (uint64_t)(i == current)));
+        hash = mix(hash, mix(processes[i].obs, (uint64_t)processes[i].status << 8 | (uint64_t)processes[i].woken << 1 | (uint64_t)(i == current)));
     return hash;
 }
 
@@ -292,7 +295,7 @@ static void trace(const char *what, const struct ex_site *site, const shmr_word 
 static bool is_enabled(const struct process *p) {
     switch (p->status) {
     case READY: return true;
-    case ASLEEP: return (p->bell && ((shmr_word *)(void *)p->bell)->value) || p->end <= now;
+    case ASLEEP: return p->woken || p->end <= now;
     case LOCKED_OUT: return *(int *)p->mutex == 0;
     default: return false;
     }
@@ -340,11 +343,12 @@ static void die(void) {
 }
 
 static void may_die(void) {
-    if (left.kills > 0 && choose(GOING_ON, 2, 12)) die();
+    if (left.kills > 0 && choose(GOING_ON, 2, deadly)) die();
 }
 
 /* Before an access: another may go on, or this one may die. */
 static void step(struct cell *c, bool write, const struct ex_site *site) {
+    ((struct ex_site *)(uintptr_t)site)->met = true;
     if (++steps > STEPS_MAX) ex_fail("process %d turns for ever", current);
     note_access(c, write);
     count_at(site, false);
@@ -354,14 +358,19 @@ static void step(struct cell *c, bool write, const struct ex_site *site) {
     if (left.preemptions > 0 && c->shared)
         for (int i = 0; i < process_count; i++)
             if (i != current && is_enabled(&processes[i])) others[count++] = i;
-    int taken = choose(AT_AN_ACCESS, 1 + kill + count, 12);
+    bool mortal = kill;
+    if (randomly && kill) { /* with a likelihood of its own */
+        if (choose(AT_AN_ACCESS, 2, deadly)) die();
+        kill = 0;
+    }
+    int taken = choose(AT_AN_ACCESS, 1 + kill + count, busy);
     if (taken == 0) return;
     if (kill && taken == 1) die();
     left.preemptions--;
     int next = others[taken - 1 - kill];
     processes[next].status = READY;
     resume(next);
-    if (kill) may_die(); /* having stood there while others went on */
+    if (mortal) may_die(); /* having stood there while others went on */
 }
 
 /* ---- memory ---------------------------------------------------------------------------------------------------------------- */
@@ -449,7 +458,7 @@ static const struct message *pick(struct cell *c, int order, bool must_be_newest
             if ((choices[i] ? choices[i]->value : c->initial) != not_this) choices[kept++] = choices[i];
         count = kept;
     }
-    int taken = choose(WHICH_MESSAGE, count, 6);
+    int taken = choose(WHICH_MESSAGE, count, forgetful);
     if (taken) {
         left.stale--;
         ex_counts.stale++;
@@ -572,81 +581,56 @@ uint64_t ex_rmw(shmr_word *word, uint64_t operand, const struct ex_site *site) {
     return before;
 }
 
-static struct ex_site plain = {"payload", "", 0, EX_LOAD, EX_RELAXED, EX_RELAXED, EX_RELAXED};
+static struct ex_site plain = {"payload", "", 0, EX_LOAD, EX_RELAXED, EX_RELAXED, false};
 uint64_t ex_data(const shmr_word *word) { return ex_load(word, &plain); }
 void ex_set_data(shmr_word *word, uint64_t value) { ex_store(word, value, &plain); }
 
 /* ---- the kernel -------------------------------------------------------------------------------------------------------------- */
 
-static struct ex_site bell_site = {"semaphore", "", 0, EX_ADD, EX_ACQ_REL, EX_ACQ_REL, EX_ACQ_REL};
+static struct ex_site futex_site = {"futex", "", 0, EX_LOAD, EX_RELAXED, EX_RELAXED, false};
 
-int ex_sem_init(sem_t *sem, int shared, unsigned value) {
-    (void)shared;
-    memset(sem, 0, sizeof *sem);
-    ((shmr_word *)(void *)sem)->value = value;
-    return 0;
-}
-int ex_sem_post(sem_t *sem) {
-    ex_rmw((shmr_word *)(void *)sem, 1, &bell_site);
-    return 0;
-}
-int ex_sem_trywait(sem_t *sem) {
-    shmr_word *word = (shmr_word *)(void *)sem;
-    if (current >= 0) step(cell_of(word), true, &bell_site);
-    if (word->value == 0) {
-        if (current >= 0) observe(0);
-        errno = EAGAIN;
-        return -1;
-    }
-    if (current < 0)
-        word->value--;
-    else {
-        uint64_t value = get(cell_of(word), EX_ACQ_REL, true, NULL, 0);
-        observe(value);
-        put(cell_of(word), value - 1, EX_ACQ_REL, true);
-    }
-    return 0;
-}
-
-static int sleep_on(sem_t *sem, int64_t end) {
-    shmr_word *word = (shmr_word *)(void *)sem;
+/* Sleep until it is woken (on a word) or `end`. The value: as errno has it. */
+static int sleep_on(shmr_word *word, int64_t end) {
     struct process *p = &processes[current];
-    if (sem) step(cell_of(word), true, &bell_site);
-    if (!sem || word->value == 0) {
-        int kill = left.kills > 0, interrupt = left.interrupts > 0;
-        int taken = choose(GOING_TO_SLEEP, 1 + kill + interrupt, 12);
-        if (kill && taken == 1) die();
-        if (taken) {
-            left.interrupts--;
-            observe(3);
-            return EINTR;
-        }
-        if (tracing) printf("  %d  sleeps until %lld\n", current, (long long)end);
-        p->status = ASLEEP;
-        p->bell = sem;
-        p->end = end;
-        leave_to_others();
-        may_die();
+    int kill = left.kills > 0, interrupt = left.interrupts > 0;
+    int taken = choose(GOING_TO_SLEEP, 1 + kill + interrupt, deadly);
+    if (kill && taken == 1) die();
+    if (taken) {
+        left.interrupts--;
+        observe(3);
+        return EINTR;
     }
+    if (tracing) printf("  %d  sleeps until %lld\n", current, (long long)end);
+    p->status = ASLEEP;
+    p->word = word;
+    p->woken = false;
+    p->end = end;
+    leave_to_others();
+    may_die();
     observe((uint64_t)now);
-    if (!sem) return 0;
-    if (word->value == 0) {
-        observe(1);
-        if (tracing) printf("  %d  its time is over\n", current);
-        return ETIMEDOUT;
-    }
-    uint64_t value = get(cell_of(word), EX_ACQ_REL, true, NULL, 0);
-    put(cell_of(word), value - 1, EX_ACQ_REL, true);
-    observe(2);
-    if (tracing) printf("  %d  is woken\n", current);
-    return 0;
+    observe(p->woken);
+    if (tracing) printf("  %d  %s\n", current, p->woken ? "is woken" : "its time is over");
+    return p->woken ? 0 : ETIMEDOUT;
 }
 
-int ex_sem_clockwait(sem_t *sem, clockid_t clock, const struct timespec *end) {
-    (void)clock;
-    errno = sleep_on(sem, (int64_t)end->tv_sec * 1000000000 + end->tv_nsec);
+/* The kernel looks at the word as it is, and wakes who sleeps on it; neither orders anything. */
+static long futex(shmr_word *word, int operation, uint32_t expected, const struct timespec *end) {
+    step(cell_of(word), true, &futex_site);
+    if (operation == FUTEX_WAKE) {
+        long count = 0;
+        for (int i = 0; i < process_count; i++)
+            if (processes[i].status == ASLEEP && processes[i].word == word && !processes[i].woken) {
+                processes[i].woken = true;
+                count++;
+            }
+        observe((uint64_t)count);
+        return count;
+    }
+    observe(word->value);
+    errno = (uint32_t)word->value == expected ? sleep_on(word, (int64_t)end->tv_sec * 1000000000 + end->tv_nsec) : EAGAIN;
     return errno ? -1 : 0;
 }
+
 int ex_nanosleep(const struct timespec *time, struct timespec *rest) {
     (void)rest;
     errno = sleep_on(NULL, now + (int64_t)time->tv_sec * 1000000000 + time->tv_nsec);
@@ -668,9 +652,18 @@ static int process_of(long pid) { return (int)(pid - FIRST_PID); }
 long ex_syscall(long number, ...) {
     va_list arguments;
     va_start(arguments, number);
-    long pid = va_arg(arguments, pid_t);
+    long result = -1;
+    if (number == SYS_pidfd_open) {
+        result = va_arg(arguments, pid_t);
+    } else if (number == SYS_futex) {
+        shmr_word *word = va_arg(arguments, shmr_word *);
+        int operation = va_arg(arguments, int);
+        uint32_t value = va_arg(arguments, uint32_t);
+        const struct timespec *end = va_arg(arguments, const struct timespec *);
+        result = current < 0 ? 0 : futex(word, operation, value, end);
+    }
     va_end(arguments);
-    return number == SYS_pidfd_open ? pid : -1;
+    return result;
 }
 int ex_poll(struct pollfd *fds, nfds_t count, int timeout) {
     (void)count, (void)timeout;
@@ -794,8 +787,9 @@ static void put_back(void) {
     for (int i = 0; i < process_count; i++) {
         struct process *p = &processes[i];
         p->status = READY;
-        p->obs = (uint64_t)i;
+        p->woken = false;
         p->at = NULL;
+        p->obs = (uint64_t)i;
         memcpy(p->context, p->entry, sizeof p->context);
         memset(p->clock, 0, sizeof p->clock);
         memset(p->seen, 0, sizeof p->seen);
@@ -858,7 +852,10 @@ bool ex_random(const struct ex_limits *limits, uint64_t count, uint64_t first_se
     for (uint64_t i = 0; i < count; i++) {
         if (newly_shared) begin_pass();
         seed = first_seed + i;
-        next_random(&seed);
+        static const unsigned rarities[3][3] = {{2, 6, 25}, {8, 40, 150}, {1, 2, 6}};
+        busy = rarities[0][random_below(&seed, 3)];
+        deadly = rarities[1][random_below(&seed, 3)];
+        forgetful = rarities[2][random_below(&seed, 3)];
         run_once(limits);
         if (failed) {
             *failed_seed = first_seed + i;

@@ -5,15 +5,16 @@
  *   --limits P,K,T,I   at most so many preemptions, kills, stale readings, interrupts
  *   --random N         N runs at random instead of all;  --seed S: begin with that one
  *   --seconds S        no longer than that for each scenario
- *   --mutants N        weaken each ordered access by a step, and try N runs of each scenario to notice
- *   --sites            list the accesses that never ran, and the changes before which nobody died
+ *   --sites            list the accesses of the core
+ *   --coverage         list those that never ran, and the changes before which nobody died
+ *   --mutants N        weaken orders as the lines of standard input say; does anything go wrong in N runs of each scenario?
  *   --show             print every access of a run that fails
  */
 #include "machine.h"
 
 extern struct ex_site __start_ex_sites[], __stop_ex_sites[];
 
-static bool long_form, show, list_sites;
+static bool long_form, show, coverage;
 static uint64_t random_runs, mutant_runs, first_seed = 1;
 static double seconds = 1e9;
 static struct ex_limits given = {-1, 0, 0, 0};
@@ -53,93 +54,113 @@ static int explore(const struct ex_scenario *s) {
     return !ok;
 }
 
-/* ---- mutants -------------------------------------------------------------------------------------------------------- */
+/* ---- mutants: the same core with weaker orders ---------------------------------------------------------------------------- */
 
 static const char *const orders[] = {"relaxed", "acquire", "release", "acq_rel", "seq_cst"};
 static const char *const verbs[] = {"load", "store", "cas", "add", "or", "and", "exchange"};
 
+static void list_sites(void) {
+    for (struct ex_site *s = __start_ex_sites; s < __stop_ex_sites; s++)
+        if (strstr(s->file, "shmr_"))
+            printf("%td %s %d %s %s %s\n", s - __start_ex_sites, s->file, s->line, s->function, verbs[s->verb], orders[s->order]);
+}
+
 struct mutant {
-    struct ex_site *site;
-    int order, failure;
+    char name[80];
+    int sites, site[64], order[64];
+    bool met;
     const char *caught_by;
-    char how[120];
+    char how[200];
     uint64_t seed;
 };
 
-static int weaken(struct ex_site *s, struct mutant out[2]) {
-    bool loads = s->verb == EX_LOAD, cas = s->verb == EX_CAS;
-    switch (s->order) {
-    case EX_SEQ_CST:
-        out[0] = (struct mutant){.site = s, .order = loads ? EX_ACQUIRE : EX_ACQ_REL, .failure = cas ? EX_ACQUIRE : 0};
-        return 1;
-    case EX_ACQ_REL:
-        out[0] = (struct mutant){.site = s, .order = EX_ACQUIRE, .failure = EX_ACQUIRE};
-        out[1] = (struct mutant){.site = s, .order = EX_RELEASE, .failure = EX_RELAXED};
-        return 2;
-    case EX_ACQUIRE:
-    case EX_RELEASE: out[0] = (struct mutant){.site = s, .order = EX_RELAXED, .failure = EX_RELAXED}; return 1;
-    default: return 0;
+static int order_of(const char *name) {
+    for (int i = 0; i < 5; i++)
+        if (!strcmp(orders[i], name)) return i;
+    return -1;
+}
+
+/* A line a mutant: NAME SITE:ORDER SITE:ORDER ... */
+static bool read_mutant(struct mutant *m) {
+    char line[4096], *rest = NULL;
+    if (!fgets(line, sizeof line, stdin)) return false;
+    char *word = strtok_r(line, " \n", &rest);
+    if (!word) return false;
+    snprintf(m->name, sizeof m->name, "%s", word);
+    while ((word = strtok_r(NULL, " \n", &rest)) && m->sites < 64) {
+        char *colon = strchr(word, ':');
+        m->site[m->sites] = atoi(word);
+        m->order[m->sites++] = colon ? order_of(colon + 1) : EX_RELAXED;
+    }
+    return true;
+}
+
+static void weaken(const struct mutant *m) {
+    for (int i = 0; i < m->sites; i++) {
+        struct ex_site *s = &__start_ex_sites[m->site[i]];
+        int order = m->order[i];
+        s->order = order;
+        int load = order == EX_ACQ_REL ? EX_ACQUIRE : order == EX_RELEASE ? EX_RELAXED : order;
+        if (s->failure > load) s->failure = load;
     }
 }
 
-static void try_mutants(struct mutant *mutants, int count) {
-    static const struct ex_limits ways[] = {{99, 0, 3, 0}, {99, 1, 3, 0}, {99, 0, 1, 1}};
-    struct told {
-        uint64_t seed;
-        char how[120];
-    } *told = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+static bool try_mutant(struct mutant *m, struct mutant *told) {
+    static const struct ex_limits ways[] = {{99, 0, 30, 0}, {99, 1, 30, 0}, {99, 0, 30, 1}, {99, 2, 30, 0}};
+    pid_t child = fork();
+    if (child == 0) {
+        if (!freopen("/dev/null", "w", stderr)) _exit(2);
+        weaken(m);
+        for (int w = 0; w < 4; w++)
+            if (!ex_random(&ways[w], mutant_runs, first_seed, &told->seed)) {
+                snprintf(told->how, sizeof told->how, "%s", ex_failure());
+                _exit(1);
+            }
+        _exit(0);
+    }
+    int status;
+    waitpid(child, &status, 0);
+    if (status == 0) return false;
+    m->seed = told->seed;
+    snprintf(m->how, sizeof m->how, "%s", WIFSIGNALED(status) ? "crash" : told->how);
+    return true;
+}
+
+static bool has_met(const struct mutant *m) {
+    for (int i = 0; i < m->sites; i++)
+        if (__start_ex_sites[m->site[i]].met) return true;
+    return false;
+}
+
+/* Prints a line for each: NAME, what became of it. Value: how many survived. */
+static int run_mutants(void) {
+    enum { MOST = 1024 };
+    struct mutant *mutants = mmap(NULL, (MOST + 1) * sizeof *mutants, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    int count = 0, survivors = 0;
+    while (count < MOST && read_mutant(&mutants[count])) count++;
     for (int k = 0; ex_scenarios[k]; k++) {
         if (!is_wanted(ex_scenarios[k]->name)) continue;
         pid_t child = fork(); /* a scenario has a process for itself; so has each mutant, a fork of that */
-        if (child) {
-            int status;
-            waitpid(child, &status, 0);
-            continue;
-        }
-        ex_prepare(ex_scenarios[k]);
-        for (int i = 0; i < count; i++) {
-            if (mutants[i].caught_by) continue;
-            memset(told, 0, sizeof *told);
-            child = fork();
-            if (child == 0) {
-                if (!freopen("/dev/null", "w", stderr)) _exit(2);
-                mutants[i].site->order = mutants[i].order;
-                mutants[i].site->failure = mutants[i].failure;
-                for (int w = 0; w < 3; w++)
-                    if (!ex_random(&ways[w], mutant_runs, first_seed, &told->seed)) {
-                        snprintf(told->how, sizeof told->how, "%d kills: %s", ways[w].kills, ex_failure());
-                        _exit(1);
-                    }
-                _exit(0);
+        if (child == 0) {
+            uint64_t none;
+            ex_prepare(ex_scenarios[k]);
+            ex_random(&(struct ex_limits){99, 1, 30, 1}, 1000, first_seed, &none); /* which accesses it has */
+            for (int i = 0; i < count; i++) {
+                if (mutants[i].caught_by || !has_met(&mutants[i])) continue;
+                mutants[i].met = true;
+                if (try_mutant(&mutants[i], &mutants[MOST])) mutants[i].caught_by = ex_scenarios[k]->name;
             }
-            int status;
-            waitpid(child, &status, 0);
-            if (status == 0) continue;
-            mutants[i].caught_by = ex_scenarios[k]->name;
-            mutants[i].seed = told->seed;
-            snprintf(mutants[i].how, sizeof mutants[i].how, "%s", WIFSIGNALED(status) ? "crash" : told->how);
+            _exit(0);
         }
-        _exit(0);
+        waitpid(child, NULL, 0);
     }
-}
-
-static int run_mutants(void) {
-    size_t sites = (size_t)(__stop_ex_sites - __start_ex_sites);
-    struct mutant *mutants = mmap(NULL, 2 * sites * sizeof *mutants + 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    int count = 0, survivors = 0;
-    for (size_t i = 0; i < sites; i++)
-        if (strstr(__start_ex_sites[i].file, "csrc/")) count += weaken(&__start_ex_sites[i], mutants + count);
-    try_mutants(mutants, count);
     for (int i = 0; i < count; i++) {
         struct mutant *m = &mutants[i];
-        const char *file = strrchr(m->site->file, '/') + 1;
-        printf("%-8s %s:%d %s: %s %s -> %s", m->caught_by ? "caught" : "SURVIVES", file, m->site->line, m->site->function,
-               verbs[m->site->verb], orders[m->site->written], orders[m->order]);
-        if (m->caught_by) printf("  by %s, seed %llu: %s", m->caught_by, (unsigned long long)m->seed, m->how);
+        printf("%s %s", m->name, m->caught_by ? "caught" : m->met ? "survives" : "unmet");
+        if (m->caught_by) printf(" %s %llu %s", m->caught_by, (unsigned long long)m->seed, m->how);
         printf("\n");
         survivors += !m->caught_by;
     }
-    printf("%d mutants, %d survive\n", count, survivors);
     return survivors;
 }
 
@@ -149,7 +170,8 @@ int main(int count, char **arguments) {
         const char *option = arguments[at];
         if (!strcmp(option, "--long")) long_form = true;
         else if (!strcmp(option, "--show")) show = true;
-        else if (!strcmp(option, "--sites")) list_sites = true;
+        else if (!strcmp(option, "--sites")) return list_sites(), 0;
+        else if (!strcmp(option, "--coverage")) coverage = true;
         else if (++at >= count) return 2;
         else if (!strcmp(option, "--seconds")) seconds = atof(arguments[at]);
         else if (!strcmp(option, "--random")) random_runs = strtoull(arguments[at], NULL, 10);
@@ -160,7 +182,7 @@ int main(int count, char **arguments) {
         else return 2;
     }
     wanted = arguments + at;
-    if (mutant_runs) return run_mutants();
+    if (mutant_runs) return run_mutants() > 0;
     ex_count_sites();
     for (int i = 0; ex_scenarios[i]; i++) {
         if (!is_wanted(ex_scenarios[i]->name)) continue;
@@ -171,6 +193,6 @@ int main(int count, char **arguments) {
         if (WIFSIGNALED(status)) printf("FAILED %s: signal %d\n", ex_scenarios[i]->name, WTERMSIG(status));
         bad |= status != 0;
     }
-    ex_print_sites(list_sites);
+    ex_print_sites(coverage);
     return bad;
 }

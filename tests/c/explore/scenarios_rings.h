@@ -312,7 +312,7 @@ static void answer_two(void) {
     for (int i = 0; i < 2; i++) {
         shmr_block b = {0};
         if (!is_done(RETRIED(shmr_lease(h, 0, 0, soon(), &b)))) return;
-        uint64_t words[3] = {b.length, b.offset, 0};
+        uint64_t words[3] = {b.length, b.offset, shmr_crc32c(0, h->base + b.offset, b.length)};
         b.kind = 2;
         b.spec_bytes = sizeof words;
         memcpy(b.spec, words, sizeof words);

@@ -11,7 +11,6 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
-#include <semaphore.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -38,11 +37,12 @@ typedef struct {
 enum { EX_RELAXED, EX_ACQUIRE, EX_RELEASE, EX_ACQ_REL, EX_SEQ_CST };
 enum { EX_LOAD, EX_STORE, EX_CAS, EX_ADD, EX_OR, EX_AND, EX_EXCHANGE };
 
-/* One access in the sources; `order` is what is written there, or weaker when a mutant of it runs. */
+/* One access in the sources; `order` is what is written there, or weaker in a mutant. */
 struct ex_site {
     const char *file;
     const char *function;
-    int line, verb, order, failure, written;
+    int line, verb, order, failure;
+    bool met; /* by a script, not only in the set-up */
 };
 
 uint64_t ex_load(const shmr_word *word, const struct ex_site *site);
@@ -52,7 +52,7 @@ uint64_t ex_rmw(shmr_word *word, uint64_t operand, const struct ex_site *site);
 
 #define EX_SITE(name, verb, order, failure)                                                               \
     static struct ex_site name __attribute__((section("ex_sites"), used, aligned(8))) = {                 \
-        __FILE__, __func__, __LINE__, verb, order, failure, order}
+        __FILE__, __func__, __LINE__, verb, order, failure, false}
 #define EX_JOIN(a, b) a##b
 #define EX_NAME(number) EX_JOIN(ex_site_, number)
 #define EX_AT(name, verb, order, failure, call, ...) ({ EX_SITE(name, verb, order, failure); call(__VA_ARGS__, &name); })
@@ -68,6 +68,8 @@ uint64_t ex_rmw(shmr_word *word, uint64_t operand, const struct ex_site *site);
 #define shmr_store_relaxed(w, v) EX_STORES(w, v, EX_RELAXED)
 #define shmr_store_release(w, v) EX_STORES(w, v, EX_RELEASE)
 #define shmr_cas_relaxed(w, e, d) EX_CASES(w, e, d, EX_RELAXED, EX_RELAXED)
+#define shmr_cas_acquire(w, e, d) EX_CASES(w, e, d, EX_ACQUIRE, EX_ACQUIRE)
+#define shmr_cas_release(w, e, d) EX_CASES(w, e, d, EX_RELEASE, EX_RELAXED)
 #define shmr_cas_acq_rel(w, e, d) EX_CASES(w, e, d, EX_ACQ_REL, EX_ACQUIRE)
 #define shmr_cas_seq_cst(w, e, d) EX_CASES(w, e, d, EX_SEQ_CST, EX_SEQ_CST)
 #define shmr_add_relaxed(w, v) EX_RMWS(EX_ADD, w, v, EX_RELAXED)
@@ -79,7 +81,7 @@ uint64_t ex_rmw(shmr_word *word, uint64_t operand, const struct ex_site *site);
 #define shmr_exchange_acquire(w, v) EX_RMWS(EX_EXCHANGE, w, v, EX_ACQUIRE)
 #define shmr_exchange_seq_cst(w, v) EX_RMWS(EX_EXCHANGE, w, v, EX_SEQ_CST)
 
-#define SHMR_STEP(word) ((void)0) /* before a post: ex_sem_post is a step itself */
+#define SHMR_STEP(word) ((void)0) /* before a system call: ex_syscall is a step itself */
 
 /* ---- private counts: one logical thread a process, so plain memory will do --------------------------------------- */
 
@@ -103,10 +105,6 @@ static inline void shmr_pause(void) {}
 
 /* ---- what is asked of the kernel ----------------------------------------------------------------------------------- */
 
-int ex_sem_init(sem_t *sem, int shared, unsigned value);
-int ex_sem_post(sem_t *sem);
-int ex_sem_trywait(sem_t *sem);
-int ex_sem_clockwait(sem_t *sem, clockid_t clock, const struct timespec *end);
 int ex_nanosleep(const struct timespec *time, struct timespec *rest);
 int ex_clock_gettime(clockid_t clock, struct timespec *time);
 pid_t ex_getpid(void);
@@ -124,10 +122,6 @@ static inline int ex_nothing(const void *unused) {
 }
 
 #ifndef EX_KERNEL /* everywhere but in explore.c itself */
-#define sem_init ex_sem_init
-#define sem_post ex_sem_post
-#define sem_trywait ex_sem_trywait
-#define sem_clockwait ex_sem_clockwait
 #define nanosleep ex_nanosleep
 #define clock_gettime ex_clock_gettime
 #define getpid ex_getpid

@@ -1,0 +1,29 @@
+"""What the soak consists of. A new part is one line here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.soak import engine, queues, ring
+from tests.soak.commands import Run, c_test, python_tests
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part: ``run(seconds, seed)`` returns a `Report`; `share` is what it gets of the time, relative to others."""
+
+    name: str
+    share: float
+    run: Run
+
+
+PARTS = (
+    Part("ring", 5, ring.run),
+    Part("queues", 4, queues.run),
+    Part("engine", 5, engine.run),
+    Part("C ring, killed", 3, c_test("plain/stress_kill")),
+    Part("C ring, killed, address sanitizer", 1, c_test("asan/stress_kill")),
+    Part("C ring, address sanitizer", 1, c_test("asan/stress_ring")),
+    Part("C ring, thread sanitizer", 1, c_test("tsan/stress_ring")),
+    Part("stress tests", 3, python_tests("tests/stress/test_ring_stress.py")),
+)
