@@ -308,6 +308,15 @@ static void resume(int process) {
     if (_setjmp(processes[before].context) == 0) _longjmp(processes[process].context, 1);
 }
 
+/* What was written becomes visible "in a reasonable amount of time" (C11 7.17.3): by the time that a sleep ends. That orders nothing. */
+static void show_everything(void) {
+    for (uint32_t k = 0; weak && k < touched_count; k++) {
+        const struct cell *c = &cells[touched[k]];
+        for (int i = 0; c->id && i < process_count; i++)
+            if (processes[i].seen[c->id] < c->stamp) processes[i].seen[c->id] = c->stamp;
+    }
+}
+
 /* The running process cannot go on: who does? Comes back when it is to go on itself. */
 static void leave_to_others(void) {
     for (;;) {
@@ -326,6 +335,7 @@ static void leave_to_others(void) {
         if (earliest == INT64_MAX) to_host(); /* all have ended (or are locked out: the host looks) */
         if (++slices > SLICES_MAX) ex_fail("everybody sleeps, for ever");
         now = earliest;
+        show_everything();
     }
 }
 
