@@ -68,7 +68,7 @@ struct process {
     uint64_t obs;
     uint32_t clock[EX_PROCESSES];
     view seen;
-    const struct ex_site *at; /* the access before which it stands */
+    const struct ex_site *at;
 };
 
 static char heap[HEAP_BYTES] __attribute__((aligned(64)));
@@ -308,6 +308,15 @@ static void resume(int process) {
     if (_setjmp(processes[before].context) == 0) _longjmp(processes[process].context, 1);
 }
 
+/* What was written becomes visible "in a reasonable amount of time" (C11 7.17.3): by the time that a sleep ends. That orders nothing. */
+static void show_everything(void) {
+    for (uint32_t k = 0; weak && k < touched_count; k++) {
+        const struct cell *c = &cells[touched[k]];
+        for (int i = 0; c->id && i < process_count; i++)
+            if (processes[i].seen[c->id] < c->stamp) processes[i].seen[c->id] = c->stamp;
+    }
+}
+
 /* The running process cannot go on: who does? Comes back when it is to go on itself. */
 static void leave_to_others(void) {
     for (;;) {
@@ -326,10 +335,11 @@ static void leave_to_others(void) {
         if (earliest == INT64_MAX) to_host(); /* all have ended (or are locked out: the host looks) */
         if (++slices > SLICES_MAX) ex_fail("everybody sleeps, for ever");
         now = earliest;
+        show_everything();
     }
 }
 
-static void die(void) {
+static void perish(void) {
     struct process *p = &processes[current];
     if (p->at) count_at(p->at, true);
     if (tracing) printf("  %d  dies\n", current);
@@ -343,7 +353,7 @@ static void die(void) {
 }
 
 static void may_die(void) {
-    if (left.kills > 0 && choose(GOING_ON, 2, deadly)) die();
+    if (left.kills > 0 && choose(GOING_ON, 2, deadly)) perish();
 }
 
 /* Before an access: another may go on, or this one may die. */
@@ -358,18 +368,19 @@ static void step(struct cell *c, bool write, const struct ex_site *site) {
     if (left.preemptions > 0 && c->shared)
         for (int i = 0; i < process_count; i++)
             if (i != current && is_enabled(&processes[i])) others[count++] = i;
+    bool mortal = kill;
     if (randomly && kill) { /* with a likelihood of its own */
-        if (choose(AT_AN_ACCESS, 2, deadly)) die();
+        if (choose(AT_AN_ACCESS, 2, deadly)) perish();
         kill = 0;
     }
     int taken = choose(AT_AN_ACCESS, 1 + kill + count, busy);
     if (taken == 0) return;
-    if (kill && taken == 1) die();
+    if (kill && taken == 1) perish();
     left.preemptions--;
     int next = others[taken - 1 - kill];
     processes[next].status = READY;
     resume(next);
-    if (kill) may_die(); /* having stood there while others went on */
+    if (mortal) may_die(); /* having stood there while others went on */
 }
 
 /* ---- memory ---------------------------------------------------------------------------------------------------------------- */
@@ -593,7 +604,7 @@ static int sleep_on(shmr_word *word, int64_t end) {
     struct process *p = &processes[current];
     int kill = left.kills > 0, interrupt = left.interrupts > 0;
     int taken = choose(GOING_TO_SLEEP, 1 + kill + interrupt, deadly);
-    if (kill && taken == 1) die();
+    if (kill && taken == 1) perish();
     if (taken) {
         left.interrupts--;
         observe(3);
@@ -786,8 +797,8 @@ static void put_back(void) {
     for (int i = 0; i < process_count; i++) {
         struct process *p = &processes[i];
         p->status = READY;
-        p->at = NULL;
         p->woken = false;
+        p->at = NULL;
         p->obs = (uint64_t)i;
         memcpy(p->context, p->entry, sizeof p->context);
         memset(p->clock, 0, sizeof p->clock);

@@ -6,15 +6,15 @@
  *   --random N         N runs at random instead of all;  --seed S: begin with that one
  *   --seconds S        no longer than that for each scenario
  *   --sites            list the accesses of the core
+ *   --coverage         list those that never ran, and the changes before which nobody died
  *   --mutants N        weaken orders as the lines of standard input say; does anything go wrong in N runs of each scenario?
- *   --coverage         list the accesses that never ran, and the changes before which nobody died
  *   --show             print every access of a run that fails
  */
 #include "machine.h"
 
 extern struct ex_site __start_ex_sites[], __stop_ex_sites[];
 
-static bool long_form, show, list_coverage;
+static bool long_form, show, coverage;
 static uint64_t random_runs, mutant_runs, first_seed = 1;
 static double seconds = 1e9;
 static struct ex_limits given = {-1, 0, 0, 0};
@@ -171,7 +171,7 @@ int main(int count, char **arguments) {
         if (!strcmp(option, "--long")) long_form = true;
         else if (!strcmp(option, "--show")) show = true;
         else if (!strcmp(option, "--sites")) return list_sites(), 0;
-        else if (!strcmp(option, "--coverage")) list_coverage = true;
+        else if (!strcmp(option, "--coverage")) coverage = true;
         else if (++at >= count) return 2;
         else if (!strcmp(option, "--seconds")) seconds = atof(arguments[at]);
         else if (!strcmp(option, "--random")) random_runs = strtoull(arguments[at], NULL, 10);
@@ -193,6 +193,6 @@ int main(int count, char **arguments) {
         if (WIFSIGNALED(status)) printf("FAILED %s: signal %d\n", ex_scenarios[i]->name, WTERMSIG(status));
         bad |= status != 0;
     }
-    ex_print_sites(list_coverage);
+    ex_print_sites(coverage);
     return bad;
 }
