@@ -62,6 +62,14 @@ class Death:
     """Where it was when we killed it."""
 
 
+def _pipe(flags: int, ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[int, int]:
+    """Return the ends of a pipe, each closed by its stack."""
+    read, write = os.pipe2(os.O_CLOEXEC | flags)
+    ours.callback(os.close, read)
+    theirs.callback(os.close, write)
+    return read, write
+
+
 @dataclass(frozen=True)
 class Activity:
     """What a worker has been doing for some time."""
@@ -159,12 +167,8 @@ class Pool:
 
     def _start(self) -> None:
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
-            stack_pipe, stack_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            log_pipe, log_end = os.pipe2(os.O_CLOEXEC)
-            for fd in (stack_pipe, log_pipe):
-                ours.callback(os.close, fd)
-            for fd in (stack_end, log_end):
-                theirs.callback(os.close, fd)
+            stack_pipe, stack_end = _pipe(os.O_NONBLOCK, ours, theirs)
+            log_pipe, log_end = _pipe(0, ours, theirs)
             process = self._exec((self.region.fd, self._parent_pidfd, self._setup_fd, stack_end, log_end))
             try:
                 worker = _Worker(process, os.pidfd_open(process.pid), stack_pipe, log_pipe)

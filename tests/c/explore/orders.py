@@ -124,7 +124,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=2000, help="of each scenario, in four ways")
+    parser.add_argument("--runs", type=int, default=1500, help="of each scenario, in four ways")
     parser.add_argument("--labels-only", action="store_true", help="not each access alone")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
