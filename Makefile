@@ -12,7 +12,7 @@ stamp  := $(venv)/.stamp
 native := setup.py shmengine/_native/build.py $(wildcard csrc/*.c csrc/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rebuild demo test quick bench soak fuzz coverage lint format ctest clean
+.PHONY: help setup rebuild demo test quick bench soak points fuzz coverage lint format ctest clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -50,6 +50,9 @@ bench: $(stamp) ## Speed, as ratios against rivals in one run
 
 soak: $(stamp) ## Kills, stops and load for MINUTES=5 in all, with SEED=... or a random one; one report
 	@$(python) -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+points: $(stamp) ## A SIGKILL at every single access of shared memory of each operation; half an hour or so
+	@SHMENGINE_SOAK_MINUTES=1 $(python) -m pytest tests/crash/test_kill_points.py
 
 fuzz: $(stamp) ## Hostile bytes for MINUTES=5 each: libFuzzer over the C core, atheris over frames (needs clang)
 	@$(MAKE) --no-print-directory -C tests/fuzz fuzz MINUTES=$(MINUTES)

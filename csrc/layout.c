@@ -78,6 +78,9 @@ int main(void) {
     FIELD(shmr_participant, committed);
     FIELD(shmr_participant, leased);
     FIELD(shmr_participant, bytes_committed);
+    FIELD(shmr_participant, undo_state);
+    FIELD(shmr_participant, undo_block);
+    FIELD(shmr_participant, undo);
     STRUCT(shmr_doorbell);
     FIELD(shmr_doorbell, owner);
     FIELD(shmr_doorbell, bell);

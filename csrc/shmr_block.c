@@ -593,6 +593,35 @@ int shmr_read_descriptor(shmr *h, uint32_t id, uint64_t state, shmr_block *out) 
     return SHMR_OK;
 }
 
+static shmr_word *written_by_commit(struct shmr_record *r, uint32_t i) {
+    shmr_word *const words[] = {&r->length, &r->seq, &r->tag, &r->detail, &r->check};
+    return i < 5 ? words[i] : &r->spec[i - 5];
+}
+
+/* Before the descriptor of a block that we have leased is rewritten: if we die at that, the message is put back as it was.
+ * Called with undo_lock held. */
+void shmr_save_descriptor(shmr *h, uint32_t id, uint64_t state) {
+    struct shmr_participant *me = shmr_participant_at(h, h->self);
+    struct shmr_record *r = shmr_record_at(h, id);
+    uint64_t none = 0;
+    shmr_store_relaxed(&me->undo_state, none); /* own word */
+    shmr_store_relaxed(&me->undo_block, id);   /* published by R16 */
+    for (uint32_t i = 0; i < SHMR_UNDO_WORDS; i++)
+        shmr_store_relaxed(&me->undo[i], shmr_load_relaxed(written_by_commit(r, i))); /* likewise; leased by us */
+    shmr_cas_acq_rel(&me->undo_state, &none, state); /* A16 R16: nothing of it is rewritten before */
+}
+
+/* What participant `slot`, dead, has saved of this block, if it is this lease of it that it was rewriting. */
+void shmr_restore_descriptor(shmr *h, uint32_t slot, uint32_t id, uint32_t generation) {
+    struct shmr_participant *p = shmr_participant_at(h, slot);
+    uint64_t state = shmr_load_acquire(&p->undo_state); /* A16 */
+    if (shmr_state_kind(state) != SHMR_LEASED || shmr_state_generation(state) != generation ||
+        shmr_load_relaxed(&p->undo_block) != id) /* after A16 */
+        return;
+    for (uint32_t i = 0; i < SHMR_UNDO_WORDS; i++) /* after A16; leased by us */
+        shmr_store_relaxed(written_by_commit(shmr_record_at(h, id), i), shmr_load_relaxed(&p->undo[i]));
+}
+
 /* The table of references of any live frame, bounds checked; entries are to be validated by who uses them. */
 int shmr_references_at(shmr *h, uint32_t id, shmr_word **table, uint32_t *count) {
     struct shmr_record *r = shmr_record_at(h, id);

@@ -139,6 +139,7 @@ struct shmr {
     uint32_t small_mask;
 
     pthread_mutex_t commit_lock[SHMR_MAX_RINGS]; /* number and insert in one step: order per producer */
+    pthread_mutex_t undo_lock; /* one leased block a time is rewritten; taken inside of a commit lock */
     pthread_mutex_t lease_lock[SHMR_MAX_RINGS];  /* take and check the number in one step */
     uint64_t next_seq[SHMR_MAX_RINGS];
     uint64_t *last_seq[SHMR_MAX_RINGS]; /* a producer: number of its last message seen here */
@@ -234,6 +235,8 @@ void shmr_trim_groups(shmr *h);                                     /* (L) give 
 uint64_t shmr_take_allocation(shmr *h, uint64_t bytes);             /* (L) with all the tricks short of waiting */
 uint32_t shmr_descriptor_check(const shmr_block *block);
 int shmr_read_descriptor(shmr *h, uint32_t id, uint64_t state, shmr_block *out);
+void shmr_save_descriptor(shmr *h, uint32_t id, uint64_t state);
+void shmr_restore_descriptor(shmr *h, uint32_t slot, uint32_t id, uint32_t generation);
 int shmr_references_at(shmr *h, uint32_t id, shmr_word **table, uint32_t *count);
 
 /* ---- shmr_held.c: call with h->lock held --------------------------------------------------------------------- */

@@ -14,7 +14,7 @@
 #include "shmr_atomics.h"
 
 #define SHMR_MAGIC UINT64_C(0x31676e69726d6873) /* "shmring1", stored last by the creator */
-#define SHMR_ABI 3
+#define SHMR_ABI 4
 
 #define SHMR_LINE 128             /* separation: the adjacent-line prefetcher pairs 64-byte lines */
 #define SHMR_PAGE 4096u
@@ -28,6 +28,7 @@
 #define SHMR_MAX_BLOCKS (1u << 20)
 #define SHMR_MAX_REFS 65536u      /* references in one frame */
 #define SHMR_SPEC_BYTES 128
+#define SHMR_UNDO_WORDS (5 + SHMR_SPEC_BYTES / 8) /* what a commit writes of a descriptor */
 #define SHMR_SPARE_SLOTS(capacity) ((capacity) < 64 ? (capacity) : 64) /* beyond it, for recovered messages */
 
 #define SHMR_HOLDER_WORDS (SHMR_MAX_PARTICIPANTS / 64)
@@ -140,8 +141,13 @@ struct shmr_participant {
     shmr_word committed[SHMR_MAX_RINGS], leased[SHMR_MAX_RINGS]; /* each under the private lock of its ring */
     shmr_word bytes_committed[SHMR_MAX_RINGS];                   /* likewise */
     char pad4[2 * SHMR_LINE - 24 * SHMR_MAX_RINGS];
+    /* what the descriptor of a leased block said before this participant rewrote it, to send the block on */
+    shmr_word undo_state; /* of the block, then */
+    shmr_word undo_block;
+    shmr_word undo[SHMR_UNDO_WORDS];
+    char pad5[2 * SHMR_LINE - 8 * (2 + SHMR_UNDO_WORDS)];
 };
-_Static_assert(sizeof(struct shmr_participant) == 6 * SHMR_LINE, "six lines a participant");
+_Static_assert(sizeof(struct shmr_participant) == 8 * SHMR_LINE, "eight lines a participant");
 
 struct shmr_doorbell {
     shmr_word owner; /* participant + 1, 0: nobody's */

@@ -262,6 +262,12 @@ static void add_attempt(struct shmr_record *r) {
     shmr_store_relaxed(&r->detail, detail); /* published by R1 */
 }
 
+/* A block that the dead had leased, and now we: its descriptor may be half that of its next leg. */
+static void restore(shmr *h, const struct recovery *rec, uint32_t block, uint32_t generation) {
+    for (uint32_t i = 0; i < h->g.config.participants; i++)
+        if (shmr_slots_have(&rec->slots, i)) shmr_restore_descriptor(h, i, block, generation);
+}
+
 static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
     struct shmr_record *r = shmr_record_at(h, block);
     uint64_t s = shmr_load_acquire(&r->state); /* A1 */
@@ -276,6 +282,7 @@ static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
         if (rec->taken && rec->taken_count < rec->taken_room) {
             uint64_t mine = shmr_state_pack(generation, h->self, ring, flags, SHMR_LEASED);
             if (!shmr_cas_acq_rel(&r->state, &s, mine)) break; /* A1 R1 */
+            restore(h, rec, block, generation);
             shmr_block *out = &rec->taken[rec->taken_count];
             if (shmr_read_descriptor(h, block, mine, out) != SHMR_OK) {
                 out->state = mine;
@@ -290,6 +297,7 @@ static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
             /* First ours, so that the attempt is counted by one alone; then a message again. */
             uint64_t mine = shmr_state_pack(generation, h->self, ring, flags, SHMR_LEASED);
             if (!shmr_cas_acq_rel(&r->state, &s, mine)) break; /* A1 R1 */
+            restore(h, rec, block, generation);
             add_attempt(r);
             uint64_t again = shmr_state_pack(generation + 1, h->self, ring, flags, SHMR_COMMITTED);
             if (shmr_cas_release(&r->state, &mine, again)) insert_or_keep(h, ring, block, generation + 1); /* R1 */

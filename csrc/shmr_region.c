@@ -251,6 +251,7 @@ static void dismantle(shmr *h) {
     pthread_mutex_destroy(&h->lock);
     pthread_mutex_destroy(&h->doorbell_lock);
     pthread_mutex_destroy(&h->death_lock);
+    pthread_mutex_destroy(&h->undo_lock);
     if (h->map) shmr_mapping_release(h->map);
     if (h->fd >= 0) close(h->fd);
 }
@@ -276,6 +277,7 @@ static int new_handle(int fd, const struct shmr_geometry *g, shmr **out) {
     pthread_mutex_init(&h->lock, NULL);
     pthread_mutex_init(&h->doorbell_lock, NULL);
     pthread_mutex_init(&h->death_lock, NULL);
+    pthread_mutex_init(&h->undo_lock, NULL);
     for (uint32_t i = 0; i < SHMR_MAX_RINGS; i++) {
         pthread_mutex_init(&h->commit_lock[i], NULL);
         pthread_mutex_init(&h->lease_lock[i], NULL);

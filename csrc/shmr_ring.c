@@ -187,9 +187,14 @@ static int try_commit(shmr *h, void *argument) {
         pthread_mutex_unlock(&h->commit_lock[c->ring]);
         return SHMR_STALE;
     }
+    bool leased = shmr_state_kind(b->state) == SHMR_LEASED; /* a message of somebody's: it must survive our death here */
+    if (leased) {
+        pthread_mutex_lock(&h->undo_lock);
+        shmr_save_descriptor(h, b->block, b->state);
+    }
     b->seq = (uint64_t)h->epoch << 40 | (h->next_seq[c->ring] + 1);
     b->producer = h->self;
-    uint64_t attempts = shmr_state_kind(b->state) == SHMR_LEASED ? b->attempts : 0;
+    uint64_t attempts = leased ? b->attempts : 0;
     shmr_store_relaxed(&r->length, b->length); /* the descriptor: published by R1 below */
     shmr_store_relaxed(&r->seq, b->seq);
     shmr_store_relaxed(&r->tag, b->tag);
@@ -206,7 +211,9 @@ static int try_commit(shmr *h, void *argument) {
     uint32_t generation = shmr_state_generation(b->state) + 1; /* I2 */
     uint64_t expected = b->state;
     uint64_t committed = shmr_state_pack(generation, h->self, c->ring, shmr_state_flags(b->state), SHMR_COMMITTED);
-    if (!shmr_cas_release(&r->state, &expected, committed)) { /* R1 */
+    bool done = shmr_cas_release(&r->state, &expected, committed); /* R1 */
+    if (leased) pthread_mutex_unlock(&h->undo_lock);
+    if (!done) {
         pthread_mutex_unlock(&h->commit_lock[c->ring]);
         return SHMR_STALE;
     }

@@ -152,18 +152,14 @@ static void the_only_reader(void) {
     close_pair();
 }
 
-static void the_cursor_is_advanced(void) { shmr_add_seq_cst(&shmr_ring_at(h, 0)->commit_cursor, 1); }
 static void the_handle_is_closed(void) { OK(shmr_close(h, 0)); }
 static void a_look_whether_all_is_idle(void) {
     open_pair(2);
-    before_load(shmr_slot_at(h, 0, 0), 3, other_sends); /* sent while the records are looked at */
+    before_load(shmr_slot_at(h, 0, 0), 2, other_sends); /* sent while the records are looked at */
     CHECK_STATUS(shmr_wait_idle(h, 0, NOT_AT_ALL), SHMR_WOULD_BLOCK);
     check_happened();
     other_receives();
     shmr_add_seq_cst(&shmr_ring_at(h, 0)->commit_cursor, UINT64_MAX); /* dead, or slow */
-    before_load(&shmr_ring_at(h, 0)->commit_cursor, 2, the_cursor_is_advanced);
-    CHECK_STATUS(shmr_wait_idle(h, 0, NOT_AT_ALL), SHMR_WOULD_BLOCK);
-    check_happened();
     OK(shmr_wait_idle(h, 0, NOT_AT_ALL));
     close_pair();
 }

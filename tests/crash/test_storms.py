@@ -1,6 +1,6 @@
 """Kills, stops, signals and low limits at random moments, under load: nothing is lost, torn, doubled or stuck.
 
-Some seconds each; as long as one asks for with ``SHMENGINE_SOAK_MINUTES``. ``SHMENGINE_TEST_SEED`` repeats a run's
+Some seconds each; all together as long as ``SHMENGINE_SOAK_MINUTES`` asks for. ``SHMENGINE_TEST_SEED`` repeats a run's
 choices, as far as they are ours.
 """
 
@@ -26,6 +26,7 @@ from tests.helpers import ROOT, descendants, mount_namespace_run, run_script, sh
 from tests.helpers.fault_points import SEED, Victim
 from tests.helpers.scripts import poll_until, soak_seconds
 
+STORMS = 8  # tests here that take what time they are given
 pytestmark = pytest.mark.watchdog(120 + 2 * soak_seconds(0))
 
 FOREVER = 60
@@ -70,7 +71,7 @@ def test_strangers_are_killed_and_stopped():
     """What was sent is received, though everybody may die or stand still at any moment, two at once as well."""
     print("seed:", SEED)
     choices = random.Random(SEED)
-    seconds = soak_seconds(2)
+    seconds = soak_seconds(2, STORMS)
     producers = int(seconds * 60) + 100
     ledger = Ledger(producers, 400)
     alive = {}
@@ -195,7 +196,7 @@ def test_workers_of_a_busy_engine_are_killed_and_stopped(make_engine):
 
     stop = threading.Event()
     loads = [Load(call, stop) for call in (streams, blocks, futures)]
-    end = time.monotonic() + soak_seconds(3)
+    end = time.monotonic() + soak_seconds(3, STORMS)
     kills = stops = 0
     while time.monotonic() < end and all(load.is_alive() for load in loads):
         time.sleep(choices.uniform(0.05, 0.3))  # the random moment is what is tested
@@ -393,7 +394,7 @@ TRAFFIC = {
 def test_a_thousand_signals_a_second(what):
     """Every system call may be interrupted, in everybody: no message is lost, and no error comes of it."""
     source = textwrap.dedent(INTERRUPTED) + textwrap.dedent(TRAFFIC[what])
-    seconds = soak_seconds(1)
+    seconds = soak_seconds(1, STORMS)
     result = run_script(source, args=[str(seconds)], timeout=60 + 2 * seconds, check=True)
     assert set(result.stdout.split()) == {"done"}
     assert result.stderr == ""

@@ -345,6 +345,7 @@ static inline void forget(struct actor *a) {
         if (a->allocated[i]) handler->free(handler->context, a->allocated[i], 0);
     shmr_close(a->h, 1);
     if (handler) { /* immortal, but for us */
+        shmr_count_add(&a->h->immortal, -1);
         free(handler->context);
         shmr_free(a->h);
     }

@@ -19,14 +19,17 @@ Run = Callable[[float, int], Report]
 
 
 def command(*words: str) -> Run:
-    """Run a command; in its words ``{seconds}``, ``{minutes}`` and ``{seed}`` are filled in.
+    """Run a command; in its words ``{seconds}``, ``{half}`` of them, ``{minutes}`` and ``{seed}`` are filled in.
 
     They are in its environment, too: SHMENGINE_SOAK_MINUTES and SHMENGINE_SOAK_SEED.
     """
 
     def run(seconds: float, seed: int) -> Report:
         minutes = f"{seconds / 60:.3f}"
-        filled = [word.format(seconds=int(seconds), minutes=minutes, seed=seed) for word in words]
+        filled = [
+            word.format(seconds=int(seconds), half=int(seconds / 2), minutes=minutes, seed=seed)
+            for word in words
+        ]
         environment = {**os.environ, "SHMENGINE_SOAK_MINUTES": minutes, "SHMENGINE_SOAK_SEED": str(seed)}
         done = subprocess.run(
             filled,

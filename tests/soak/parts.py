@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.soak import engine, queues, ring
-from tests.soak.commands import Run, c_test, python_tests
+from tests.soak.commands import Run, c_test, command, python_tests
 
 
 @dataclass(frozen=True)
@@ -26,4 +26,11 @@ PARTS = (
     Part("C ring, address sanitizer", 1, c_test("asan/stress_ring")),
     Part("C ring, thread sanitizer", 1, c_test("tsan/stress_ring")),
     Part("stress tests", 3, python_tests("tests/stress/test_ring_stress.py")),
+    Part("storms", 3, python_tests("tests/crash/test_storms.py")),
+    Part("explorer", 4, command("make", "--silent", "-C", "csrc", "explore-long", "SECONDS={seconds}")),
+    Part(
+        "hostile bytes",
+        2,
+        command("make", "--silent", "-C", "tests/fuzz", "replay", "SECONDS={half}", "SEED={seed}"),
+    ),
 )

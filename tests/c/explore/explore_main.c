@@ -4,7 +4,7 @@
  *   --long             the larger limits of each scenario
  *   --limits P,K,T,I   at most so many preemptions, kills, stale readings, interrupts
  *   --random N         N runs at random instead of all;  --seed S: begin with that one
- *   --seconds S        no longer than that for each scenario
+ *   --seconds S        no longer than that, each scenario having an equal part
  *   --sites            list the accesses of the core
  *   --coverage         list those that never ran, and the changes before which nobody died
  *   --mutants N        weaken orders as the lines of standard input say; does anything go wrong in N runs of each scenario?
@@ -182,6 +182,9 @@ int main(int count, char **arguments) {
         else return 2;
     }
     wanted = arguments + at;
+    int scenarios = 0;
+    for (int i = 0; ex_scenarios[i]; i++) scenarios += is_wanted(ex_scenarios[i]->name);
+    if (scenarios) seconds /= scenarios;
     if (mutant_runs) return run_mutants() > 0;
     ex_count_sites();
     for (int i = 0; ex_scenarios[i]; i++) {

@@ -117,7 +117,6 @@ static void receive_from_second(void) { receive(mine(), 1); }
 static void setup_forward(void) {
     make_world((shmr_config){.rings = 2}, 3);
     warm(0);
-    damage_allowed = true;
 }
 static const struct ex_scenario forwarded = {
     "forwarded", "leased from one ring, committed to another", setup_forward, 3, {send_one, forward, receive_from_second},
@@ -137,7 +136,6 @@ static void put_one_back(void) {
 static void setup_put_back(void) {
     make_world((shmr_config){.capacity = {1}}, 3);
     warm(0);
-    damage_allowed = true;
 }
 static const struct ex_scenario put_back = {
     "put_back", "leased, and committed to the same ring, which is full by then", setup_put_back, 3,
@@ -286,7 +284,6 @@ static void forward_two(void) {
 static void setup_items(void) {
     make_world((shmr_config){.rings = 2, .capacity = {1, 1}, .arena_bytes = SHMR_EXTENT}, 2);
     warm(0);
-    damage_allowed = true;
 }
 static const struct ex_scenario items = {
     "items", "memory for one task: its result, which is the same block, has to be taken for the next one", setup_items, 2,
