@@ -12,7 +12,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import stat
 import sys
 import threading
@@ -455,7 +454,7 @@ def _make_file(total: int, arena: int, needed: int, name: str | None) -> int:
 
     # Starting it takes a while, in which a SIGKILL would leave the name behind.
     resource_tracker.ensure_running()
-    full = f"{NAME_PREFIX}{name if name is not None else secrets.token_hex(16)}"
+    full = f"{NAME_PREFIX}{name if name is not None else os.urandom(16).hex()}"
     try:
         memory = SharedMemory(full, create=True, size=total)
     except FileExistsError:

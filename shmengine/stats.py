@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -21,6 +20,8 @@ class _Table:
         return asdict(self)  # type: ignore[call-overload,no-any-return]
 
     def _repr_html_(self) -> str:
+        import html
+
         rows = ""
         for field in fields(self):  # type: ignore[arg-type]
             name, text = field.name.replace("_", " "), _shown(field.name, getattr(self, field.name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -69,6 +68,8 @@ class Stalls(tuple[Stall, ...]):  # noqa: SLOT001  # a tuple takes no slots with
         return self.report
 
     def _repr_html_(self) -> str:
+        import html
+
         return f"<pre>{html.escape(self.report)}</pre>"
 
 
