@@ -280,7 +280,8 @@ uint64_t shmr_start_time(uint32_t pid);
 static inline uint32_t shmr_namespace_tag(const shmr *h) { return (uint32_t)(h->pid_namespace & 0xfffu); }
 bool shmr_alone(const shmr *h);
 bool shmr_death_since(shmr *h, uint64_t deaths);
-void shmr_adopt_orphans(shmr *h); /* arenas of those who left */
+void shmr_adopt_orphans(shmr *h);  /* what those who left had: arenas, messages */
+void shmr_adopt_messages(shmr *h); /* only of those who left with messages that nobody else can insert */
 void shmr_retry_inserts(shmr *h);
 bool shmr_inherit(shmr *h, uint32_t slot);
 void shmr_let_go(shmr *h); /* what is stamped by us, at a forced close */

@@ -78,9 +78,11 @@ enum shmr_life {
     SHMR_VACANT = 0,
     SHMR_JOINING = 1,    /* `by` is a tag of its pid namespace: whose pid it is */
     SHMR_LIVE = 2,
-    SHMR_LEFT = 3,       /* went in good order; its arena waits for an adopter */
+    SHMR_LEFT = 3,       /* went in good order; its arena waits for an adopter; `by`: SHMR_KEPT_MESSAGES, or 0 */
     SHMR_RECOVERING = 4  /* found dead (or left); `by` is clearing up */
 };
+
+#define SHMR_KEPT_MESSAGES 1u /* it had recovered messages for which there was no room in their ring */
 
 static inline uint64_t shmr_life_pack(uint32_t epoch, uint32_t by, uint32_t pid, enum shmr_life life) {
     return (uint64_t)(epoch & 0xfffffu) << 44 | (uint64_t)(by & 0xfffu) << 32 |

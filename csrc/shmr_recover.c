@@ -518,15 +518,19 @@ bool shmr_death_since(shmr *h, uint64_t deaths) {
     return shmr_load_relaxed(&shmr_header_of(h)->deaths) != deaths; /* after A13 */
 }
 
-void shmr_adopt_orphans(shmr *h) {
+/* Who waits for messages takes over no more than it must: memory that it does not need would stay with it while it does
+ * something else. */
+static void adopt_from(shmr *h, bool all) {
     for (uint32_t i = 0; i < h->g.config.participants; i++) {
         if (i == h->self) continue;
         uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 */
-        if (shmr_life_kind(life) != SHMR_LEFT) continue;
+        if (shmr_life_kind(life) != SHMR_LEFT || !(all || shmr_life_by(life) == SHMR_KEPT_MESSAGES)) continue;
         struct recovery rec = {.dead = i};
         recover(h, life, &rec);
     }
 }
+void shmr_adopt_orphans(shmr *h) { adopt_from(h, true); }
+void shmr_adopt_messages(shmr *h) { adopt_from(h, false); }
 
 /* An orderly exit with views alive: what we lease is done with, what we claim was never sent. */
 void shmr_let_go(shmr *h) {

@@ -470,7 +470,8 @@ static void leave(shmr *h) {
         pthread_mutex_unlock(&h->lock);
         shmr_return_doorbells(h);
         struct shmr_participant *me = shmr_participant_at(h, h->self);
-        shmr_store_release(&me->life, shmr_life_pack(h->epoch, 0, vacant ? 0 : h->pid, /* R13 */
+        uint32_t kept = shmr_count_get(&h->again_count) ? SHMR_KEPT_MESSAGES : 0;
+        shmr_store_release(&me->life, shmr_life_pack(h->epoch, kept, vacant ? 0 : h->pid, /* R13 */
                                                      vacant ? SHMR_VACANT : SHMR_LEFT));
         shmr_ring_all(h); /* whoever waits for space may adopt the arena */
         shmr_close_pidfds(h);

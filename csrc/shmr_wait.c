@@ -262,7 +262,7 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
             }
             if (found || shmr_load_relaxed(&shmr_header_of(h)->deaths)) { /* a hint: shmr_alone looks itself */
                 /* Who left may have recovered messages for which there was no room. */
-                if (!watching_space && !(h->g.config.flags & SHMR_CREATOR_RECOVERS)) shmr_adopt_orphans(h);
+                if (!watching_space && !(h->g.config.flags & SHMR_CREATOR_RECOVERS)) shmr_adopt_messages(h);
                 status = attempt(h, argument);
                 if (status != SHMR_WOULD_BLOCK) break;
                 if (!(h->g.config.flags & SHMR_WAIT_ALONE) && shmr_alone(h)) {

@@ -317,7 +317,7 @@ OPERATIONS = {
         commit, before=(), sends=(10,), prepare=let_partner_sleep, after=partner_wakes, ours=(3,), least=4
     ),
     "attach": Operation(attach, least=8),
-    "leave": Operation(leave, sends=(10,), least=4),
+    "leave": Operation(leave, sends=(10,)),  # how many bells it rings depends on who has ever waited
     "recover": Operation(recover, ours=(10,), prepare=die_with_everything, least=8),
     "hold and drop": Operation(hold_and_drop, prepare=lend_an_array, least=2),
     "share and drop": Operation(share_and_drop, least=8),
