@@ -19,7 +19,7 @@ FAR_AWAY = 100_000
 def spoil(region):
     """Both cursors of each ring where the slots say that they cannot be."""
     geometry = read_config(region)
-    rings_at = 4096 + geometry.participants * 768 + geometry.doorbells * 128
+    rings_at = 4096 + geometry.participants * 1024 + geometry.doorbells * 128
     for ring in range(geometry.rings):
         for cursor in (0, 128):
             os.pwrite(region.fd, struct.pack("<Q", FAR_AWAY), rings_at + 640 * ring + cursor)
