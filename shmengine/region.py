@@ -455,11 +455,19 @@ def _make_file(total: int, arena: int, needed: int, name: str | None) -> int:
     # Starting it takes a while, in which a SIGKILL would leave the name behind.
     resource_tracker.ensure_running()
     full = f"{NAME_PREFIX}{name if name is not None else os.urandom(16).hex()}"
+    tracked = "/" + full, "shared_memory"  # as the standard library says it, once there is such a file
+    if name is None:  # known before there is one: nobody else has this name
+        resource_tracker.register(*tracked)
     try:
         memory = SharedMemory(full, create=True, size=total)
     except FileExistsError:
         raise
     except OSError as error:
+        if name is None:
+            resource_tracker.register(
+                *tracked
+            )  # the standard library may have taken it back: once more, so as to do it
+            resource_tracker.unregister(*tracked)
         raise MemoryBudgetExceeded(
             f"/dev/shm cannot hold a region of {config.format_bytes(arena)}: {error}", total
         ) from error

@@ -109,6 +109,27 @@ def test_a_main_process_that_is_killed_while_it_starts():
             assert_gone(workers, names)
 
 
+def test_a_main_process_that_is_killed_as_soon_as_there_is_a_name():
+    names = shm_names()
+    source = script("""
+        from multiprocessing import shared_memory
+        opened = shared_memory._posixshmem.shm_open
+
+        def open_and_die(*args, **kwargs):
+            opened(*args, **kwargs)
+            print(*(name for name in os.listdir("/dev/shm") if "shmengine" in name), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        shared_memory._posixshmem = type("Module", (), {"shm_open": staticmethod(open_and_die)})
+        shm.Engine(1, memory="64 MiB")
+    """)
+    with start_script(source) as process:
+        assert process.stdout.readline().strip(), "there was a name"
+        process.wait()
+        assert_gone((), names)
+        process.stderr.read()  # the resource tracker tells what it found
+
+
 def test_a_parent_thread_that_ends_takes_no_worker_along():
     """Workers live as long as the process, not as long as the thread that started them."""
     source = script("""
