@@ -35,7 +35,7 @@ from shmengine.engine.backend import (
     make_backend,
     ship_keywords,
 )
-from shmengine.engine.blocks import Cut, Gather, GhostCut, overlaps
+from shmengine.engine.blocks import Cut, Gather, GhostCut, overlaps, returned_by
 from shmengine.engine.checks import (
     check_callable,
     check_choice,
@@ -49,7 +49,7 @@ from shmengine.engine.checks import (
 from shmengine.engine.progress import reporter
 from shmengine.engine.results import Results
 from shmengine.engine.stalls import Observed
-from shmengine.errors import ArrayError, Closed, UseAfterFork
+from shmengine.errors import ArrayError, BlockError, Closed, UseAfterFork
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -450,7 +450,10 @@ class Engine(Observed):
         with closing(self._results(stream, options, "raise", progress, cut.count)) as results:
             while (outcome := results.step()) is not None:
                 if outcome.value is not PLACED:
-                    gather.place(outcome.index, outcome.value)
+                    try:
+                        gather.place(outcome.index, outcome.value)
+                    except BlockError as error:
+                        raise error from returned_by(fn)
                 del outcome
         result = gather.result()
         if out is None:

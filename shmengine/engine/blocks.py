@@ -7,6 +7,7 @@ read, and the outermost blocks with ghost cells.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -14,9 +15,18 @@ from typing import Any, Literal
 import numpy as np
 
 from shmengine.config import parse_bytes
-from shmengine.errors import ArrayError, BlockError
+from shmengine.errors import ArrayError, BlockError, RemoteTraceback
 
-__all__ = ["AUTO_BLOCK_BYTES", "BOUNDARIES", "Cut", "Gather", "GhostCut", "as_source", "overlaps"]
+__all__ = [
+    "AUTO_BLOCK_BYTES",
+    "BOUNDARIES",
+    "Cut",
+    "Gather",
+    "GhostCut",
+    "as_source",
+    "overlaps",
+    "returned_by",
+]
 
 # Somewhat less than 2 MiB: with its frame, and some ghost cells, a block still fits into one huge page.
 AUTO_BLOCK_BYTES = (2 << 20) - (128 << 10)
@@ -476,6 +486,19 @@ class Gather:
             f" block's length {expected} on axis {self._cut.given_axis};"
             " use reduce(fn, ..., combine=...) if it makes less of a block"
         )
+
+
+def returned_by(fn: Any) -> RemoteTraceback:
+    """Return, as the cause of a `BlockError`, where the function is that made the block: its own traceback is over."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    code = getattr(getattr(fn, "__func__", fn), "__code__", None)
+    if code is None:
+        return RemoteTraceback(f"it was returned by {fn!r}")
+    name = getattr(fn, "__qualname__", code.co_name)
+    return RemoteTraceback(
+        f'it was returned by\n  File "{code.co_filename}", line {code.co_firstlineno}, in {name}'
+    )
 
 
 def overlaps(out: np.ndarray, arrays: Sequence[Any]) -> Literal["no", "same", "yes"]:

@@ -405,8 +405,15 @@ def test_object_arrays_cannot_be_shared(engine):
     ids=["None", "list", "generator", "scalar", "length"],
 )
 def test_blocks_that_do_not_fit(engine, fn, text):
-    with pytest.raises((BlockError, SerializationError), match=text):
+    with pytest.raises((BlockError, SerializationError), match=text) as raised:
         engine.map_blocks(fn, np.zeros(100), block_bytes=80)
+    if fn is list:
+        assert "returned by <class 'list'>" in str(raised.value.__cause__)
+    elif raised.type is BlockError:  # there is no traceback any more of who has returned
+        code = fn.__code__
+        assert f'File "{code.co_filename}", line {code.co_firstlineno}, in' in str(raised.value.__cause__)
+    else:
+        assert raised.value.__cause__ is not None
 
 
 # --- state ----------------------------------------------------------------------------------------
