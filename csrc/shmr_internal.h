@@ -233,6 +233,8 @@ bool shmr_add_group(shmr *h, uint32_t group);                       /* (L) */
 bool shmr_owns_group(const shmr *h, uint32_t group);                /* (L) */
 void shmr_trim_groups(shmr *h);                                     /* (L) give whole free ones back */
 uint64_t shmr_take_allocation(shmr *h, uint64_t bytes);             /* (L) with all the tricks short of waiting */
+
+/* ---- shmr_descriptor.c ---------------------------------------------------------------------------------------- */
 uint32_t shmr_descriptor_check(const shmr_block *block);
 int shmr_read_descriptor(shmr *h, uint32_t id, uint64_t state, shmr_block *out);
 void shmr_save_descriptor(shmr *h, uint32_t id, uint64_t state);
@@ -245,6 +247,19 @@ void shmr_held_fini(shmr *h);
 void shmr_held_add(shmr *h, uint32_t block, uint64_t offset, uint64_t room);
 void shmr_held_remove(shmr *h, uint32_t block, uint64_t offset, uint64_t room);
 uint32_t shmr_held_find(shmr *h, uint64_t offset); /* block + 1, or 0 */
+
+/* ---- shmr_numpy.c --------------------------------------------------------------------------------------------- */
+struct shmr_numpy_handler { /* the ABI of NumPy's PyDataMem_Handler, version 1 */
+    char name[127];
+    uint8_t version;
+    struct {
+        void *context;
+        void *(*malloc)(void *context, size_t size);
+        void *(*calloc)(void *context, size_t count, size_t size);
+        void *(*realloc)(void *context, void *address, size_t size);
+        void (*free)(void *context, void *address, size_t size);
+    } allocator;
+};
 
 /* ---- shmr_ring.c --------------------------------------------------------------------------------------------- */
 int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation, uint64_t limit);

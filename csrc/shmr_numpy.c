@@ -6,24 +6,11 @@
  */
 #include "shmr_internal.h"
 
-/* The ABI of NumPy's PyDataMem_Handler, version 1. */
-struct handler {
-    char name[127];
-    uint8_t version;
-    struct {
-        void *context;
-        void *(*malloc)(void *context, size_t size);
-        void *(*calloc)(void *context, size_t count, size_t size);
-        void *(*realloc)(void *context, void *address, size_t size);
-        void (*free)(void *context, void *address, size_t size);
-    } allocator;
-};
-
 struct context {
     shmr *h;
     char *arena;
     uint64_t arena_bytes, threshold, limit;
-    struct handler handler;
+    struct shmr_numpy_handler handler;
 };
 
 static bool in_arena(const struct context *c, const void *address) {

@@ -25,6 +25,7 @@ SOURCES = (
     "shmr_arena.c",
     "shmr_held.c",
     "shmr_block.c",
+    "shmr_descriptor.c",
     "shmr_ring.c",
     "shmr_scatter.c",
     "shmr_bell.c",

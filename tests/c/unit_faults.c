@@ -152,18 +152,6 @@ static void reserving_page_by_page(void) {
 
 /* ---- NumPy's memory ------------------------------------------------------------------------------------------------------ */
 
-struct numpy_handler { /* the ABI of NumPy's, version 1 */
-    char name[127];
-    uint8_t version;
-    struct {
-        void *context;
-        void *(*malloc)(void *context, size_t size);
-        void *(*calloc)(void *context, size_t count, size_t size);
-        void *(*realloc)(void *context, void *address, size_t size);
-        void (*free)(void *context, void *address, size_t size);
-    } allocator;
-};
-
 static void memory_for_numpy(void) {
     int region;
     shmr_config config = small_config();
@@ -171,7 +159,7 @@ static void memory_for_numpy(void) {
     break_calls(FAULT_CALLOC, ENOMEM);
     CHECK(!shmr_numpy_handler(h, 1000, 8 * MIB));
     disarm_faults();
-    static struct numpy_handler *numpy; /* immortal */
+    static struct shmr_numpy_handler *numpy; /* immortal */
     numpy = shmr_numpy_handler(h, 0, 8 * MIB);
     void *context = numpy->allocator.context;
     char *a = numpy->allocator.realloc(context, NULL, 100000), *outside;

@@ -5,19 +5,6 @@
 static int fd;
 static shmr *h;
 
-/* The layout of NumPy's handler, as far as we call it. */
-struct memory_handler {
-    char name[127];
-    uint8_t version;
-    struct {
-        void *context;
-        void *(*malloc)(void *context, size_t size);
-        void *(*calloc)(void *context, size_t count, size_t size);
-        void *(*realloc)(void *context, void *address, size_t size);
-        void (*free)(void *context, void *address, size_t size);
-    } allocator;
-};
-
 static void open_shared(void) {
     shmr_config config = small_config();
     h = create_region(&config, &fd);
@@ -313,7 +300,7 @@ static void large_blocks_by_address(void) {
 static void numpy_memory(void) {
     open_shared();
     shmr *other = attach_region(fd);
-    struct memory_handler *numpy = shmr_numpy_handler(h, 4096, UINT64_MAX / 2);
+    struct shmr_numpy_handler *numpy = shmr_numpy_handler(h, 4096, UINT64_MAX / 2);
     void *context = numpy->allocator.context;
     char *small = numpy->allocator.malloc(context, 4095), *large = numpy->allocator.malloc(context, 1000000);
     CHECK(small < h->base || small >= h->base + shmr_mapped_bytes(h));

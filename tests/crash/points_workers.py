@@ -17,10 +17,10 @@ import pytest
 
 from shmengine._native import lib
 from shmengine.engine import Engine
-from shmengine.errors import MemoryBudgetExceeded
 from shmengine.workers import pool
 from shmengine.workers.child import Worker
 from tests.helpers.fault_points import SEED, SOAK, points
+from tests.helpers.memory import can_have_half
 from tests.helpers.scripts import poll_until
 
 MIB = 1 << 20
@@ -157,14 +157,6 @@ def engine():
 
 def deaths(engine):
     return engine.stats().worker_deaths
-
-
-def can_have_half(engine):
-    try:
-        arrays = [engine.full(MIB, 1, "u1") for _ in range(engine.stats().memory_budget // 2 // MIB)]
-    except MemoryBudgetExceeded:
-        return False
-    return bool(arrays)
 
 
 def assert_whole(engine):

@@ -18,6 +18,7 @@ from shmengine.errors import PeerLost, WouldBlock
 from shmengine.region import remove_name
 from shmengine.ring import Ring
 from tests.helpers import poll_until
+from tests.helpers.memory import assert_memory_is_whole
 
 FOREVER = 60
 ctx = multiprocessing.get_context("fork")
@@ -27,11 +28,6 @@ ctx = multiprocessing.get_context("fork")
 def ring():
     with Ring(4, "8 MiB") as made:
         yield made
-
-
-def assert_memory_is_whole(ring):
-    counters = ring._region.counters()
-    assert (counters.used, counters.held, counters.pins) == (0, 0, 0)
 
 
 @contextlib.contextmanager

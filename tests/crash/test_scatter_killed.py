@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from shmengine.engine import Engine
-from shmengine.errors import MemoryBudgetExceeded, TaskTimeout, WorkerDied
+from shmengine.errors import TaskTimeout, WorkerDied
 from tests.helpers import poll_until
+from tests.helpers.memory import can_have_half
 
 MIB = 1 << 20
 
@@ -51,15 +52,6 @@ class Killer:
     def __exit__(self, *_):
         self.stop.set()
         self.thread.join()
-
-
-def can_have_half(engine):
-    """Tell whether half of the budget can be had, in pieces."""
-    try:
-        arrays = [engine.full(MIB, 1, "u1") for _ in range(engine.stats().memory_budget // 2 // MIB)]
-    except MemoryBudgetExceeded:
-        return False
-    return bool(arrays)
 
 
 def assert_whole(engine):

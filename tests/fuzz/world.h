@@ -29,17 +29,8 @@ struct actor {
     shmr_block claimed[KEPT], leased[KEPT];
     shmr_ref held[KEPT];
     bool is_held[KEPT];
-    void *handler, *allocated[KEPT];
-};
-
-struct handler { /* as in shmr_numpy.c */
-    char name[127];
-    uint8_t version;
-    void *context;
-    void *(*malloc)(void *context, size_t size);
-    void *(*calloc)(void *context, size_t count, size_t size);
-    void *(*realloc)(void *context, void *address, size_t size);
-    void (*free)(void *context, void *address, size_t size);
+    struct shmr_numpy_handler *handler;
+    void *allocated[KEPT];
 };
 
 static struct actor actors[HANDLES];
@@ -268,15 +259,15 @@ static inline void do_share(struct input *in, struct actor *a) {
 static inline void do_allocate(struct input *in, struct actor *a) {
     uint8_t k = next_byte(in), size = next_byte(in);
     if (!a->handler) a->handler = shmr_numpy_handler(a->h, 1024, UINT64_MAX / 2);
-    struct handler *handler = a->handler;
+    struct shmr_numpy_handler *handler = a->handler;
     void **at = &a->allocated[k % KEPT];
     if (*at && k & 64) {
-        *at = handler->realloc(handler->context, *at, 1024 + (size_t)size * 2048);
+        *at = handler->allocator.realloc(handler->allocator.context, *at, 1024 + (size_t)size * 2048);
     } else if (*at) {
-        handler->free(handler->context, *at, 0);
+        handler->allocator.free(handler->allocator.context, *at, 0);
         *at = NULL;
     } else {
-        *at = handler->malloc(handler->context, 1024 + (size_t)size * 2048);
+        *at = handler->allocator.malloc(handler->allocator.context, 1024 + (size_t)size * 2048);
         if (*at) memset(*at, 1, 1024);
     }
 }
@@ -340,13 +331,13 @@ static inline void do_observe(struct input *in, struct actor *a) {
 }
 
 static inline void forget(struct actor *a) {
-    struct handler *handler = a->handler;
+    struct shmr_numpy_handler *handler = a->handler;
     for (int i = 0; handler && i < KEPT; i++)
-        if (a->allocated[i]) handler->free(handler->context, a->allocated[i], 0);
+        if (a->allocated[i]) handler->allocator.free(handler->allocator.context, a->allocated[i], 0);
     shmr_close(a->h, 1);
     if (handler) { /* immortal, but for us */
         shmr_count_add(&a->h->immortal, -1);
-        free(handler->context);
+        free(handler->allocator.context);
         shmr_free(a->h);
     }
     shmr_free(a->h);

@@ -15,6 +15,7 @@ from shmengine._native._handles import End, Layout, connect
 from shmengine._native.status import FORKED, STALE, WOULD_BLOCK
 from shmengine.errors import Corrupt, LeaseError
 from shmengine.ring import Ring
+from tests.helpers.memory import assert_memory_is_whole
 from tests.helpers.scripts import ROOT
 
 CALLS = ("claim", "commit", "abort", "lease", "release")
@@ -24,11 +25,6 @@ CALLS = ("claim", "commit", "abort", "lease", "release")
 def ring():
     with Ring(4, "8 MiB") as made:
         yield made
-
-
-def assert_memory_is_whole(ring):
-    counters = ring._region.counters()
-    assert (counters.used, counters.held, counters.pins) == (0, 0, 0)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import pytest
 from shmengine.engine import Engine
 from shmengine.errors import Closed, Full, SerializationError, ShmError
 from shmengine.queues import JoinableQueue, Queue
+from tests.helpers.memory import assert_memory_is_whole
 
 METHODS = ["fork", "spawn", "forkserver"]
 FOREVER = 30
@@ -31,11 +32,6 @@ def ctx(request):
 @pytest.fixture(params=[Queue, JoinableQueue])
 def kind(request):
     return request.param
-
-
-def assert_memory_is_whole(q):
-    counters = q._region.counters()
-    assert (counters.used, counters.held, counters.pins) == (0, 0, 0)
 
 
 # --- making --------------------------------------------------------------------------------------

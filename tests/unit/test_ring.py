@@ -25,6 +25,7 @@ from shmengine.errors import (
 from shmengine.ring import Ring
 from tests.helpers import shm_names
 from tests.helpers.arrays import DTYPES, LAYOUTS, NO_DTYPES, filled, same_bytes
+from tests.helpers.memory import assert_memory_is_whole
 
 FOREVER = 30
 
@@ -33,11 +34,6 @@ FOREVER = 30
 def ring():
     with Ring(4, "8 MiB") as made:
         yield made
-
-
-def assert_memory_is_whole(ring):
-    counters = ring._region.counters()
-    assert (counters.used, counters.held, counters.pins) == (0, 0, 0)
 
 
 # --- making --------------------------------------------------------------------------------------

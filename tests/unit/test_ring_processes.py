@@ -24,6 +24,7 @@ from shmengine.errors import (
 )
 from shmengine.region import Region, _path
 from shmengine.ring import Ring
+from tests.helpers.memory import assert_memory_is_whole
 
 FOREVER = 30
 METHODS = ["fork", "spawn", "forkserver"]
@@ -43,11 +44,6 @@ def ctx(request):
 @pytest.fixture
 def name():
     return f"test-{secrets.token_hex(8)}"
-
-
-def assert_memory_is_whole(ring):
-    counters = ring._region.counters()
-    assert (counters.used, counters.held, counters.pins) == (0, 0, 0)
 
 
 def in_fork(function):

@@ -35,7 +35,7 @@ class Site(NamedTuple):
 
     @property
     def place(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"`{self.function}`"  # lines move
 
 
 def labels_at(lines: list[str], line: int) -> list[str]:

@@ -284,18 +284,7 @@ static const struct ex_scenario stale_hold = {
 
 /* ---- born shared ------------------------------------------------------------------------------------------------------------------------- */
 
-struct numpy_handler { /* what NumPy knows of it */
-    char name[127];
-    uint8_t version;
-    struct {
-        void *context;
-        void *(*malloc)(void *context, size_t size);
-        void *(*calloc)(void *context, size_t count, size_t size);
-        void *(*realloc)(void *context, void *address, size_t size);
-        void (*free)(void *context, void *address, size_t size);
-    } allocator;
-};
-static struct numpy_handler *numpy;
+static struct shmr_numpy_handler *numpy;
 
 static void share_an_array(void) {
     shmr *h = mine();
