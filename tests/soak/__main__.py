@@ -51,8 +51,9 @@ def soak(parts: list[Part], minutes: float, seed: int, output: Path) -> int:
     start = time.monotonic()
     total = Report()
     reports: dict[str, dict[str, Any]] = {}
-    for part in parts:
-        seconds = minutes * 60 * part.share / sum(each.share for each in parts)
+    for number, part in enumerate(parts):
+        left = max(minutes * 60 - (time.monotonic() - start), 0)  # what a part did not need the others get
+        seconds = left * part.share / sum(each.share for each in parts[number:])
         print(f"--- {part.name}: {seconds:.0f} s", flush=True)
         report = run_apart(part, seconds, seed)
         print(report, flush=True)

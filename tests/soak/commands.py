@@ -7,6 +7,7 @@ that all is well with exit code 0.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def command(*words: str) -> Run:
     def run(seconds: float, seed: int) -> Report:
         minutes = f"{seconds / 60:.3f}"
         filled = [
-            word.format(seconds=int(seconds), half=int(seconds / 2), minutes=minutes, seed=seed)
+            word.format(seconds=math.ceil(seconds), half=math.ceil(seconds / 2), minutes=minutes, seed=seed)
             for word in words
         ]
         environment = {**os.environ, "SHMENGINE_SOAK_MINUTES": minutes, "SHMENGINE_SOAK_SEED": str(seed)}
