@@ -221,6 +221,7 @@ struct claim_attempt {
     uint32_t count;
     int items;
     shmr_block *out;
+    bool waits; /* and may be denied */
 };
 
 /* (L) Do we hold all that a frame is to name? Looked at in each attempt: another thread may drop it meanwhile. */
@@ -247,7 +248,7 @@ static int try_claim(shmr *h, void *argument) {
     if (offset == SHMR_NOWHERE) {
         pthread_mutex_unlock(&h->lock);
         struct shmr_participant *me = shmr_participant_at(h, h->self);
-        if (shmr_load_seq_cst(&me->denied)) { /* S6: a hint from an observer; nothing else depends on it */
+        if (c->waits && shmr_load_seq_cst(&me->denied)) { /* S6: a hint from an observer; nothing else depends on it */
             shmr_store_relaxed(&me->denied, 0); /* likewise */
             return SHMR_DENIED;
         }
@@ -315,7 +316,7 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
     if (total > h->g.config.arena_bytes) return shmr_fail(SHMR_TOO_LARGE, 0, "larger than the memory budget");
     status = shmr_enter(h);
     if (status != SHMR_OK) return status;
-    struct claim_attempt attempt = {total, refs, count, items, out};
+    struct claim_attempt attempt = {total, refs, count, items, out, false};
     status = try_claim(h, &attempt);
     if (status == SHMR_WOULD_BLOCK && deadline == 0 && shmr_look(h, true)) status = try_claim(h, &attempt);
     if (status == SHMR_OK) return status; /* the pin is now that of the claim */
@@ -328,6 +329,8 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
         {items >= 0 ? shmr_ring_at(h, (uint32_t)items)->item_waiters : NULL, shmr_ring_has_item,
          items >= 0 ? (uint32_t)items : 0, true},
     };
+    shmr_and_seq_cst(&me->denied, 0);         /* S6: whoever denied us before meant what we waited for then */
+    attempt.waits = true;
     shmr_store_relaxed(&me->starving, total); /* for observers */
     status = shmr_wait(h, sources, items >= 0 ? 3 : 2, SHMR_SPIN_SPACE, try_claim, &attempt, deadline);
     shmr_store_relaxed(&me->starving, 0); /* for observers */

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 /* Scatter and gather: what is sent, how much of it, what becomes of answers, rubbish among them; the whole exchange,
  * also by threads. Arrays end at a page that nobody may touch: sanitizers do not see into every way to copy. */
+#include <sched.h>
+
 #include "harness.h"
 
 #define TASKS 0
@@ -357,6 +359,12 @@ static void check_unsent(uint64_t index, int64_t out) {
     CHECK_EQ(counters_of(h).pins, 0);
 }
 
+static void *deny_who_starves(void *unused) {
+    while (!shmr_load_relaxed(&shmr_participant_at(h, shmr_self(h))->starving)) sched_yield();
+    shmr_deny(worker, shmr_self(h));
+    return unused;
+}
+
 static void without_memory(void) {
     open_scatter(3, 64);
     add_source(8 * MIB, 3 * MIB, 100, 0);
@@ -367,8 +375,10 @@ static void without_memory(void) {
     CHECK_STATUS(shmr_scatter_send(h, &s, SHMR_BRIEFLY), SHMR_WOULD_BLOCK);
     CHECK_STATUS(shmr_scatter_send(h, &s, shmr_now() + 5000000), SHMR_TIMEOUT);
     check_unsent(0, 0);
-    shmr_deny(worker, shmr_self(h));
+    pthread_t observer;
+    CHECK_EQ(pthread_create(&observer, NULL, deny_who_starves, NULL), 0);
     CHECK_STATUS(shmr_scatter_send(h, &s, FOR_EVER), SHMR_DENIED);
+    pthread_join(observer, NULL);
     check_unsent(0, 0);
     OK(shmr_abort(worker, &full));
     shmr_trim(worker); /* it does not wait anywhere, to be asked */

@@ -344,6 +344,9 @@ static void denied(void) {
     until_waiting(space(h), 1);
     shmr_deny(other, 0);
     CHECK_STATUS(finish(&w), SHMR_DENIED);
+    shmr_deny(other, 0); /* too late: it waits no more */
+    shmr_block none = {0};
+    CHECK_STATUS(shmr_claim(h, 10 * MIB, NULL, 0, -1, shmr_now() + 1000000, &none), SHMR_TIMEOUT);
     OK(shmr_abort(other, &full));
     shmr_trim(other);
     OK(shmr_claim(h, 4 * MIB, NULL, 0, -1, FOR_EVER, &full)); /* that was once */
