@@ -23,6 +23,7 @@ import numpy as np
 
 from shmengine.config import default_workers, parse_bytes
 from shmengine.engine.backend import (
+    CLOSED_TEXT,
     PLACED,
     Backend,
     Call,
@@ -590,7 +591,7 @@ class Engine(Observed):
     def _check_usable(self) -> None:
         self._check_process()
         if self.closed:
-            raise Closed("this engine is closed; make a new one")
+            raise Closed(CLOSED_TEXT)
 
     def _stream(
         self,

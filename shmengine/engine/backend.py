@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from shmengine.stats import EngineStats
 
 __all__ = [
+    "CLOSED_TEXT",
     "PLACED",
     "Backend",
     "Call",
@@ -42,6 +43,8 @@ __all__ = [
     "task_rng",
     "timed_out",
 ]
+
+CLOSED_TEXT = "this engine is closed; make a new one"
 
 Writable: TypeAlias = 'bool | Literal["private", "shared"]'
 """How a function gets ndarrays: read-only (False), as a private copy (True, "private"), in place."""

@@ -32,7 +32,6 @@ from shmengine._native.status import (
     CLOSED,
     CORRUPT,
     INTERRUPTED,
-    ITEM_WAITS,
     OK,
     TIMEOUT,
     WOULD_BLOCK,
@@ -41,11 +40,13 @@ from shmengine._native.status import (
 )
 from shmengine.arena import Arena
 from shmengine.arrays import has_views
+from shmengine.engine.backend import CLOSED_TEXT
 from shmengine.engine.deaths import Deaths
 from shmengine.engine.futures import Futures
 from shmengine.engine.inflight import Batch, InFlight, Job, Task, always
 from shmengine.engine.interrupts import InterruptsLater
-from shmengine.errors import ArrayError, Closed, Corrupt, MemoryBudgetExceeded, RemoteError, ShmError
+from shmengine.engine.shortage import LOOK_NS, Patience, Shortage
+from shmengine.errors import ArrayError, Closed, Corrupt, RemoteError, ShmError
 from shmengine.filemap import forget_files
 from shmengine.leases import release_with
 from shmengine.region import EXTENT_BYTES, Region
@@ -67,26 +68,10 @@ from shmengine.workers.pool import Pool
 if TYPE_CHECKING:
     from shmengine.engine.scatter import Scatter
 
-__all__ = ["BATCHES_PER_WORKER", "RING_CAPACITY", "Dispatcher", "Patience"]
+__all__ = ["BATCHES_PER_WORKER", "RING_CAPACITY", "Dispatcher"]
 
-CLOSED_TEXT = "this engine is closed; make a new one"
 RING_CAPACITY = 4096
 BATCHES_PER_WORKER = 3  # one running, some waiting: main may be held up for as long as they last
-LOOK_NS = 250_000_000
-
-
-class Patience:
-    """Workers give back what they keep of objects that were put when they have had nothing to do for a while."""
-
-    LOOKS = 3
-
-    def __init__(self) -> None:
-        self.looks = 0
-
-    def left(self) -> bool:
-        """Count a look at which nothing was running; tell whether there should be one more."""
-        self.looks += 1
-        return self.looks < self.LOOKS
 
 
 class Dispatcher:
@@ -119,16 +104,13 @@ class Dispatcher:
         self.drainer: int | None = None
         self.futures = Futures(self, BATCHES_PER_WORKER * workers + 1)
         self.deaths = Deaths(self)
+        self.shortage = Shortage(self)
         self.outbox: deque[Batch] = deque()  # due, to be sent by the next thread that is not draining
         self.later: deque[Batch] = (
             deque()
         )  # due when nothing is on its way: there was no room for their results
         self.flushing = threading.local()
         self.collector: threading.Thread | None = None
-        self.stuck: tuple[list[tuple[int, int]], int] = (
-            [],
-            0,
-        )  # who starved at the last look, and when it was
         self.done = self.failed = self.retried = 0
         self.bytes_copied = self.bytes_shared = 0
         self.spare: list[Any] = []
@@ -166,7 +148,7 @@ class Dispatcher:
             status = lib.shmr_claim(self.handle, encoded.nbytes, ffi.NULL, 0, RESULT_RING, self.look(), block)
             if status == OK:
                 break
-            self.relieve(status, encoded.nbytes, "put an object", patience)
+            self.shortage.relieve(status, encoded.nbytes, "put an object", patience)
         encoded.write_into(
             self.region.root(block.offset, encoded.nbytes, writable=True), checksum=bool(self.payload_check)
         )
@@ -181,59 +163,8 @@ class Dispatcher:
         finally:
             lib.shmr_drop(self.handle, ref.block, ref.generation)
 
-    def make_room(self, nbytes: int, what: str) -> None:
-        """Wait until this process has so much memory free, or say that there is none."""
-        block = ffi.new("shmr_block *")
-        patience = Patience()
-        while True:
-            self.check_open()
-            status = lib.shmr_claim(self.handle, nbytes, ffi.NULL, 0, RESULT_RING, self.look(), block)
-            if status == OK:
-                lib.shmr_abort(self.handle, block)
-                return
-            self.relieve(status, nbytes, what, patience)
-
     def look(self) -> int:
         return time.monotonic_ns() + LOOK_NS
-
-    def relieve(self, status: int, nbytes: int, what: str, patience: Patience) -> None:
-        """A claim or commit of main's did not succeed at once: make room, or say that there is none."""
-        if status == INTERRUPTED:
-            return
-        if status == ITEM_WAITS:
-            if not self.drain(0):
-                time.sleep(0.0005)  # another thread is draining
-            return
-        if status == TIMEOUT:
-            if self.broken is not None:
-                raise self.broken()
-            self.check_open()
-            lib.shmr_trim(self.handle)
-            if not self.in_flight:
-                if patience.left():
-                    return
-                c = self.region.counters()
-                raise MemoryBudgetExceeded(
-                    f"{what}: no room for {config.format_bytes(nbytes)}; the memory budget of"
-                    f" {config.format_bytes(self.budget)} is used up: {config.format_bytes(c.used)} by arrays of"
-                    " this process that are alive, the rest by workers, and no task is running that could free"
-                    " any; give the engine a larger memory=, or let arrays go",
-                    nbytes,
-                    self.budget,
-                    int(c.used),
-                )
-            self.deny_if_stuck()
-            return
-        if status == CLOSED:
-            raise Closed(CLOSED_TEXT)
-        if status == lib.SHMR_TOO_LARGE:
-            raise MemoryBudgetExceeded(
-                f"{what}: {config.format_bytes(nbytes)} are more than the whole memory budget of"
-                f" {config.format_bytes(self.budget)}; give the engine a larger memory=, or smaller blocks",
-                nbytes,
-                self.budget,
-            )
-        fail(status, what)
 
     def encode_function(self, fn: Callable[..., Any]) -> Any:
         """Serialise a function: bytes that travel with each batch, or a frame in shared memory."""
@@ -308,7 +239,7 @@ class Dispatcher:
                     break
                 self.in_flight.take(number)  # not among those that could free memory
                 try:
-                    self.relieve(status, encoded.nbytes, "send a task", patience)
+                    self.shortage.relieve(status, encoded.nbytes, "send a task", patience)
                 finally:
                     with self.lock:
                         if not self.closed:
@@ -523,24 +454,7 @@ class Dispatcher:
             with self.turn:
                 if self.drainer is not None and not ready():
                     self.turn.wait(0.25)
-            self.deny_if_stuck()
-
-    def deny_if_stuck(self) -> None:
-        """If every worker that has work waits for memory, and no result is there to be taken, one must give up.
-
-        Not at the first look: what that gives back may be what they wait for.
-        """
-        starving = self.pool.starving()
-        if not starving or lib.shmr_approx_fill(self.handle, RESULT_RING):
-            self.stuck = ([], 0)
-            return
-        lib.shmr_trim(self.handle)
-        before, since = self.stuck
-        if starving != before:
-            self.stuck = (starving, time.monotonic_ns())
-        elif time.monotonic_ns() - since > LOOK_NS // 2:
-            self.stuck = ([], 0)
-            self.pool.deny(starving[0][0])
+            self.shortage.deny_if_stuck()
 
     # --- who waits ---------------------------------------------------------------------------------
 
@@ -572,7 +486,7 @@ class Dispatcher:
                     self.turn.wait()
             try:
                 if not self.drain(self.look()):
-                    self.deny_if_stuck()
+                    self.shortage.deny_if_stuck()
             except Closed:
                 return
             except ShmError as error:

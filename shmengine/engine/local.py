@@ -20,6 +20,7 @@ import numpy as np
 
 from shmengine.arrays import detach, readonly
 from shmengine.engine.backend import (
+    CLOSED_TEXT,
     Call,
     Outcome,
     Ref,
@@ -38,8 +39,6 @@ from shmengine.workers.messages import with_errstate
 from shmengine.workers.stacks import thread_stack
 
 __all__ = ["LocalRef", "SerialBackend", "ThreadBackend"]
-
-CLOSED = "this engine is closed; make a new one"
 
 
 class LocalRef(Ref):
@@ -131,7 +130,7 @@ class _LocalBackend:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise Closed(CLOSED)
+            raise Closed(CLOSED_TEXT)
 
     def _count(self, failed: bool) -> None:
         with self._lock:
@@ -412,7 +411,7 @@ class ThreadBackend(_LocalBackend):
                 task.thread, task.started = threading.current_thread(), time.monotonic()
                 self._running[task.thread] = task
         if dropped:
-            error = Closed(CLOSED)
+            error = Closed(CLOSED_TEXT)
         else:
             try:
                 if failure is not None:

@@ -157,7 +157,7 @@ class ProcessBackend:
             with contextlib.suppress(MemoryBudgetExceeded):
                 return core.arena.empty(shape, dtype, order)
             # Workers give arguments back a little after the result is here, and what they keep when they are idle.
-            core.make_room(
+            core.shortage.make_room(
                 math.prod(np.atleast_1d(shape).tolist()) * np.dtype(dtype).itemsize, "make an array"
             )
         return core.arena.empty(shape, dtype, order)

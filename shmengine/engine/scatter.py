@@ -25,8 +25,9 @@ from shmengine._native.status import CORRUPT, OK, WOULD_BLOCK, fail
 from shmengine.arrays import address_of, encode_spec, is_plain_dtype, spec_of
 from shmengine.engine.backend import PLACED, Outcome, TaskOptions
 from shmengine.engine.blocks import Cut
-from shmengine.engine.dispatch import Dispatcher, Patience
+from shmengine.engine.dispatch import Dispatcher
 from shmengine.engine.inflight import Batch, Job, Task
+from shmengine.engine.shortage import Patience
 from shmengine.filemap import reference_to
 from shmengine.workers import messages
 from shmengine.workers.scatter import BLOCK_SPEC, Flat, Plan, Target
@@ -217,7 +218,9 @@ class Scatter:
             core.check_open()
             if core.broken is not None:
                 raise core.broken()
-            core.relieve(status, sum(c.source[i].pitch for i in range(c.sources)), "send a task", patience)
+            core.shortage.relieve(
+                status, sum(c.source[i].pitch for i in range(c.sources)), "send a task", patience
+            )
             self._set_bounds()
 
     def _set_bounds(self) -> None:
