@@ -246,7 +246,9 @@ static int try_claim(shmr *h, void *argument) {
     uint64_t room = shmr_arena_room(c->bytes), offset = shmr_take_allocation(h, c->bytes);
     uint32_t block;
     if (offset == SHMR_NOWHERE) {
+        status = shmr_check_file(h); /* could it grow at all? */
         pthread_mutex_unlock(&h->lock);
+        if (status != SHMR_OK) return status;
         struct shmr_participant *me = shmr_participant_at(h, h->self);
         if (c->waits && shmr_load_seq_cst(&me->denied)) { /* S6: a hint from an observer; nothing else depends on it */
             shmr_store_relaxed(&me->denied, 0); /* likewise */

@@ -113,6 +113,8 @@ struct shmr {
     char *base;
     struct shmr_geometry g;
     int fd;
+    dev_t device; /* of the file behind fd, to tell it from another one that came to be under that number */
+    ino_t inode;
     uint32_t self, epoch, pid, fork_epoch;
     uint64_t pid_namespace;
     shmr_count pins;   /* what keeps this participant in the table: claims, leases, holds, allocations */
@@ -191,7 +193,7 @@ int shmr_fail(int status, int error, const char *detail);
 void shmr_pin(shmr *h, int64_t delta);
 int shmr_poison(shmr *h, const char *why); /* CORRUPT, for everybody and for good */
 int shmr_poisoned(void);                   /* CORRUPT: somebody did that */
-bool shmr_file_is_whole(shmr *h);          /* false: somebody has cut it, and now the region is poisoned */
+int shmr_check_file(shmr *h);              /* with h->lock held. CORRUPT: cut, and now poisoned. SYSTEM: closed */
 int shmr_enter(shmr *h); /* OK: usable, and pinned so that a close by another thread waits for us */
 /* Count in a statistics word of this participant's, which is written under a private lock only: no locked instruction. */
 static inline void shmr_tally(shmr_word *own, uint64_t more) {

@@ -133,9 +133,10 @@ static int allocate(int fd, uint64_t offset, uint64_t bytes) {
     return 0;
 }
 
-/* Reserve part of the region. NO_MEMORY: the file system or the cgroup is full. Any thread. */
+/* Reserve part of the region. NO_MEMORY: the file system or the cgroup is full. With h->lock held. */
 int shmr_reserve(shmr *h, uint64_t offset, uint64_t bytes) {
-    if (!shmr_file_is_whole(h)) return shmr_poisoned(); /* it would be lengthened, part of the way */
+    int status = shmr_check_file(h); /* a file that was cut would be lengthened, part of the way */
+    if (status != SHMR_OK) return status;
     if (!cgroup_has_room(bytes, SLACK_MIN))
         return shmr_fail(SHMR_NO_MEMORY, ENOMEM, "the memory cgroup has too little headroom");
     int error = allocate(h->fd, offset, bytes);
@@ -147,7 +148,8 @@ int shmr_reserve(shmr *h, uint64_t offset, uint64_t bytes) {
 
 int shmr_reserve_extent(shmr *h, uint32_t extent) {
     uint64_t offset = h->g.arena_at + (uint64_t)extent * SHMR_EXTENT;
-    if (!shmr_file_is_whole(h)) return shmr_poisoned();
+    int status = shmr_check_file(h);
+    if (status != SHMR_OK) return status;
     if (!cgroup_has_room(SHMR_EXTENT, SLACK_MAX))
         return shmr_fail(SHMR_NO_MEMORY, ENOMEM, "the memory cgroup has too little headroom");
     int error = allocate(h->fd, offset, SHMR_PAGE);

@@ -243,8 +243,11 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
             break;
         }
         if (now >= next_look) {
-            if (!shmr_file_is_whole(h)) {
-                status = shmr_poisoned();
+            pthread_mutex_lock(&h->lock); /* a close by another thread would make the descriptor another file's */
+            bool cut = shmr_check_file(h) == SHMR_CORRUPT;
+            pthread_mutex_unlock(&h->lock);
+            if (cut) {
+                status = SHMR_CORRUPT;
                 break;
             }
             bool found = shmr_check_deaths(h) > 0;

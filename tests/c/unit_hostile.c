@@ -1,6 +1,9 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 /* Somebody writes into the region what the protocol never would: contents and service may suffer, but the private
  * tables of the others stay whole. What the fuzz targets of tests/fuzz look for at random is set up here. */
+#include <fcntl.h>
+#include <sys/stat.h>
+
 #include "harness.h"
 
 static int fd;
@@ -302,6 +305,33 @@ static void a_file_that_is_cut(void) {
     close_region();
 }
 
+/* Code that closes every descriptor it does not know: what comes under our number is left as it is. */
+static void a_descriptor_that_is_anothers(void) {
+    uint64_t tag = 0;
+    for (int waits = 0; waits < 2; waits++) {
+        open_region();
+        OK(send_message(h, 0, 8, 1, NOT_AT_ALL));
+        OK(receive_message(h, 0, &tag, NOT_AT_ALL));
+        int other = memfd_create("other", MFD_CLOEXEC), number = h->fd;
+        CHECK(dup2(other, number) == number);
+        if (waits) {
+            CHECK_STATUS(receive_message(h, 0, &tag, shmr_now() + 500000000), SHMR_TIMEOUT);
+        } else {
+            shmr_block more;
+            CHECK_STATUS(shmr_claim(h, 6 * MIB, NULL, 0, -1, NOT_AT_ALL, &more), SHMR_SYSTEM);
+            CHECK(strstr(shmr_last_detail(), "descriptor was closed") != NULL);
+            OK(send_message(h, 0, 8, 2, NOT_AT_ALL)); /* what is there already does without it */
+            OK(receive_message(h, 0, &tag, NOT_AT_ALL));
+        }
+        struct stat s;
+        CHECK(fstat(other, &s) == 0 && s.st_size == 0 && s.st_blocks == 0);
+        close_region();
+        CHECK(fcntl(number, F_GETFD) >= 0);
+        close(number);
+        close(other);
+    }
+}
+
 int main(void) {
     RUN(extents_given_away);
     RUN(extents_said_to_be_of_the_dead);
@@ -313,5 +343,6 @@ int main(void) {
     RUN(poison_is_for_all);
     RUN(rubbish_while_looking_for_room);
     RUN(a_file_that_is_cut);
+    RUN(a_descriptor_that_is_anothers);
     return summary("unit_hostile");
 }
