@@ -71,7 +71,12 @@ void shmr_save_descriptor(shmr *h, uint32_t id, uint64_t state) {
     shmr_cas_acq_rel(&me->undo_state, &none, state); /* A16 R16: nothing of it is rewritten before */
 }
 
-/* What participant `slot`, dead, has saved of this block, if it is this lease of it that it was rewriting. */
+/* What was saved for one state of a block is now for another one, that it takes next. Called with undo_lock held. */
+void shmr_rename_saved(shmr *h, uint64_t before, uint64_t state) {
+    shmr_cas_acq_rel(&shmr_participant_at(h, h->self)->undo_state, &before, state); /* A16 R16 */
+}
+
+/* Put back what participant `slot`, dead or ourselves, has saved of this block, if it was for this lease of it. */
 void shmr_restore_descriptor(shmr *h, uint32_t slot, uint32_t id, uint32_t generation) {
     struct shmr_participant *p = shmr_participant_at(h, slot);
     uint64_t state = shmr_load_acquire(&p->undo_state); /* A16 */

@@ -42,6 +42,7 @@ struct shmr_mapping {
     size_t bytes;
     char *reserved; /* the address range that was reserved to align the base */
     size_t reserved_bytes;
+    shmr_count cut; /* how often the file turned out to be shorter, by SIGBUS */
 };
 
 /* ---- the private allocator (shmr_arena.c) ------------------------------------------------------------------- */
@@ -187,6 +188,10 @@ static inline struct shmr_record *shmr_record_at(const shmr *h, uint32_t i) {
 static inline char *shmr_arena_base(const shmr *h) { return h->base + h->g.arena_at; }
 static inline uint64_t shmr_references_bytes(uint64_t count) { return (count * 8 + 63) & ~UINT64_C(63); }
 
+/* ---- shmr_guard.c -------------------------------------------------------------------------------------------- */
+void shmr_guard(shmr_mapping *m);
+void shmr_unguard(const shmr_mapping *m);
+
 /* ---- shmr_region.c ------------------------------------------------------------------------------------------- */
 int shmr_usable(const shmr *h); /* OK, CLOSED or FORKED */
 int shmr_fail(int status, int error, const char *detail);
@@ -240,6 +245,7 @@ uint64_t shmr_take_allocation(shmr *h, uint64_t bytes);             /* (L) with 
 uint32_t shmr_descriptor_check(const shmr_block *block);
 int shmr_read_descriptor(shmr *h, uint32_t id, uint64_t state, shmr_block *out);
 void shmr_save_descriptor(shmr *h, uint32_t id, uint64_t state);
+void shmr_rename_saved(shmr *h, uint64_t before, uint64_t state);
 void shmr_restore_descriptor(shmr *h, uint32_t slot, uint32_t id, uint32_t generation);
 int shmr_references_at(shmr *h, uint32_t id, shmr_word **table, uint32_t *count);
 

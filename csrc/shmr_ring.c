@@ -212,8 +212,8 @@ static int try_commit(shmr *h, void *argument) {
     uint64_t expected = b->state;
     uint64_t committed = shmr_state_pack(generation, h->self, c->ring, shmr_state_flags(b->state), SHMR_COMMITTED);
     bool done = shmr_cas_release(&r->state, &expected, committed); /* R1 */
-    if (leased) pthread_mutex_unlock(&h->undo_lock);
     if (!done) {
+        if (leased) pthread_mutex_unlock(&h->undo_lock);
         pthread_mutex_unlock(&h->commit_lock[c->ring]);
         return SHMR_STALE;
     }
@@ -224,10 +224,14 @@ static int try_commit(shmr *h, void *argument) {
         shmr_tally(&me->committed[c->ring], 1);
         shmr_tally(&me->bytes_committed[c->ring], b->length);
     } else { /* I7: only we could insert it, so nobody has seen it */
-        b->state = shmr_state_pack(generation, h->self, shmr_state_ring(b->state), shmr_state_flags(b->state),
-                                   shmr_state_kind(b->state)); /* a lease stays one: its message must not be lost */
+        uint64_t before = b->state; /* a lease stays one, of what was leased: its message must not be lost */
+        b->state = shmr_state_pack(generation, h->self, shmr_state_ring(before), shmr_state_flags(before),
+                                   shmr_state_kind(before));
+        if (leased) shmr_rename_saved(h, before, b->state);
         shmr_cas_release(&r->state, &committed, b->state); /* R1 */
+        if (leased) shmr_restore_descriptor(h, h->self, b->block, generation);
     }
+    if (leased) pthread_mutex_unlock(&h->undo_lock);
     pthread_mutex_unlock(&h->commit_lock[c->ring]);
     if (status == SHMR_WOULD_BLOCK && c->items >= 0 && shmr_ring_has_item(h, (uint32_t)c->items))
         return SHMR_ITEM_WAITS;

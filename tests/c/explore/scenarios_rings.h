@@ -109,6 +109,7 @@ static void forward(void) {
     shmr *h = mine();
     shmr_block b = {0};
     if (!is_done(RETRIED(shmr_lease(h, 0, 0, soon(), &b)))) return;
+    b.kind = FORWARDED;
     if (is_done(RETRIED(shmr_commit(h, 1, 0, -1, soon(), &b)))) return;
     note_delivery(h, &b); /* the receiver died: it stays here */
     OK(shmr_release(h, &b));
@@ -121,6 +122,23 @@ static void setup_forward(void) {
 static const struct ex_scenario forwarded = {
     "forwarded", "leased from one ring, committed to another", setup_forward, 3, {send_one, forward, receive_from_second},
     check_one, {1, 1, 0, 0}, {2, 1, 0, 0}};
+
+static void receive_two_from_second(void) {
+    receive(mine(), 1);
+    receive(mine(), 1);
+}
+static void setup_forward_to_full(void) {
+    make_world((shmr_config){.rings = 2, .capacity = {4, 1}}, 3);
+    warm(0);
+    send(host_handle, 1, 2, 64);
+}
+static void check_forward_to_full(void) {
+    ex_log[SENT + 2] = 1; /* by the host, before it began */
+    check_two();
+}
+static const struct ex_scenario forwarded_to_full = {
+    "forwarded_to_full", "leased from one ring, waiting for room in another", setup_forward_to_full, 3,
+    {send_one, forward, receive_two_from_second}, check_forward_to_full, {1, 1, 0, 0}, {2, 1, 0, 0}};
 
 /* ---- put back ----------------------------------------------------------------------------------------------------------- */
 

@@ -10,7 +10,6 @@
 static shmr *host_handle, *handles[EX_PROCESSES];
 static int region_fd = -1;
 static int64_t begun; /* the time at which a run begins */
-/* Who dies rewriting the descriptor of a leased block, for its next leg, leaves it damaged: reported once, and gone. */
 /* Scripts sleep; else nobody needs the time that a slice takes to end, unless somebody died. */
 static bool time_passes;
 
@@ -118,6 +117,12 @@ static uint64_t note_delivery(shmr *h, const shmr_block *b) {
     return number;
 }
 
+/* Who forwards a message from ring 0 changes its descriptor; if it comes back there, it comes as it was. */
+#define FORWARDED 7u
+static void check_unchanged(uint32_t ring, const shmr_block *b) {
+    promise(ring != 0 || b->kind != FORWARDED, "a message came back as if it had been sent on");
+}
+
 /* Lease, note and release one; *number: 0 if it came again, after a death. */
 static int try_receive(shmr *h, uint32_t ring, int64_t deadline, uint64_t *number) {
     shmr_block b = {0};
@@ -125,6 +130,7 @@ static int try_receive(shmr *h, uint32_t ring, int64_t deadline, uint64_t *numbe
     int status = RETRIED(shmr_lease(h, ring, 0, deadline, &b));
     if (status != SHMR_OK) return status;
     bool again = b.attempts > 0;
+    check_unchanged(ring, &b);
     uint64_t delivered = note_delivery(h, &b);
     OK(shmr_release(h, &b));
     ex_log[RELEASED + delivered] = 1;
@@ -163,6 +169,7 @@ static void lease_what_is_left(void) {
             promise(status != SHMR_CORRUPT, "a message was found damaged or out of order");
             CHECK_STATUS(status, SHMR_OK);
             if (status != SHMR_OK) break;
+            check_unchanged(ring, &b);
             uint64_t number = note_delivery(h, &b);
             promise(!ex_log[RELEASED + number], "a message came again after it had been released");
             OK(shmr_release(h, &b));
