@@ -66,6 +66,8 @@ static void close_file(shmr *h) {
     h->fd = -1;
 }
 
+static const char CUT[] = "the region's file was cut";
+
 /* Has a participant cut the file? Then what lies behind its new end would be SIGBUS: give it its length again, all of
  * it zero, and let nobody take that for messages. Whoever touches it before somebody looks here is lost. */
 int shmr_check_file(shmr *h) {
@@ -75,7 +77,7 @@ int shmr_check_file(shmr *h) {
     if ((uint64_t)s.st_size >= h->g.total) return SHMR_OK;
     int ignored = ftruncate(h->fd, (off_t)h->g.total);
     (void)ignored;
-    if (file_is_whole(h->fd, h->g.total)) shmr_poison(h, "the region's file was cut");
+    if (file_is_whole(h->fd, h->g.total)) shmr_poison(h, CUT);
     return shmr_poisoned();
 }
 
@@ -98,7 +100,8 @@ int shmr_enter(shmr *h) {
 
 int shmr_usable(const shmr *h) {
     if ((uint32_t)shmr_count_get(&fork_epoch) != h->fork_epoch) return SHMR_FORKED;
-    return shmr_count_get(&h->closed) ? SHMR_CLOSED : SHMR_OK;
+    if (shmr_count_get(&h->closed)) return SHMR_CLOSED;
+    return shmr_count_get(&h->map->cut) ? shmr_fail(SHMR_CORRUPT, 0, CUT) : SHMR_OK;
 }
 
 /* ---- geometry ---------------------------------------------------------------------------------------------------- */
@@ -216,6 +219,7 @@ static shmr_mapping *map_file(int fd, const struct shmr_geometry *g) {
         goto failed;
     }
     shmr_count_add(&m->count, 1);
+    shmr_guard(m);
 #ifdef SHMR_TEST
     know_mapping(fd, m);
 #endif
@@ -236,6 +240,7 @@ void shmr_mapping_release(shmr_mapping *m) {
 #ifdef SHMR_TEST
     forget_mapping(m);
 #endif
+    shmr_unguard(m);
     munmap(m->reserved, m->reserved_bytes);
     free(m);
 }

@@ -26,6 +26,7 @@ SOURCES = (
     "shmr_held.c",
     "shmr_block.c",
     "shmr_descriptor.c",
+    "shmr_guard.c",
     "shmr_ring.c",
     "shmr_scatter.c",
     "shmr_bell.c",

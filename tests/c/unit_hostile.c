@@ -305,6 +305,43 @@ static void a_file_that_is_cut(void) {
     close_region();
 }
 
+/* It is cut, and touched before anybody has looked: no SIGBUS. */
+static void what_was_cut_is_touched(void) {
+    for (int whole = 0; whole < 2; whole++) {
+        open_region();
+        shmr_block b = claim(MIB);
+        CHECK(ftruncate(fd, whole ? 0 : (off_t)h->g.arena_at) == 0);
+        memset(bytes_of(h, &b), 1, MIB);
+        CHECK_STATUS(shmr_commit(h, 0, 0, -1, NOT_AT_ALL, &b), SHMR_CORRUPT);
+        CHECK(strstr(shmr_last_detail(), "was cut") != NULL);
+        CHECK_STATUS(receive_message(h, 0, NULL, FOR_EVER), SHMR_CORRUPT);
+        close_region();
+    }
+}
+
+/* Only what lies in a region is mended. */
+static void other_bus_errors(void) {
+    open_region();
+    pid_t child = fork();
+    if (child == 0) {
+        int other = memfd_create("other", MFD_CLOEXEC);
+        char *p = mmap(NULL, SHMR_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, other, 0);
+        p[0] = 1;
+        _exit(0);
+    }
+    int status;
+    waitpid(child, &status, 0);
+    CHECK(WIFSIGNALED(status) ? WTERMSIG(status) == SIGBUS : WEXITSTATUS(status) != 0); /* a sanitizer exits */
+    child = fork();
+    if (child == 0) {
+        raise(SIGBUS);
+        _exit(0);
+    }
+    waitpid(child, &status, 0);
+    CHECK(WIFSIGNALED(status) ? WTERMSIG(status) == SIGBUS : WEXITSTATUS(status) != 0);
+    close_region();
+}
+
 /* Code that closes every descriptor it does not know: what comes under our number is left as it is. */
 static void a_descriptor_that_is_anothers(void) {
     uint64_t tag = 0;
@@ -343,6 +380,8 @@ int main(void) {
     RUN(poison_is_for_all);
     RUN(rubbish_while_looking_for_room);
     RUN(a_file_that_is_cut);
+    RUN(what_was_cut_is_touched);
+    RUN(other_bus_errors);
     RUN(a_descriptor_that_is_anothers);
     return summary("unit_hostile");
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
@@ -15,6 +16,7 @@ import pytest
 from shmengine import config, region
 from shmengine._native import lib
 from shmengine.arena import Arena
+from shmengine.engine import Engine
 from shmengine.errors import Corrupt, LayoutMismatch, StaleReference
 from shmengine.region import Region, RegionConfig
 from shmengine.ring import Ring
@@ -183,6 +185,35 @@ def test_waiting_on_a_file_that_was_cut():
         threading.Timer(0.3, cut_behind_the_control_words, (ring,)).start()
         with pytest.raises(Corrupt):
             ring.receive(timeout=60)
+
+
+@pytest.mark.parametrize("length", [0, 4096])
+def test_touching_what_was_cut(length):
+    """It reads as zeros, and the next call says why; SIGBUS ends nobody."""
+    with Ring(4, "8 MiB") as ring:
+        ring.send(np.arange(100_000))
+        claim = ring.claim((1000, 1000), np.uint8)
+        array = ring.receive()
+        os.truncate(ring._region.fd, length)
+        claim.array[...] = 1
+        assert (array == 0).all()
+        with pytest.raises(Corrupt, match="was cut"):
+            claim.commit()
+        for call in (lambda: ring.send(np.ones(3)), ring.receive, ring.lease, lambda: ring.claim(3)):
+            with pytest.raises(Corrupt, match="was cut"):
+                call()
+
+
+def test_a_task_cuts_the_file_of_its_engine():
+    def cut():
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if "shmengine." in os.readlink(f"/proc/self/fd/{name}"):
+                    os.ftruncate(int(name), 4096)
+
+    with Engine(1, memory="64 MiB") as engine, pytest.raises(Corrupt, match="was cut"):
+        engine.submit(cut).result(60)
+        engine.submit(cut).result(60)
 
 
 @pytest.mark.parametrize("block", [0, 4095, 1 << 20, (1 << 32) - 1, 1 << 32, (1 << 64) - 1])
