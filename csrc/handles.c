@@ -76,6 +76,7 @@ typedef struct {
     PyObject_HEAD
     PyObject *ring; /* weak */
     PyObject *region;
+    PyObject *kept;    /* messages that nobody got, because a signal's handler raised: they come first */
     PyObject *layouts; /* (shape, dtype) -> Layout */
     PyObject *last_shape, *last_dtype, *last_layout; /* who sends one kind of array often sends the same objects */
     shmr *handle;
@@ -106,7 +107,7 @@ typedef struct lease {
     End *end;
     PyObject *array;
     struct lease *next;
-    int asked;
+    int asked, entered;
     shmr_block block;
 } Lease;
 
@@ -272,6 +273,7 @@ static PyObject *lease_enter(Lease *self, PyObject *unused) {
         ended("lease", "released");
         return NULL;
     }
+    self->entered = 1;
     return Py_NewRef(self->array);
 }
 
@@ -302,6 +304,7 @@ static int lease_release_now(Lease *self, int named) {
         self->array = array;
         return -1;
     }
+    self->block.state = 0; /* theirs now */
     Py_DECREF(done);
     Py_DECREF(array);
     return 0;
@@ -328,7 +331,12 @@ static PyObject *lease_exit(Lease *self, PyObject *const *args, Py_ssize_t count
 static void lease_dealloc(Lease *self) {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
-    if (self->array && lease_release_now(self, 0) < 0) {
+    if (type && self->block.state && !self->asked && !self->entered) { /* an exception on the way to whoever leases */
+        PyObject *done = PyObject_CallMethod(self->ring, "_keep", "N", address(&self->block));
+        if (!done) PyErr_Clear();
+        Py_XDECREF(done);
+        Py_CLEAR(self->array);
+    } else if (self->array && lease_release_now(self, 0) < 0) {
         PyErr_Clear();
         Py_CLEAR(self->array);
     }
@@ -351,16 +359,17 @@ static void lease_dealloc(Lease *self) {
 /* ---- End --------------------------------------------------------------------------------------------------------- */
 
 static PyObject *end_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"ring", "region", "handle", "payload_check", NULL};
-    PyObject *ring, *region;
+    static char *names[] = {"ring", "region", "handle", "payload_check", "kept", NULL};
+    PyObject *ring, *region, *kept;
     unsigned long long handle;
     int payload_check;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOKp", names, &ring, &region, &handle, &payload_check))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOKpO", names, &ring, &region, &handle, &payload_check, &kept))
         return NULL;
     End *self = (End *)type->tp_alloc(type, 0);
     if (!self) return NULL;
     self->ring = PyWeakref_NewRef(ring, NULL);
     self->region = Py_NewRef(region);
+    self->kept = Py_NewRef(kept);
     self->layouts = PyDict_New();
     self->handle = (shmr *)(uintptr_t)handle;
     self->payload_check = payload_check;
@@ -385,6 +394,7 @@ static void end_dealloc(End *self) {
         PyObject_Free(l);
     }
     forget_views(self);
+    Py_XDECREF(self->kept);
     Py_XDECREF(self->layouts);
     Py_XDECREF(self->last_shape);
     Py_XDECREF(self->last_dtype);
@@ -544,10 +554,11 @@ static PyObject *end_lease(End *self, PyObject *const *args, Py_ssize_t count, P
     lease->ring = ring;
     lease->end = (End *)Py_NewRef((PyObject *)self);
     lease->array = NULL;
-    lease->asked = 0;
+    lease->asked = lease->entered = 0;
+    lease->block.state = 0;
     shmr_block *block = &lease->block;
     int status = SHMR_WOULD_BLOCK;
-    if (!self->payload_check) /* a checksum takes long: without the GIL then */
+    if (!self->payload_check && PyObject_Size(self->kept) == 0) /* a checksum takes long: without the GIL then */
         status = core.lease(self->handle, 0, 0, brief(timeout), block);
     if (status != SHMR_OK) {
         PyObject *done = PyObject_CallMethod(ring, "_lease_slowly", "NOi", address(block), timeout, status);
@@ -569,8 +580,7 @@ static PyObject *end_lease(End *self, PyObject *const *args, Py_ssize_t count, P
     }
     PyObject *pair = PyObject_CallMethod(ring, "_read", "N", address(block));
     if (!pair) {
-        core.release(self->handle, block); /* unless it has done so itself */
-        Py_DECREF(lease);
+        Py_DECREF(lease); /* it was released, or is kept */
         return NULL;
     }
     lease->array = Py_NewRef(PyTuple_GET_ITEM(pair, 1));

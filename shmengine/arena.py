@@ -247,16 +247,24 @@ class Arena:
             if root is not None:
                 return root
         ref = ffi.new("shmr_ref *")
-        status = lib.shmr_hold(self._handle, block, generation, ref)
-        if status == STALE:
-            raise StaleReference("what this reference named has been freed")
-        if status != OK:
-            fail(status, "read an array by reference")
-        offset, nbytes = int(ref.offset), int(ref.length)
-        root = self.region.root(offset, nbytes, writable=writable)
-        self._pin(offset, nbytes)
+        try:
+            status = lib.shmr_hold(self._handle, block, generation, ref)
+            if status == STALE:
+                raise StaleReference("what this reference named has been freed")
+            if status != OK:
+                fail(status, "read an array by reference")
+            return self._watch(key, int(ref.offset), int(ref.length))
+        except BaseException:  # a signal's handler too
+            if ref.generation and key not in self._roots:
+                lib.shmr_drop(self._handle, block, generation)
+            raise
 
+    def _watch(self, key: tuple[int, int, bool], offset: int, nbytes: int) -> Bytes:
+        """Return the bytes of a block that was just held; it is dropped with them."""
+        block, generation, writable = key
+        root = self.region.root(offset, nbytes, writable=writable)
         identity = id(root)
+        self._pin(offset, nbytes)
 
         def drop(gone: weakref.ref[Any]) -> None:
             del self._watched[id(gone)]

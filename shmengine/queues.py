@@ -8,6 +8,7 @@ No feeder thread: what `put` has returned from is in shared memory, whatever bec
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -26,7 +27,7 @@ from shmengine.config import format_bytes, parse_bytes
 from shmengine.leases import new_block
 from shmengine.pickling import MultiprocessingReducers
 from shmengine.region import Region, RegionConfig, RegionToken, call_at_process_end
-from shmengine.ring import Attached, read_config
+from shmengine.ring import Attached, put_back, read_config
 
 __all__ = ["JoinableQueue", "Queue"]
 
@@ -114,6 +115,7 @@ class Queue(Attached, Generic[T]):
     def _setup(self, region: Region, maxsize: int, by_value: bool) -> None:
         self._attach(region)
         self._takers: set[int | None] = set()  # threads here that have called `get`, by ident
+        self._ready: deque[Any] = deque()  # taken, but then a signal's handler raised: for the next call
         self._passed_on = False  # by pickling
         self._forks = _forks
         self._maxsize = maxsize
@@ -292,9 +294,17 @@ class Queue(Attached, Generic[T]):
         self._check_open()
         self._takers.add(threading.get_ident())
         deadline = _deadline(block, timeout)
+        if self._ready and self._region.pid == os.getpid():
+            with contextlib.suppress(IndexError):  # another thread was faster
+                ready: T = self._ready.popleft()
+                return ready
         message = new_block()
+        got: list[T] = []
         try:
-            while (status := lib.shmr_lease(self._handle(), 0, 0, deadline, message)) != OK:
+            while (
+                not self._take_kept(message)
+                and (status := lib.shmr_lease(self._handle(), 0, 0, deadline, message)) != OK
+            ):
                 if status in (TIMEOUT, WOULD_BLOCK):
                     from queue import Empty
 
@@ -304,12 +314,17 @@ class Queue(Attached, Generic[T]):
                     raise self._refusal()
                 if status not in (INTERRUPTED, FORKED):
                     fail(status, "get from this queue")
-            obj: T = decode(self._region.root(message.offset, message.length), copy=True)
+            got.append(decode(self._region.root(message.offset, message.length), copy=True))
             self._got(message)
-        except BaseException:
-            self._discard(message)
+        except BaseException as error:
+            if got and self._was_got(message):
+                self._ready.append(got[0])
+            elif isinstance(error, (errors.ShmError, MemoryError)):
+                self._discard(message)
+            else:  # a signal's handler
+                self._keep(message)
             raise
-        return obj
+        return got[0]
 
     def get_nowait(self) -> T:
         """Like ``get(block=False)``."""
@@ -318,6 +333,12 @@ class Queue(Attached, Generic[T]):
     def _got(self, message: Any) -> None:
         """Do what is to be done with a message that has been copied out."""
         lib.shmr_release(self._region.handle, message)
+
+    def _was_got(self, message: Any) -> bool:
+        return not message.state
+
+    def _forget(self) -> None:
+        self._ready = deque()
 
     def _discard(self, message: Any) -> None:
         if message.state:
@@ -397,13 +418,17 @@ class JoinableQueue(Queue[T]):
         self._forget()
 
     def _forget(self) -> None:
+        super()._forget()
         self._outstanding: deque[Any] = deque()  # messages got here and not done yet
         # After the region's own finalizer, so that it runs before that one at exit.
-        finalizer = weakref.finalize(self, _give_back, self._region, self._outstanding)
+        finalizer = weakref.finalize(self, put_back, self._region, self._outstanding)
         call_at_process_end(finalizer, 1)
 
     def _got(self, message: Any) -> None:
         self._outstanding.append(message)
+
+    def _was_got(self, message: Any) -> bool:
+        return any(other is message for other in self._outstanding)
 
     def _discard(self, message: Any) -> None:
         if message.state:
@@ -437,19 +462,6 @@ class JoinableQueue(Queue[T]):
     def close(self) -> None:
         """End `put` and `get` in this process; `task_done` and `join` still work."""
         self._closed = True
-
-
-def _give_back(region: Region, outstanding: deque[Any]) -> None:
-    """Put back what was got and never done: when the queue is collected, or at exit."""
-    if region.pid != os.getpid():
-        return
-    while outstanding:
-        if lib.shmr_commit(region.handle, 0, 0, -1, 0, outstanding[0]) != OK:
-            # The queue is full. Leaving would drop these messages, dying does not: so do not leave others.
-            if lib.shmr_live_participants(region.handle) > 1:
-                region.stay()
-            return
-        outstanding.popleft()
 
 
 def _deadline(block: bool, timeout: float | None) -> int:

@@ -14,6 +14,7 @@ import operator
 import os
 import threading
 import weakref
+from collections import deque
 from types import TracebackType
 from typing import Any, Self
 
@@ -33,9 +34,9 @@ from shmengine._native.status import (
 )
 from shmengine.arrays import ArraySpec, decode_spec, encode_spec
 from shmengine.config import format_bytes, parse_bytes
-from shmengine.errors import ArrayError, Closed, Corrupt, LayoutMismatch, LeaseError, WouldBlock
+from shmengine.errors import ArrayError, Closed, Corrupt, LayoutMismatch, LeaseError, ShmError, WouldBlock
 from shmengine.leases import Claim, End, Layout, Lease, new_block, release_with
-from shmengine.region import Region, RegionConfig, RegionToken
+from shmengine.region import Region, RegionConfig, RegionToken, call_at_process_end
 from shmengine.stats import RingStats
 
 __all__ = ["Attached", "Ring", "deadline_of", "read_config"]
@@ -62,6 +63,7 @@ class Attached:
         self._h = region.handle
         self._capacity = int(read_config(region).capacity[0])
         self._closed = False
+        self._kept: deque[Any] = deque()
         region.users.add(self)
 
     def _handle(self) -> Any:
@@ -80,16 +82,43 @@ class Attached:
             self._region = self._region.rejoin()
             self._h = self._region.handle
             self._region.users.add(self)
+            self._kept = deque()  # those are the parent's
             self._forget()
         return self._region
 
     def _detach(self) -> None:
         """Use the region no more; it is left when nobody in this process does."""
         self._closed = True
+        if self._region.pid == os.getpid():
+            put_back(self._region, self._kept)
         users = self._region.users
         users.discard(self)
         if self._region.pid == os.getpid() and not users:
             self._region.close()
+
+    def _keep(self, block: Any) -> None:
+        """Keep a message for the next call: a signal's handler has raised, so that nobody has got it."""
+        if isinstance(block, int):
+            block = ffi.cast("shmr_block *", block)
+        if not block.state:
+            return
+        if not self._kept:
+            # After the region's own finalizer, so that it runs before that one at exit.
+            call_at_process_end(weakref.finalize(self, put_back, self._region, self._kept), 1)
+        copy = new_block()
+        copy[0] = block[0]
+        block.state = 0
+        self._kept.append(copy)
+
+    def _take_kept(self, block: Any) -> bool:
+        """Take the oldest message that was kept, if there is one."""
+        if not self._kept or self._region.pid != os.getpid():
+            return False
+        try:
+            block[0] = self._kept.popleft()[0]
+        except IndexError:
+            return False
+        return True
 
     def _sleep_at_exit(self) -> None:
         """Let a daemon thread end with the interpreter, and not with an error, when that closes the region."""
@@ -102,6 +131,19 @@ class Attached:
     def _refusal(self) -> Closed:
         """Return the error for whoever uses this after `close`."""
         raise NotImplementedError
+
+
+def put_back(region: Region, messages: deque[Any]) -> None:
+    """Put back what was leased and never used: when this process's end is closed or collected, or at exit."""
+    if region.pid != os.getpid():
+        return
+    while messages:
+        if lib.shmr_commit(region.handle, 0, 0, -1, 0, messages[0]) != OK:
+            # The ring is full. Leaving would drop these messages, dying does not: so do not leave others.
+            if lib.shmr_live_participants(region.handle) > 1:
+                region.stay()
+            return
+        messages.popleft()
 
 
 class Ring(Attached):
@@ -206,9 +248,15 @@ class Ring(Attached):
     def _claim_slowly(self, address: int, need: int, timeout: float | None) -> None:
         deadline = deadline_of(timeout)
         block = ffi.cast("shmr_block *", address)
-        while (status := lib.shmr_claim(self._h, need, NO_REFS, 0, -1, deadline, block)) != OK:
-            if status != INTERRUPTED:
-                self._refuse(status, "claim from this ring", timeout, need)
+        block.state = 0
+        try:
+            while (status := lib.shmr_claim(self._h, need, NO_REFS, 0, -1, deadline, block)) != OK:
+                if status != INTERRUPTED:
+                    self._refuse(status, "claim from this ring", timeout, need)
+        except BaseException:  # a signal's handler, at the end of the wait
+            if block.state:
+                lib.shmr_abort(self._h, block)
+            raise
 
     def _target(self, layout: Layout, offset: int) -> Array:
         """Return the writable array of this layout at this offset."""
@@ -330,9 +378,16 @@ class Ring(Attached):
 
     def _take(self, block: Any, timeout: float | None) -> None:
         deadline = deadline_of(timeout)
-        while (status := lib.shmr_lease(self._h, 0, self._payload_check, deadline, block)) != OK:
-            if status != INTERRUPTED:
-                self._refuse(status, "lease from this ring", timeout, 0)
+        block.state = 0
+        try:
+            if self._take_kept(block):
+                return
+            while (status := lib.shmr_lease(self._h, 0, self._payload_check, deadline, block)) != OK:
+                if status != INTERRUPTED:
+                    self._refuse(status, "lease from this ring", timeout, 0)
+        except BaseException:
+            self._keep(block)
+            raise
 
     def _read(self, address: int) -> tuple[Any, Array]:
         """Return the root and the array of a leased message; a message that is no array is given back."""
@@ -348,8 +403,11 @@ class Ring(Attached):
             elif block.kind != KIND_ARRAY:
                 raise Corrupt(f"a message of kind {block.kind} is no array", "kind")
             return root, arrays.view(root, decode_spec(raw), start)
-        except BaseException:
+        except (ShmError, MemoryError):
             lib.shmr_release(self._region.handle, block)
+            raise
+        except BaseException:  # a signal's handler
+            self._keep(block)
             raise
 
     def receive(self, timeout: float | None = None) -> Array:
@@ -372,9 +430,16 @@ class Ring(Attached):
         """
         self._handle()
         block = new_block()
-        self._take(block, timeout)
-        root, array = self._read(int(ffi.cast("uintptr_t", block)))
-        release_with(root, self._region, block)
+        watched = False
+        try:
+            self._take(block, timeout)
+            root, array = self._read(int(ffi.cast("uintptr_t", block)))
+            release_with(root, self._region, block)
+            watched = True
+        except BaseException:
+            if not watched:
+                self._keep(block)
+            raise
         return array
 
     def _release_late(self, array: Array, raw: bytes) -> None:
@@ -451,7 +516,7 @@ class Ring(Attached):
 
     def _forget(self) -> None:
         handle = int(ffi.cast("uintptr_t", self._h))
-        self._put_end(End(self, self._region, handle, bool(self._payload_check)))
+        self._put_end(End(self, self._region, handle, bool(self._payload_check), self._kept))
 
     def _put_end(self, end: Any) -> None:
         """Let `claim` and `lease` be the end's own: a Python frame costs as much as the rest of a message."""

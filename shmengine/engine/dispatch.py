@@ -100,7 +100,9 @@ class Dispatcher:
         self.broken: Callable[[], BaseException] | None = None  # makes the error that everything ends with
         self.in_flight = InFlight()
         self.lock = self.in_flight.lock  # counters of jobs and futures, too
-        self.turn = threading.Condition()  # who drains
+        # Entered as the lock that it is: a signal's handler can raise in Condition's own __exit__, written in Python.
+        self.turn_lock = threading.RLock()
+        self.turn = threading.Condition(self.turn_lock)  # who drains
         self.drainer: int | None = None
         self.futures = Futures(self, BATCHES_PER_WORKER * workers + 1)
         self.deaths = Deaths(self)
@@ -142,26 +144,30 @@ class Dispatcher:
     def put(self, encoded: codec.Encoded) -> Any:
         """Write a frame into a shared block of its own; return its bytes, which hold it."""
         self.check_open()
-        block = ffi.new("shmr_block *")
+        block, ref = ffi.new("shmr_block *"), ffi.new("shmr_ref *")
         patience = Patience()
-        while True:
-            status = lib.shmr_claim(self.handle, encoded.nbytes, ffi.NULL, 0, RESULT_RING, self.look(), block)
-            if status == OK:
-                break
-            self.shortage.relieve(status, encoded.nbytes, "put an object", patience)
-        encoded.write_into(
-            self.region.root(block.offset, encoded.nbytes, writable=True), checksum=bool(self.payload_check)
-        )
-        block.length = encoded.nbytes
-        ref = ffi.new("shmr_ref *")
-        status = lib.shmr_publish(self.handle, block, ref)
-        if status != OK:
-            fail(status, "put an object")
-        self.bytes_copied += encoded.bytes_inline
         try:
+            while (
+                status := lib.shmr_claim(
+                    self.handle, encoded.nbytes, ffi.NULL, 0, RESULT_RING, self.look(), block
+                )
+            ) != OK:
+                self.shortage.relieve(status, encoded.nbytes, "put an object", patience)
+            encoded.write_into(
+                self.region.root(block.offset, encoded.nbytes, writable=True),
+                checksum=bool(self.payload_check),
+            )
+            block.length = encoded.nbytes
+            status = lib.shmr_publish(self.handle, block, ref)
+            if status != OK:
+                fail(status, "put an object")
+            self.bytes_copied += encoded.bytes_inline
             return self.arena.resolve((self.region.number, ref.block, ref.generation, 0))
         finally:
-            lib.shmr_drop(self.handle, ref.block, ref.generation)
+            if ref.generation:
+                lib.shmr_drop(self.handle, ref.block, ref.generation)
+            elif block.state:  # an error, or Ctrl-C
+                lib.shmr_abort(self.handle, block)
 
     def look(self) -> int:
         return time.monotonic_ns() + LOOK_NS
@@ -263,19 +269,29 @@ class Dispatcher:
         bool
             Whether this thread was the drainer and took something.
         """
+        me = threading.get_ident()
+        nested = self.drainer == me  # a callback of a future waits for more
         with InterruptsLater():
-            with self.turn:
-                if self.drainer not in (None, threading.get_ident()):
-                    return False
-                before, self.drainer = self.drainer, threading.get_ident()
             try:
+                with self.turn_lock:
+                    if self.drainer not in (None, me):
+                        return False
+                    self.drainer = me
                 took = self._drain(deadline, scatter)
             finally:
-                with self.turn:
-                    self.drainer = before  # ourselves, if a callback of a future waits for more
-                    self.turn.notify_all()
+                try:
+                    self._end_turn(me, nested)
+                except BaseException:  # the handler of another signal
+                    self._end_turn(me, nested)
+                    raise
         self.flush()
         return took
+
+    def _end_turn(self, me: int, nested: bool) -> None:
+        if self.drainer == me and not nested:
+            with self.turn_lock:
+                self.drainer = None
+                self.turn.notify_all()
 
     def flush(self) -> None:
         """Send the batches that results have made due."""
@@ -451,7 +467,7 @@ class Dispatcher:
             self.check_open()
             if self.drain(self.look(), scatter):
                 continue
-            with self.turn:
+            with self.turn_lock:
                 if self.drainer is not None and not ready():
                     self.turn.wait(0.25)
             self.shortage.deny_if_stuck()
@@ -470,7 +486,7 @@ class Dispatcher:
 
     def collect(self) -> None:
         """Make sure that somebody drains for futures, and for streams that were abandoned."""
-        with self.turn:
+        with self.turn_lock:
             if self.collector is None:
                 self.collector = threading.Thread(
                     target=self._collect, name=config.RESULTS_THREAD, daemon=True
@@ -481,7 +497,7 @@ class Dispatcher:
 
     def _collect(self) -> None:
         while not self.has_ended():
-            with self.turn:
+            with self.turn_lock:
                 while not self.has_ended() and (self.drainer is not None or self.nobody_waits()):
                     self.turn.wait()
             try:
@@ -504,7 +520,7 @@ class Dispatcher:
         for batch in self.in_flight.take_all():
             for task in batch.tasks:
                 self.conclude(batch.job, task, None, make_error())
-        with self.turn:
+        with self.turn_lock:
             self.turn.notify_all()
 
     def time_limit(self, number: int) -> float | None:
@@ -568,7 +584,7 @@ class Dispatcher:
             if batch.job.begin():
                 batch.job.deliver(batch.tasks[0], None, Closed(CLOSED_TEXT))
         lib.shmr_close_ring(self.handle, RESULT_RING)
-        with self.turn:
+        with self.turn_lock:
             self.turn.notify_all()
         if self.collector is not None and threading.current_thread() is not self.collector:
             self.collector.join()

@@ -1,4 +1,7 @@
-"""Ctrl-C at a moment that suits: a message that has been taken must not be lost on its way to whom it is for."""
+"""Handlers of signals at a moment that suits: a message that was taken must not be lost on its way to whom it is for.
+
+A handler may raise, as the one of Ctrl-C does, or that of an alarm that is to end a call.
+"""
 
 from __future__ import annotations
 
@@ -10,37 +13,61 @@ from typing import Any
 
 __all__ = ["InterruptsLater"]
 
+SIGNALS: tuple[int, ...] = (
+    signal.SIGINT,
+    signal.SIGALRM,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+# Without the conversion to enumerations: this is done for every drain.
+_getsignal = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+_setsignal = getattr(signal.signal, "__wrapped__", signal.signal)
+_main_thread = threading.main_thread
+
 
 class InterruptsLater:
-    """Within it, in the main thread, an interrupt waits until the end; a second one comes through at once.
+    """Within it, in the main thread, handlers wait until the end; a second Ctrl-C comes through at once.
 
-    What waits in the C core is still woken by the first.
+    What waits in the C core is still woken.
     """
 
     __slots__ = ("_before", "_came")
 
     def __init__(self) -> None:
-        self._before: Any = None
-        self._came: FrameType | None = None
+        self._before: list[tuple[int, Any]] = []
+        self._came: dict[int, FrameType | None] = {}
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            before = signal.getsignal(signal.SIGINT)
-            if callable(before):
-                with contextlib.suppress(ValueError):  # the main thread of another interpreter
-                    signal.signal(signal.SIGINT, self._handle)
-                    self._before = before
+        if threading.current_thread() is _main_thread():
+            for number in SIGNALS:
+                handler = _getsignal(number)
+                if callable(handler):
+                    self._before.append((number, handler))
+            with contextlib.suppress(ValueError):  # the main thread of another interpreter
+                for number, _ in self._before:
+                    _setsignal(number, self._handle)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            if self._came is not None:
-                frame, self._came = self._came, None
-                self._before(signal.SIGINT, frame)
+        if not self._before:
+            return
+        try:
+            self._put_back()
+        except BaseException:  # a handler that is back already
+            self._put_back()
+            raise
+        for number, before in self._before:
+            if number in self._came:
+                before(number, self._came.pop(number))
+
+    def _put_back(self) -> None:
+        for number, before in self._before:
+            _setsignal(number, before)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._came is not None and self._before is not None:
-            self._before(number, frame)
-        self._came = frame
+        if number == signal.SIGINT and number in self._came:
+            dict(self._before)[number](number, frame)
+        self._came[number] = frame

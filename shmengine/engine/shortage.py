@@ -49,13 +49,16 @@ class Shortage:
         core = self._core
         block = ffi.new("shmr_block *")
         patience = Patience()
-        while True:
-            core.check_open()
-            status = lib.shmr_claim(core.handle, nbytes, ffi.NULL, 0, RESULT_RING, core.look(), block)
-            if status == OK:
+        try:
+            while True:
+                core.check_open()
+                status = lib.shmr_claim(core.handle, nbytes, ffi.NULL, 0, RESULT_RING, core.look(), block)
+                if status == OK:
+                    return
+                self.relieve(status, nbytes, what, patience)
+        finally:
+            if block.state:
                 lib.shmr_abort(core.handle, block)
-                return
-            self.relieve(status, nbytes, what, patience)
 
     def relieve(self, status: int, nbytes: int, what: str, patience: Patience) -> None:
         """A claim or commit of main's did not succeed at once: make room, or say that there is none."""

@@ -129,29 +129,27 @@ def write_frame(
         for i, (_, number, generation, _offset) in enumerate(encoded.references):
             references[i].block = number
             references[i].generation = generation
-    while True:
-        status: int = lib.shmr_claim(handle, encoded.nbytes, references, count, items, deadline, block)
-        if status == OK:
-            break
-        if status != INTERRUPTED:
-            return status
+    block.state = 0
     try:
+        while True:
+            status: int = lib.shmr_claim(handle, encoded.nbytes, references, count, items, deadline, block)
+            if status == OK:
+                break
+            if status != INTERRUPTED:
+                return status
         encoded.write_into(arena.region.root(block.offset, encoded.nbytes, writable=True))
-    except BaseException:
-        lib.shmr_abort(handle, block)
-        raise
-    block.kind = kind
-    block.tag = tag
-    block.length = encoded.nbytes
-    ffi.memmove(block.spec, spec, len(spec))
-    block.spec_bytes = len(spec)
-    while True:
-        status = lib.shmr_commit(handle, ring, payload_check, items, deadline, block)
-        if status == INTERRUPTED:
-            continue
-        if status != OK:
+        block.kind = kind
+        block.tag = tag
+        block.length = encoded.nbytes
+        ffi.memmove(block.spec, spec, len(spec))
+        block.spec_bytes = len(spec)
+        while True:
+            status = lib.shmr_commit(handle, ring, payload_check, items, deadline, block)
+            if status != INTERRUPTED:
+                return status
+    finally:
+        if block.state:  # not committed: no room, an error, or a signal's handler
             lib.shmr_abort(handle, block)
-        return status
 
 
 def pack_account(nanoseconds: int, copied: int, shared: int) -> bytes:
@@ -210,7 +208,7 @@ def number_in(block: Any) -> tuple[int, Any]:
     raw = ffi.buffer(block.spec, block.spec_bytes)[:]
     try:
         return _ACCOUNT.unpack_from(raw)[0], unpack_number(raw[_ACCOUNT.size :])
-    except (struct.error, ValueError, TypeError, IndexError) as error:
+    except (struct.error, ValueError, TypeError, IndexError, SyntaxError) as error:  # NumPy parses dtypes
         raise Corrupt(f"not a number in a descriptor: {error}", "spec") from error
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.frames import check_bytes, check_descriptor, check_frame, mutated, resealed, seeds
@@ -40,6 +40,7 @@ def test_damaged_frames(number, seed, good_checksum):
     check_frame(resealed(raw) if good_checksum else raw)
 
 
+@example(b",", b"n")
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=140), st.sampled_from([b"", b"n", b"nd", b"nO", b"n\xff", b"f", b"i", b"b", b"-"]))
 def test_descriptors(raw, kind):

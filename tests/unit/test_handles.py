@@ -66,7 +66,7 @@ def refused(name, status):
         (lambda end: end.lease(1, timeout=2), "one argument"),
         (lambda end: end.lease(seconds=2), "one argument"),
         (lambda end: End(), "ring"),
-        (lambda end: End(5, 5, 5, False), "weak reference"),
+        (lambda end: End(5, 5, 5, False, ()), "weak reference"),
         (lambda end: Layout(1), "shape"),
         (lambda end: connect(LeaseError), "6 arguments"),
     ],
@@ -336,7 +336,7 @@ def test_an_end_without_memory(ring, allocator):
     handle = int(ffi.cast("uintptr_t", ring._region.handle))
 
     def make(ring):
-        End(ring, ring._region, handle, False)
+        End(ring, ring._region, handle, False, ())
 
     each_allocation_fails(allocator, lambda: ring, make, lambda: None)
     each_allocation_fails(
