@@ -330,6 +330,17 @@ void shmr_free(shmr *h) {
         dismantle(h);
 }
 
+void shmr_forget(shmr *h) {
+    if (shmr_usable(h) != SHMR_FORKED) return;
+    shmr_file_close(&h->file);
+    if (pthread_mutex_trylock(&h->death_lock) != 0) return; /* a thread that the fork did not take along had it */
+    pthread_mutex_unlock(&h->death_lock);
+    shmr_close_pidfds(h);
+    if (pthread_mutex_trylock(&h->lock) != 0) return; /* likewise; the tables are as it left them */
+    pthread_mutex_unlock(&h->lock);
+    shmr_free(h);
+}
+
 /* ---- joining and leaving --------------------------------------------------------------------------------------------- */
 
 static int join(shmr *h) {

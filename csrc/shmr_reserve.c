@@ -17,7 +17,7 @@
 #endif
 
 #define LEVELS 8
-/* What of a memory cgroup we leave: for arrays a sixteenth of it, at most so many bytes; for what little is needed
+/* What of a memory cgroup we leave: for arrays an eighth of it, at most so many bytes; for what little is needed
  * to say that there is no room, less. */
 #define SLACK_MAX (128 << 20)
 #define SLACK_MIN (1 << 20)

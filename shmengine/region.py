@@ -112,8 +112,6 @@ class Region:
     ----------
     handle : cdata
         ``shmr *`` for the C core.
-    fd : int
-        Descriptor of the region's file, for children.
     number : int
         63 random bits that name the region in references.
     memory, readable : memoryview
@@ -122,7 +120,6 @@ class Region:
 
     def __init__(self, handle: Any, fd: int, name: str | None, *, creator: bool) -> None:
         self.handle = handle
-        self.fd = fd
         self._fd = _Descriptor(fd)
         self.name = name
         self.creator = creator
@@ -130,9 +127,8 @@ class Region:
         self.closed = False
         self.exiting = False
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # rings and queues of this process that share it
-        info = os.fstat(fd)
-        self.inode = info.st_ino
-        self.number = (info.st_ino * 0x9E3779B97F4A7C15 ^ info.st_dev) & (1 << 63) - 1
+        device, self.inode = self._fd.identity
+        self.number = (self.inode * 0x9E3779B97F4A7C15 ^ device) & (1 << 63) - 1
         mapping = lib.shmr_mapping_retain(handle)
         base = ffi.gc(
             ffi.cast("char *", lib.shmr_base(handle)),
@@ -276,6 +272,21 @@ class Region:
                 return known
             return Region.attach(os.dup(self.fd), self.name)
 
+    @property
+    def fd(self) -> int:
+        """Descriptor of the region's file, for children.
+
+        Raises
+        ------
+        ShmError
+            Other code has closed it.
+        """
+        if not self._fd.is_ours():
+            raise ShmError(
+                "the descriptor of this region was closed by other code: no process can join by it"
+            )
+        return self._fd.fd
+
     # --- memory --------------------------------------------------------------------------------
 
     def root(self, offset: int, nbytes: int, *, writable: bool = False) -> Bytes:
@@ -345,21 +356,35 @@ def _finalize_unless_busy(finalizer: weakref.finalize[Any, Any]) -> None:
 
 
 class _Descriptor:
-    """A descriptor that is closed once."""
+    """A descriptor that is closed once; not if other code has closed it, and its number is another file's by now."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self.identity = _identity(fd)
+
+    def is_ours(self) -> bool:
+        try:
+            return self.fd >= 0 and _identity(self.fd) == self.identity
+        except OSError:
+            return False
 
     def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
+        ours, fd, self.fd = self.is_ours(), self.fd, -1
+        if ours:
             os.close(fd)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    info = os.fstat(fd)
+    return info.st_dev, info.st_ino
 
 
 def _end(region: weakref.ref[Region], handle: Any, fd: _Descriptor, names: list[str], pid: int) -> None:
     """Finalize a region: when it is collected, or at exit."""
     if pid != os.getpid():
         fd.close()
+        if region() is None:  # else this is the exit
+            lib.shmr_forget(handle)
         return
     # At exit views may still be alive; what they lease is done with, and must not be delivered again. A collected
     # region can only be needed by arrays that NumPy made in it, and is left with the last one.

@@ -499,6 +499,36 @@ static void pidfds_of_one_inode(void) {
     close_whole();
 }
 
+/* What a forked child has of its parent's attachment it can give back; but no tables that a thread was changing. */
+static void what_a_child_inherits(void) {
+    open_region();
+    struct report r;
+    pid_t victim = start_victim(script_nothing, &r);
+    CHECK_EQ(shmr_check_deaths(h), 0); /* a pidfd is inherited, too */
+    shmr_forget(h);                    /* not in the parent */
+    pthread_mutex_t *locks[] = {NULL, &h->death_lock, &h->lock};
+    for (int i = 0; i < 3; i++) {
+        if (locks[i]) pthread_mutex_lock(locks[i]);
+        fflush(stdout);
+        pid_t child = fork();
+        if (child == 0) {
+            uint32_t before = open_descriptors();
+            shmr_mapping *kept = shmr_mapping_retain(h);
+            char *base = shmr_base(h);
+            shmr_forget(h);
+            CHECK_EQ(open_descriptors(), before - (i == 1 ? 1 : 2)); /* `h` may be gone */
+            CHECK(*(uint64_t *)(void *)base != 0); /* still mapped */
+            shmr_mapping_release(kept);
+            _exit(shmr_count_get(&check_failures) != 0);
+        }
+        if (locks[i]) pthread_mutex_unlock(locks[i]);
+        expect_success(child);
+    }
+    kill_and_reap(victim);
+    CHECK_EQ(shmr_check_deaths(h), 1);
+    close_whole();
+}
+
 static void script_rubbish_places(shmr *v, struct report *r) {
     for (uint64_t k = 0; k < 4; k++) { /* small and large, in the arena of another, and across one of its own */
         OK(shmr_claim(v, k % 2 ? 50000 : 100, NULL, 0, -1, NOT_AT_ALL, &r->block));
@@ -625,6 +655,7 @@ int main(void) {
     RUN(descriptors_closed_under_us);
     RUN(a_number_that_is_anothers);
     RUN(pidfds_of_one_inode);
+    RUN(what_a_child_inherits);
     RUN(rubbish_places);
     RUN(records_go_round);
     RUN(a_group_of_rubbish);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import pickle
@@ -376,3 +377,65 @@ def test_a_token_of_a_name_that_another_ring_has_by_now(name):
 def test_a_named_ring_leaves_nothing_for_the_resource_tracker_to_complain_about(name, end):
     assert run_stranger(f"from shmengine.ring import Ring\nring = Ring(4, '8 MiB', {name!r})\n{end}") == ""
     assert not os.path.exists(_path(name))
+
+
+# --- other code closes all descriptors ---------------------------------------------------------------
+
+NUMBERS_TAKEN = """
+import os
+from shmengine.errors import ShmError
+from shmengine.ring import Ring
+ring = Ring(4, "8 MiB")
+ring.send([1])
+os.closerange(3, 200)
+theirs = [os.open("/dev/null", os.O_RDONLY) for _ in range(9)]
+assert ring.receive()[0] == 1
+try:
+    ring._region.fd
+except ShmError as error:
+    print(error)
+{end}
+for fd in theirs:
+    os.fstat(fd)
+"""
+
+
+@pytest.mark.parametrize("end", ["ring.close()", "del ring", ""])
+def test_files_that_have_our_numbers_by_now_are_left_alone(end):
+    assert "closed by other code" in run_stranger(NUMBERS_TAKEN.format(end=end))
+
+
+def inherited():
+    """Count what a process has of regions: descriptors, mappings."""
+    with open("/proc/self/maps") as file:
+        mappings = sum("shmengine" in line for line in file)
+    return len(os.listdir("/proc/self/fd")), mappings
+
+
+def test_a_chain_of_forks_collects_nothing_of_its_ancestors(ring):
+    ring.approx_fill()
+    ours = inherited()
+
+    def child(generation=1):
+        ring.approx_fill()
+        gc.collect()
+        assert inherited() == ours
+        if generation < 4:
+            assert in_fork(lambda: child(generation + 1)) == 0
+
+    assert in_fork(child) == 0
+
+
+def test_views_outlive_what_the_child_gives_back(ring):
+    ring.send(np.arange(1000))
+    view = ring.receive()
+
+    def child():
+        ring.approx_fill()
+        gc.collect()
+        assert view.sum() == 499500
+        ring.close()
+        assert view.sum() == 499500
+
+    assert in_fork(child) == 0
+    assert view.sum() == 499500
