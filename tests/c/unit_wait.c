@@ -1,9 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 /* Waiting: for messages, slots and space; deadlines, signals, closing, the last peer's death. A waiter that is woken
  * only by the 250 ms safety net is counted in rescued_wakeups, which check_whole() wants to be 0. */
-#include <sys/resource.h>
-#include <sys/syscall.h>
-
 #include "harness.h"
 
 #define MS INT64_C(1000000)
@@ -453,59 +450,6 @@ static void the_last_peer_dies(void) {
     }
 }
 
-/* A watcher has done its round often enough when what we had free has gone to who is short of memory, twice. */
-static void until_watched(shmr *own) {
-    for (int round = 0; round < 2; round++) {
-        OK(send_message(own, 1, 3 * MIB, 1, NOT_AT_ALL));
-        OK(receive_message(own, 1, NULL, NOT_AT_ALL));
-        shmr_or_seq_cst(shmr_header_of(own)->extent_waiters, 1);
-        while (counters_of(own).owned) usleep(1000);
-    }
-}
-
-/* Its child ends, also when other code has closed the descriptor that it watches it by; but not before. */
-static void the_parent_dies(void) {
-    enum { LEFT_ALONE, CLOSED, ANOTHERS, NO_MORE_TO_BE_HAD, WAYS };
-    for (int way = 0; way < WAYS; way++) {
-        open_region();
-        int ends[2], other_file[2];
-        if (pipe(ends) != 0 || pipe(other_file) != 0 || write(other_file[1], "", 1) != 1) exit(2);
-        fflush(stdout);
-        pid_t parent = fork();
-        if (parent == 0) {
-            int pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
-            if (fork() == 0) {
-                shmr *own = attach_region(fd);
-                OK(shmr_watch_parent(pidfd));
-                shmr_watch_shortage(own);
-                if (way == ANOTHERS) CHECK(dup2(other_file[0], pidfd) == pidfd); /* as readable as who has died */
-                if (way == CLOSED || way == NO_MORE_TO_BE_HAD) close(pidfd);
-                if (way == NO_MORE_TO_BE_HAD) {
-                    struct rlimit none = {0, 0};
-                    CHECK(setrlimit(RLIMIT_NOFILE, &none) == 0);
-                }
-                until_watched(own);
-                char ready = !shmr_count_get(&check_failures);
-                if (write(ends[1], &ready, 1) != 1) _exit(2);
-                for (;;) pause();
-            }
-            close(ends[1]);
-            for (;;) pause();
-        }
-        close(ends[1]);
-        char ready = 0;
-        CHECK(read(ends[0], &ready, 1) == 1 && ready == 1);
-        kill_and_reap(parent);
-        CHECK(read(ends[0], &ready, 1) == 0); /* the grandchild is gone: its end is closed */
-        close(ends[0]);
-        close(other_file[0]);
-        close(other_file[1]);
-        shmr_and_seq_cst(shmr_header_of(h)->extent_waiters, 0);
-        while (counters_of(h).deaths < 1) shmr_check_deaths(h);
-        close_whole();
-    }
-}
-
 int main(void) {
     RUN(deadlines);
     RUN(by_a_commit);
@@ -523,6 +467,5 @@ int main(void) {
     RUN(closing_a_handle);
     RUN(a_signal);
     RUN(the_last_peer_dies);
-    RUN(the_parent_dies);
     return summary("unit_wait");
 }
