@@ -51,7 +51,7 @@ bench: $(stamp) ## Speed, as ratios against rivals in one run
 soak: $(stamp) ## Kills, stops and load for MINUTES=5 in all, with SEED=... or a random one; one report
 	@$(python) -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
-points: $(stamp) ## A SIGKILL at every single access of shared memory of each operation; half an hour or so
+points: $(stamp) ## A SIGKILL at up to 500 points of each operation: accesses of shared memory, of workers and main changes; half an hour
 	@SHMENGINE_SOAK_MINUTES=1 $(python) -m pytest tests/crash/test_kill_points.py
 
 fuzz: $(stamp) ## Hostile bytes for MINUTES=5 each: libFuzzer over the C core, atheris over frames (needs clang)

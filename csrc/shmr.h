@@ -116,6 +116,9 @@ int shmr_attach(int fd, shmr **out);
 int shmr_close(shmr *h, int force);
 /* Give back the handle itself; the memory goes when the last pin does. */
 void shmr_free(shmr *h);
+/* In a forked child, instead of shmr_free: give back what it inherited of its parent's attachment. Views that retain the
+ * mapping keep it. */
+void shmr_forget(shmr *h);
 uint32_t shmr_self(const shmr *h);
 void *shmr_base(const shmr *h);
 uint64_t shmr_mapped_bytes(const shmr *h);

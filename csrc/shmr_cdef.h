@@ -102,6 +102,7 @@ int shmr_create(int fd, const shmr_config *config, shmr **out);
 int shmr_attach(int fd, shmr **out);
 int shmr_close(shmr *h, int force);
 void shmr_free(shmr *h);
+void shmr_forget(shmr *h);
 uint32_t shmr_self(const shmr *h);
 void *shmr_base(const shmr *h);
 uint64_t shmr_mapped_bytes(const shmr *h);

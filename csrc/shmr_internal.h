@@ -36,6 +36,14 @@ struct shmr_geometry {
     uint64_t records_at, arena_at, total;
 };
 
+/* A descriptor, and what tells its file from another one that came to be under that number. */
+struct shmr_file {
+    int fd;       /* -1: none */
+    uint32_t pid; /* of a pidfd whose inode tells nothing; else 0 */
+    dev_t device;
+    ino_t inode;
+};
+
 struct shmr_mapping {
     shmr_count count;
     char *base;
@@ -113,9 +121,7 @@ struct shmr {
     shmr_mapping *map;
     char *base;
     struct shmr_geometry g;
-    int fd;
-    dev_t device; /* of the file behind fd, to tell it from another one that came to be under that number */
-    ino_t inode;
+    struct shmr_file file;
     uint32_t self, epoch, pid, fork_epoch;
     uint64_t pid_namespace;
     shmr_count pins;   /* what keeps this participant in the table: claims, leases, holds, allocations */
@@ -155,7 +161,7 @@ struct shmr {
     shmr_word first_seen[SHMR_MAX_RINGS];       /* private copies of the lease cursors, never ahead of them */
 
     pthread_mutex_t death_lock;
-    int *pidfds; /* a slot: pidfd, -1 not open */
+    struct shmr_file *pidfds; /* a slot */
     uint64_t *pidfd_lives;
     uint32_t *again; /* recovered messages that found their ring full */
     shmr_count again_count;
@@ -208,6 +214,12 @@ static inline int shmr_leave(shmr *h, int status) {
     shmr_pin(h, -1);
     return status;
 }
+
+/* ---- shmr_file.c --------------------------------------------------------------------------------------------- */
+bool shmr_file_keep(struct shmr_file *file, int fd);                        /* false: it cannot be told from others */
+bool shmr_file_is_ours(const struct shmr_file *file, uint64_t *bytes);      /* *bytes: its length, if it is */
+void shmr_file_close(struct shmr_file *file);                               /* unless it is another one's by now */
+uint32_t shmr_pidfd_pid(int fd);
 
 /* ---- shmr_reserve.c ------------------------------------------------------------------------------------------ */
 int shmr_reserve(shmr *h, uint64_t offset, uint64_t bytes);

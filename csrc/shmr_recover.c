@@ -26,17 +26,14 @@
 int shmr_deaths_init(shmr *h) {
     h->pidfds = malloc(h->g.config.participants * sizeof *h->pidfds);
     h->pidfd_lives = calloc(h->g.config.participants, sizeof *h->pidfd_lives);
-    for (uint32_t i = 0; h->pidfds && i < h->g.config.participants; i++) h->pidfds[i] = -1;
+    for (uint32_t i = 0; h->pidfds && i < h->g.config.participants; i++) h->pidfds[i].fd = -1;
     if (!h->pidfds || !h->pidfd_lives) return shmr_fail(SHMR_SYSTEM, ENOMEM, "malloc");
     return SHMR_OK;
 }
 
 void shmr_close_pidfds(shmr *h) {
     pthread_mutex_lock(&h->death_lock);
-    for (uint32_t i = 0; h->pidfds && i < h->g.config.participants; i++) {
-        if (h->pidfds[i] >= 0) close(h->pidfds[i]);
-        h->pidfds[i] = -1;
-    }
+    for (uint32_t i = 0; h->pidfds && i < h->g.config.participants; i++) shmr_file_close(&h->pidfds[i]);
     pthread_mutex_unlock(&h->death_lock);
 }
 
@@ -68,7 +65,7 @@ static bool has_ended(int pidfd) {
 }
 
 /* Ask the kernel, by a pidfd of our own making; *kept: that pidfd, if the participant lives and is surely this one. */
-static bool is_gone(shmr *h, uint32_t slot, uint64_t life, int *kept) {
+static bool is_gone(shmr *h, uint32_t slot, uint64_t life, struct shmr_file *kept) {
     struct shmr_participant *p = shmr_participant_at(h, slot);
     uint32_t pid = shmr_life_pid(life);
     int fd = (int)syscall(SYS_pidfd_open, (pid_t)pid, 0);
@@ -83,10 +80,7 @@ static bool is_gone(shmr *h, uint32_t slot, uint64_t life, int *kept) {
     uint64_t start = shmr_life_kind(life) == SHMR_JOINING ? 0 : shmr_load_relaxed(&p->start_time); /* published by R13 */
     uint64_t found = start ? shmr_start_time(pid) : 0;
     bool gone = has_ended(fd) || (found && found != start);
-    if (!gone && found == start) {
-        *kept = fd;
-        return false;
-    }
+    if (!gone && found == start && shmr_file_keep(kept, fd)) return false;
     close(fd);
     return gone && shmr_load_acquire(&p->life) == life; /* A13: still the same participant */
 }
@@ -98,19 +92,12 @@ static bool is_dead(shmr *h, uint32_t slot, uint64_t life) {
                 : shmr_load_relaxed(&shmr_participant_at(h, slot)->pid_namespace) != h->pid_namespace)
         return false; /* cannot tell: the pid means something else here */
     uint64_t name = shmr_life_pack(shmr_life_epoch(life), 0, shmr_life_pid(life), SHMR_JOINING); /* of both states */
-    int *fd = &h->pidfds[slot];
-    if (*fd >= 0 && h->pidfd_lives[slot] != name) {
-        close(*fd);
-        *fd = -1;
-    }
-    if (*fd >= 0 && !has_ended(*fd)) return false;
-    /* Not known yet; or it ended, or somebody closed all descriptors and this number is another file's: ask anew. */
-    int before = *fd;
-    *fd = -1;
+    struct shmr_file *pidfd = &h->pidfds[slot];
+    if (h->pidfd_lives[slot] == name && shmr_file_is_ours(pidfd, NULL) && !has_ended(pidfd->fd)) return false;
+    /* Not known yet; or it ended, or other code closed the descriptor, perhaps after our look at it: ask anew. */
+    shmr_file_close(pidfd);
     h->pidfd_lives[slot] = name;
-    bool gone = is_gone(h, slot, life, fd);
-    if (gone && before >= 0) close(before);
-    return gone;
+    return is_gone(h, slot, life, pidfd);
 }
 
 static bool slot_is_dead(shmr *h, uint32_t slot, uint64_t life) {

@@ -57,27 +57,18 @@ static bool file_is_whole(int fd, uint64_t bytes) {
     return fstat(fd, &s) != 0 || (uint64_t)s.st_size >= bytes;
 }
 
-/* Code that closes whatever descriptors there are closes ours, and the number is soon another file's. */
-static bool is_ours(const shmr *h, const struct stat *s) { return s->st_dev == h->device && s->st_ino == h->inode; }
-
-static void close_file(shmr *h) {
-    struct stat s;
-    if (h->fd >= 0 && (fstat(h->fd, &s) != 0 || is_ours(h, &s))) close(h->fd);
-    h->fd = -1;
-}
-
 static const char CUT[] = "the region's file was cut";
 
 /* Has a participant cut the file? Then what lies behind its new end would be SIGBUS: give it its length again, all of
  * it zero, and let nobody take that for messages. Whoever touches it before somebody looks here is lost. */
 int shmr_check_file(shmr *h) {
-    struct stat s;
-    if (h->fd < 0 || fstat(h->fd, &s) != 0 || !is_ours(h, &s))
+    uint64_t bytes;
+    if (!shmr_file_is_ours(&h->file, &bytes))
         return shmr_fail(SHMR_SYSTEM, EBADF, "the region's descriptor was closed by other code");
-    if ((uint64_t)s.st_size >= h->g.total) return SHMR_OK;
-    int ignored = ftruncate(h->fd, (off_t)h->g.total);
+    if (bytes >= h->g.total) return SHMR_OK;
+    int ignored = ftruncate(h->file.fd, (off_t)h->g.total);
     (void)ignored;
-    if (file_is_whole(h->fd, h->g.total)) shmr_poison(h, CUT);
+    if (file_is_whole(h->file.fd, h->g.total)) shmr_poison(h, CUT);
     return shmr_poisoned();
 }
 
@@ -270,7 +261,7 @@ static void dismantle(shmr *h) {
     pthread_mutex_destroy(&h->death_lock);
     pthread_mutex_destroy(&h->undo_lock);
     if (h->map) shmr_mapping_release(h->map);
-    close_file(h);
+    shmr_file_close(&h->file);
 }
 
 static void destroy(shmr *h) {
@@ -303,18 +294,16 @@ static int new_handle(int fd, const struct shmr_geometry *g, shmr **out) {
     struct stat s = {0};
     for (uint32_t i = 0; i < g->config.rings; i++) shmr_store_relaxed(&h->first_seen[i], g->config.start); /* ours */
     if (stat("/proc/self/ns/pid", &s) == 0) h->pid_namespace = s.st_ino;
-    h->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
-    int status = h->fd < 0 ? shmr_fail(SHMR_SYSTEM, errno, "dup of the region's descriptor") : SHMR_OK;
-    if (status == SHMR_OK && fstat(h->fd, &s) != 0) {
+    int own = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    int status = own < 0 ? shmr_fail(SHMR_SYSTEM, errno, "dup of the region's descriptor") : SHMR_OK;
+    h->file.fd = -1;
+    if (status == SHMR_OK && !shmr_file_keep(&h->file, own)) {
         status = shmr_fail(SHMR_SYSTEM, errno, "fstat of the region");
-        close(h->fd);
-        h->fd = -1;
+        close(own);
     }
-    h->device = s.st_dev;
-    h->inode = s.st_ino;
     for (uint32_t i = 0; i < g->config.rings; i++)
         if (!h->last_seq[i]) status = shmr_fail(SHMR_SYSTEM, ENOMEM, "calloc");
-    if (status == SHMR_OK && !(h->map = map_file(h->fd, g))) status = SHMR_SYSTEM;
+    if (status == SHMR_OK && !(h->map = map_file(own, g))) status = SHMR_SYSTEM;
     if (status == SHMR_OK) {
         h->base = h->map->base;
         h->record_flags = sparse(g->config.blocks);
@@ -344,6 +333,17 @@ void shmr_free(shmr *h) {
         destroy(h);
     else if (references == shmr_count_get(&h->immortal) && shmr_count_get(&h->pins) == 0)
         dismantle(h);
+}
+
+void shmr_forget(shmr *h) {
+    if (shmr_usable(h) != SHMR_FORKED) return;
+    shmr_file_close(&h->file);
+    if (pthread_mutex_trylock(&h->death_lock) != 0) return; /* a thread that the fork did not take along had it */
+    pthread_mutex_unlock(&h->death_lock);
+    shmr_close_pidfds(h);
+    if (pthread_mutex_trylock(&h->lock) != 0) return; /* likewise; the tables are as it left them */
+    pthread_mutex_unlock(&h->lock);
+    shmr_free(h);
 }
 
 /* ---- joining and leaving --------------------------------------------------------------------------------------------- */
@@ -513,7 +513,7 @@ int shmr_close(shmr *h, int force) {
         shmr_count_add(&h->handle, 1); /* for leave() */
         shmr_ring_all(h);              /* our own waiting threads too */
         pthread_mutex_lock(&h->lock);
-        close_file(h); /* the arena grows no more */
+        shmr_file_close(&h->file); /* the arena grows no more */
         pthread_mutex_unlock(&h->lock);
     }
     if (shmr_count_get(&h->pins) == 0 || force) leave(h);

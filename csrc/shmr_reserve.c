@@ -17,7 +17,7 @@
 #endif
 
 #define LEVELS 8
-/* What of a memory cgroup we leave: for arrays a sixteenth of it, at most so many bytes; for what little is needed
+/* What of a memory cgroup we leave: for arrays an eighth of it, at most so many bytes; for what little is needed
  * to say that there is no room, less. */
 #define SLACK_MAX (128 << 20)
 #define SLACK_MIN (1 << 20)
@@ -139,7 +139,7 @@ int shmr_reserve(shmr *h, uint64_t offset, uint64_t bytes) {
     if (status != SHMR_OK) return status;
     if (!cgroup_has_room(bytes, SLACK_MIN))
         return shmr_fail(SHMR_NO_MEMORY, ENOMEM, "the memory cgroup has too little headroom");
-    int error = allocate(h->fd, offset, bytes);
+    int error = allocate(h->file.fd, offset, bytes);
     if (error == ENOSPC || error == ENOMEM)
         return shmr_fail(SHMR_NO_MEMORY, error, "the file system that holds the region is full");
     if (error) return shmr_fail(SHMR_SYSTEM, error, "posix_fallocate");
@@ -152,12 +152,12 @@ int shmr_reserve_extent(shmr *h, uint32_t extent) {
     if (status != SHMR_OK) return status;
     if (!cgroup_has_room(SHMR_EXTENT, SLACK_MAX))
         return shmr_fail(SHMR_NO_MEMORY, ENOMEM, "the memory cgroup has too little headroom");
-    int error = allocate(h->fd, offset, SHMR_PAGE);
+    int error = allocate(h->file.fd, offset, SHMR_PAGE);
     if (error == 0) {
         char *address = h->base + offset;
         *(volatile char *)address = 0; /* the page must be mapped for the collapse to find it */
         if (madvise(address, SHMR_EXTENT, MADV_COLLAPSE) == 0) return SHMR_OK;
-        error = allocate(h->fd, offset, SHMR_EXTENT);
+        error = allocate(h->file.fd, offset, SHMR_EXTENT);
     }
     if (error == ENOSPC || error == ENOMEM)
         return shmr_fail(SHMR_NO_MEMORY, error, "the file system that holds the region is full");

@@ -36,6 +36,7 @@ NAME_PREFIX = "shmengine."
 RECORD_BYTES = 256  # struct shmr_record; few of those that there could be are ever used
 GROUP = 256  # records that change hands together (SHMR_GROUP)
 ATTACH_SECONDS = 5.0  # a creator that is alive takes milliseconds from the file to the magic
+GRACE_SECONDS = 0.25  # and no time at all from the file to its lock
 MOST_ARENA_BYTES = 1 << 41  # shmr_region.c knows it too
 
 
@@ -112,8 +113,6 @@ class Region:
     ----------
     handle : cdata
         ``shmr *`` for the C core.
-    fd : int
-        Descriptor of the region's file, for children.
     number : int
         63 random bits that name the region in references.
     memory, readable : memoryview
@@ -122,7 +121,6 @@ class Region:
 
     def __init__(self, handle: Any, fd: int, name: str | None, *, creator: bool) -> None:
         self.handle = handle
-        self.fd = fd
         self._fd = _Descriptor(fd)
         self.name = name
         self.creator = creator
@@ -130,9 +128,8 @@ class Region:
         self.closed = False
         self.exiting = False
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # rings and queues of this process that share it
-        info = os.fstat(fd)
-        self.inode = info.st_ino
-        self.number = (info.st_ino * 0x9E3779B97F4A7C15 ^ info.st_dev) & (1 << 63) - 1
+        device, self.inode = self._fd.identity
+        self.number = (self.inode * 0x9E3779B97F4A7C15 ^ device) & (1 << 63) - 1
         mapping = lib.shmr_mapping_retain(handle)
         base = ffi.gc(
             ffi.cast("char *", lib.shmr_base(handle)),
@@ -185,6 +182,8 @@ class Region:
                 )
             _check_address_space(status, total)
             fail(status, "create a region")
+        if name is not None:
+            fcntl.flock(fd, fcntl.LOCK_UN)
         region = cls(out[0], fd, name, creator=True)
         _attached[region.number] = region
         return region
@@ -193,10 +192,13 @@ class Region:
     def attach(cls, fd: int, name: str | None = None) -> Region:
         """Join the region behind a descriptor, which the new object owns from then on (on failure too)."""
         out = ffi.new("shmr **")
-        deadline = time.monotonic() + ATTACH_SECONDS
+        begin = time.monotonic()
         try:
             while (status := lib.shmr_attach(fd, out)) == WOULD_BLOCK:
-                if time.monotonic() > deadline:
+                waited = time.monotonic() - begin
+                if name is not None and waited > GRACE_SECONDS and _remove_unfinished(fd, name):
+                    raise _Unfinished(errno.ENOENT, "its creator died before it was finished", _path(name))
+                if waited > ATTACH_SECONDS:
                     raise LayoutMismatch("attach to a region: nobody has finished creating it")
                 time.sleep(0.001)
             if status != OK:
@@ -216,7 +218,7 @@ class Region:
         Raises
         ------
         FileNotFoundError
-            There is none.
+            There is none (any more: one whose creator died over it is removed).
         LayoutMismatch
             It is no region of ours: another owner, open to others, another version.
         """
@@ -275,6 +277,21 @@ class Region:
             if known is not None and known.pid == os.getpid() and not known.closed:
                 return known
             return Region.attach(os.dup(self.fd), self.name)
+
+    @property
+    def fd(self) -> int:
+        """Descriptor of the region's file, for children.
+
+        Raises
+        ------
+        ShmError
+            Other code has closed it.
+        """
+        if not self._fd.is_ours():
+            raise ShmError(
+                "the descriptor of this region was closed by other code: no process can join by it"
+            )
+        return self._fd.fd
 
     # --- memory --------------------------------------------------------------------------------
 
@@ -344,22 +361,40 @@ def _finalize_unless_busy(finalizer: weakref.finalize[Any, Any]) -> None:
         finalizer()
 
 
+class _Unfinished(FileNotFoundError):
+    pass
+
+
 class _Descriptor:
-    """A descriptor that is closed once."""
+    """A descriptor that is closed once; not if other code has closed it, and its number is another file's by now."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self.identity = _identity(fd)
+
+    def is_ours(self) -> bool:
+        try:
+            return self.fd >= 0 and _identity(self.fd) == self.identity
+        except OSError:
+            return False
 
     def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
+        ours, fd, self.fd = self.is_ours(), self.fd, -1
+        if ours:
             os.close(fd)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    info = os.fstat(fd)
+    return info.st_dev, info.st_ino
 
 
 def _end(region: weakref.ref[Region], handle: Any, fd: _Descriptor, names: list[str], pid: int) -> None:
     """Finalize a region: when it is collected, or at exit."""
     if pid != os.getpid():
         fd.close()
+        if region() is None:  # else this is the exit
+            lib.shmr_forget(handle)
         return
     # At exit views may still be alive; what they lease is done with, and must not be delivered again. A collected
     # region can only be needed by arrays that NumPy made in it, and is left with the last one.
@@ -396,7 +431,10 @@ def _path(name: str) -> str:
 
 
 def abandoned_names() -> list[str]:
-    """Return the names of this user's regions whose participants are all dead or gone."""
+    """Return the names of this user's regions whose participants are all dead or gone.
+
+    Those whose creator died before they were finished are removed by the look at them.
+    """
     found = []
     for file in sorted(os.listdir(SHM_DIRECTORY)):
         if not file.startswith(NAME_PREFIX):
@@ -404,6 +442,9 @@ def abandoned_names() -> list[str]:
         name = file.removeprefix(NAME_PREFIX)
         try:
             region = Region.attach_name(name)
+        except _Unfinished:
+            found.append(name)
+            continue
         except (OSError, ShmError):
             continue  # somebody else's, or gone meanwhile, or not to be judged
         if region.is_abandoned():
@@ -427,6 +468,30 @@ def _unlink(name: str) -> None:
         _posixshmem.shm_unlink(f"/{NAME_PREFIX}{name}")
     with contextlib.suppress(Exception):
         resource_tracker.unregister(f"/{NAME_PREFIX}{name}", "shared_memory")
+
+
+def _has_name(fd: int, name: str) -> bool:
+    try:
+        info = os.stat(_path(name), follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return (info.st_dev, info.st_ino) == _identity(fd)
+
+
+def _remove_unfinished(fd: int, name: str) -> bool:
+    """Remove the name of a region whose creator died over it; tell whether it was such a one."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # its creator's, or of somebody who looks as we do
+        return False
+    try:
+        if any(os.pread(fd, 8, 0)):  # the magic: it was finished just now
+            return False
+        if _has_name(fd, name):
+            os.unlink(_path(name))
+        return True
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 def _make_file(total: int, arena: int, needed: int, name: str | None) -> int:
@@ -459,6 +524,8 @@ def _make_file(total: int, arena: int, needed: int, name: str | None) -> int:
     if name is None:  # known before there is one: nobody else has this name
         resource_tracker.register(*tracked)
     try:
+        if name is not None:
+            return _make_named(full, name, total)
         memory = SharedMemory(full, create=True, size=total)
     except FileExistsError:
         raise
@@ -475,8 +542,23 @@ def _make_file(total: int, arena: int, needed: int, name: str | None) -> int:
         return os.dup(memory._fd)  # type: ignore[attr-defined]
     finally:
         memory.close()
-        if name is None:
-            memory.unlink()
+        memory.unlink()
+
+
+def _make_named(full: str, name: str, total: int) -> int:
+    """Return a descriptor of a new file, locked until the region in it is finished or we die."""
+    from multiprocessing.shared_memory import SharedMemory
+
+    while True:
+        memory = SharedMemory(full, create=True, size=total)
+        try:
+            fd = os.dup(memory._fd)  # type: ignore[attr-defined]
+        finally:
+            memory.close()
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if _has_name(fd, name):
+            return fd
+        os.close(fd)  # we stood still so long that somebody took us for dead
 
 
 def _borrow_descriptor(token: RegionToken) -> int:

@@ -604,10 +604,16 @@ def read_config(region: Region) -> Any:
 def _open_region(settings: RegionConfig, name: str | None) -> Region:
     if name is None:
         return Region.create(settings)
-    try:
-        return Region.create(settings, name)
-    except FileExistsError:
-        region = Region.attach_name(name)
+    while True:
+        try:
+            return Region.create(settings, name)
+        except FileExistsError:
+            pass
+        try:
+            region = Region.attach_name(name)
+            break
+        except FileNotFoundError:  # gone meanwhile
+            continue
     found, wanted = read_config(region), settings.to_c()
     if (found.capacity[0], found.arena_bytes) != (wanted.capacity[0], wanted.arena_bytes):
         region.close()

@@ -30,6 +30,7 @@ SOURCES = (
     "shmr_ring.c",
     "shmr_scatter.c",
     "shmr_bell.c",
+    "shmr_file.c",
     "shmr_wait.c",
     "shmr_recover.c",
     "shmr_numpy.c",

@@ -3,6 +3,7 @@
 #ifndef HARNESS_H
 #define HARNESS_H
 
+#include <dirent.h>
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
@@ -143,6 +144,14 @@ static inline uint32_t die(shmr *v) {
     shmr_close_pidfds(v);
     shmr_free(v);
     return slot;
+}
+
+static inline uint32_t open_descriptors(void) {
+    uint32_t count = 0;
+    DIR *all = opendir("/proc/self/fd");
+    while (readdir(all)) count++;
+    closedir(all);
+    return count;
 }
 
 static inline uint64_t state_of(const shmr *h, uint32_t block) {

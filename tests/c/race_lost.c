@@ -367,6 +367,33 @@ static void an_inheritance(void) {
     close_pair();
 }
 
+/* The death of one that we had watched: what we ask by is given back, whatever comes of it. */
+static void another_clears_up(void) { OK(shmr_recover(other, dead, NULL, 0, NULL)); }
+static void another_clears_up_while_we_ask(void) {
+    open_pair(2);
+    dead = die(attach_region(fd));
+    shmr_store_release(life_at(dead), 0);
+    CHECK_EQ(shmr_check_deaths(h), 0); /* from now on it watches `other` */
+    uint32_t before = open_descriptors();
+    for (int round = 0; round < 2; round++) {
+        pid_t child = fork();
+        if (child == 0) for (;;) pause();
+        shmr_store_relaxed(&shmr_participant_at(h, dead)->start_time, shmr_start_time((uint32_t)child));
+        shmr_store_release(life_at(dead), shmr_life_pack((uint32_t)round + 2, 0, (uint32_t)child, SHMR_LIVE));
+        CHECK_EQ(shmr_check_deaths(h), 0);
+        CHECK_EQ(open_descriptors(), before + 1);
+        kill(child, SIGKILL);
+        siginfo_t info;
+        waitid(P_PID, (id_t)child, &info, WEXITED | WNOWAIT); /* a zombie still has its pid */
+        before_load(life_at(dead), 2, another_clears_up);
+        CHECK_EQ(shmr_check_deaths(h), 0);
+        check_happened();
+        CHECK_EQ(open_descriptors(), before);
+        waitpid(child, NULL, 0);
+    }
+    close_pair();
+}
+
 static void the_place_is_vacant(void) { shmr_store_release(life_at(dead), 0); }
 static void gone_while_we_ask(void) {
     open_pair(2);
@@ -480,6 +507,7 @@ int main(void) {
     RUN(a_recoverer_dies_too);
     RUN(an_inheritance);
     RUN(gone_while_we_ask);
+    RUN(another_clears_up_while_we_ask);
     RUN(a_place);
     RUN(blocks_of_the_dead);
     RUN(memory_of_the_dead);

@@ -1,17 +1,10 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 /* Each call of libc fails once: for n = 1, 2, ... the n-th one, until the operation gets by without. A failure is told
  * by its status, nothing leaks (LeakSanitizer looks at the end), and the region stays whole. */
-#include <dirent.h>
+
+#include <sys/resource.h>
 
 #include "faults.h"
-
-static int open_descriptors(void) {
-    DIR *dir = opendir("/proc/self/fd");
-    int count = 0;
-    while (readdir(dir)) count++;
-    closedir(dir);
-    return count;
-}
 
 static const int errors[] = {ENOMEM, ENOSPC, EMFILE, EIO, EINTR};
 static bool is_failure(int status) { return status == SHMR_SYSTEM || status == SHMR_NO_MEMORY; }
@@ -24,7 +17,7 @@ static void creating(void) {
     shmr_config config = small_config();
     for (int e = 0; e < 5; e++) {
         for (int64_t n = 1;; n++) {
-            int region = memfd_create("shmr-test", MFD_CLOEXEC), before = open_descriptors();
+            int region = memfd_create("shmr-test", MFD_CLOEXEC), before = (int)open_descriptors();
             REQUIRE(ftruncate(region, (off_t)shmr_region_bytes(&config)) == 0);
             shmr *h = NULL;
             arm_fault(OPENING, n, errors[e]);
@@ -51,7 +44,7 @@ static void joining(void) {
     shmr_config config = small_config();
     config.participants = 2;
     shmr *h = create_region(&config, &region), *other = NULL;
-    int before = open_descriptors();
+    int before = (int)open_descriptors();
     for (int64_t n = 1;; n++) {
         arm_fault(OPENING, n, ENOMEM);
         int status = shmr_attach(region, &other);
@@ -491,6 +484,11 @@ static void watching_a_parent(void) {
     break_calls(FAULT_THREAD, EAGAIN);
     CHECK_STATUS(shmr_watch_parent(0), SHMR_SYSTEM);
     CHECK_EQ(shmr_last_errno(), EAGAIN);
+    CHECK_STATUS(shmr_watch_parent(-1), SHMR_SYSTEM);
+    disarm_faults();
+    break_calls(FAULT_CALLOC, ENOMEM);
+    CHECK_STATUS(shmr_watch_parent(0), SHMR_SYSTEM);
+    CHECK_EQ(shmr_last_errno(), ENOMEM);
     disarm_faults();
     int ends[2], told[2], region;
     shmr_config config = small_config();
@@ -525,6 +523,62 @@ static void watching_a_parent(void) {
     close(region);
 }
 
+/* A watcher has done its round often enough when what we had free has gone to who is short of memory, twice. */
+static void until_watched(shmr *own) {
+    for (int round = 0; round < 2; round++) {
+        OK(send_message(own, 1, 3 * MIB, 1, NOT_AT_ALL));
+        OK(receive_message(own, 1, NULL, NOT_AT_ALL));
+        shmr_or_seq_cst(shmr_header_of(own)->extent_waiters, 1);
+        while (counters_of(own).owned) usleep(1000);
+    }
+}
+
+/* Its child ends, also when other code has closed the descriptor that it watches it by; but not before. */
+static void the_parent_dies(void) {
+    enum { LEFT_ALONE, CLOSED, ANOTHERS, NO_MORE_TO_BE_HAD, WAYS };
+    for (int way = 0; way < WAYS; way++) {
+        int region, ends[2], other_file[2];
+        shmr_config config = small_config();
+        shmr *h = create_region(&config, &region);
+        if (pipe(ends) != 0 || pipe(other_file) != 0 || write(other_file[1], "", 1) != 1) exit(2);
+        fflush(stdout);
+        pid_t parent = fork();
+        if (parent == 0) {
+            int pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
+            if (fork() == 0) {
+                shmr *own = attach_region(region);
+                OK(shmr_watch_parent(pidfd));
+                shmr_watch_shortage(own);
+                if (way == ANOTHERS) CHECK(dup2(other_file[0], pidfd) == pidfd); /* as readable as who has died */
+                if (way == CLOSED || way == NO_MORE_TO_BE_HAD) close(pidfd);
+                if (way == NO_MORE_TO_BE_HAD) {
+                    struct rlimit none = {0, 0};
+                    CHECK(setrlimit(RLIMIT_NOFILE, &none) == 0);
+                }
+                until_watched(own);
+                char ready = !shmr_count_get(&check_failures);
+                if (write(ends[1], &ready, 1) != 1) _exit(2);
+                for (;;) pause();
+            }
+            close(ends[1]);
+            for (;;) pause();
+        }
+        close(ends[1]);
+        char ready = 0;
+        CHECK(read(ends[0], &ready, 1) == 1 && ready == 1);
+        kill_and_reap(parent);
+        CHECK(read(ends[0], &ready, 1) == 0); /* the grandchild is gone: its end is closed */
+        close(ends[0]);
+        close(other_file[0]);
+        close(other_file[1]);
+        shmr_and_seq_cst(shmr_header_of(h)->extent_waiters, 0);
+        while (counters_of(h).deaths < 1) shmr_check_deaths(h);
+        check_whole(h);
+        leave_region(h);
+        close(region);
+    }
+}
+
 int main(void) {
     RUN(creating);
     RUN(joining);
@@ -540,5 +594,6 @@ int main(void) {
     RUN(no_space_for_long);
     RUN(no_doorbell_and_a_signal);
     RUN(watching_a_parent);
+    RUN(the_parent_dies);
     return summary("unit_faults");
 }

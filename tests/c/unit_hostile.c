@@ -349,7 +349,7 @@ static void a_descriptor_that_is_anothers(void) {
         open_region();
         OK(send_message(h, 0, 8, 1, NOT_AT_ALL));
         OK(receive_message(h, 0, &tag, NOT_AT_ALL));
-        int other = memfd_create("other", MFD_CLOEXEC), number = h->fd;
+        int other = memfd_create("other", MFD_CLOEXEC), number = h->file.fd;
         CHECK(dup2(other, number) == number);
         if (waits) {
             CHECK_STATUS(receive_message(h, 0, &tag, shmr_now() + 500000000), SHMR_TIMEOUT);

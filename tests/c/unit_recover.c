@@ -1,7 +1,10 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 /* Death, one at a time: what the dead had in hand is cleared up, and in the end everything is whole: every record
  * FREE, no memory in use, every extent nobody's. */
+#include <fcntl.h>
+#include <sys/eventfd.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 
 #include "victims.h"
 
@@ -417,7 +420,7 @@ static void descriptors_closed_under_us(void) {
     struct report r;
     pid_t victim = start_victim(script_nothing, &r);
     CHECK_EQ(shmr_check_deaths(h), 0);
-    int number = h->pidfds[r.slot], ends[2];
+    int number = h->pidfds[r.slot].fd, ends[2];
     CHECK(number >= 0);
     REQUIRE(pipe(ends) == 0 && write(ends[1], "x", 1) == 1);
     CHECK(dup2(ends[0], number) == number); /* readable, like the pidfd of a dead process */
@@ -425,9 +428,104 @@ static void descriptors_closed_under_us(void) {
     CHECK_EQ(life_of(h, r.slot), SHMR_LIVE);
     kill_and_reap(victim);
     CHECK_EQ(shmr_check_deaths(h), 1);
-    close(number);
+    CHECK(close(number) == 0);
     close(ends[0]);
     close(ends[1]);
+    close_whole();
+}
+
+/* What is under that number by now is not asked, and not closed: not at a death, not when the place has another
+ * participant, not when we leave. */
+static void a_number_that_is_anothers(void) {
+    enum { DEATH, ANOTHER, LEAVING, WAYS };
+    for (int way = 0; way < WAYS; way++) {
+        open_region();
+        shmr *watcher = attach_region(fd);
+        struct report r, later;
+        pid_t victim = start_victim(script_nothing, &r), next = 0;
+        CHECK_EQ(shmr_check_deaths(watcher), 0);
+        int number = watcher->pidfds[r.slot].fd, never = eventfd(0, EFD_CLOEXEC); /* never readable */
+        REQUIRE(number >= 0 && never >= 0 && dup2(never, number) == number);
+        if (way == DEATH) {
+            kill_and_reap(victim);
+            CHECK_EQ(shmr_check_deaths(watcher), 1);
+        } else if (way == ANOTHER) {
+            kill_and_reap(victim);
+            CHECK_EQ(shmr_check_deaths(h), 1);
+            next = start_victim(script_nothing, &later);
+            CHECK_EQ(later.slot, r.slot);
+            CHECK_EQ(shmr_check_deaths(watcher), 0);
+        }
+        leave_region(watcher);
+        CHECK(fcntl(number, F_GETFD) >= 0);
+        if (way != DEATH) {
+            kill_and_reap(way == ANOTHER ? next : victim);
+            CHECK_EQ(shmr_check_deaths(h), 1);
+        }
+        close(number);
+        close(never);
+        close_whole();
+    }
+}
+
+/* Where all pidfds have one inode, the pid tells them apart. */
+static void pidfds_of_one_inode(void) {
+    open_region();
+    struct report r;
+    pid_t victim = start_victim(script_nothing, &r);
+    struct shmr_file kept;
+    int of_victim = (int)syscall(SYS_pidfd_open, victim, 0), of_us = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    REQUIRE(of_victim >= 0 && of_us >= 0);
+    CHECK_EQ(shmr_pidfd_pid(of_victim), victim);
+    CHECK_EQ(shmr_pidfd_pid(fd), 0);
+    CHECK_EQ(shmr_pidfd_pid(-1), 0);
+    CHECK(shmr_file_keep(&kept, of_us));
+    kept.pid = (uint32_t)victim; /* as if the inode were that of both */
+    CHECK(!shmr_file_is_ours(&kept, NULL));
+    CHECK(shmr_file_keep(&kept, of_victim));
+    kept.pid = (uint32_t)victim;
+    CHECK(shmr_file_is_ours(&kept, NULL));
+    kill_and_reap(victim);
+    CHECK(shmr_file_is_ours(&kept, NULL)); /* it has no pid any more */
+    shmr_file_close(&kept);
+    CHECK(fcntl(of_victim, F_GETFD) < 0);
+    close(of_us);
+    int event = eventfd(0, EFD_CLOEXEC); /* of the file system that has one inode, and of no process */
+    CHECK(shmr_file_keep(&kept, event));
+    CHECK(shmr_file_is_ours(&kept, NULL));
+    shmr_file_close(&kept);
+    CHECK(fcntl(event, F_GETFD) < 0);
+    CHECK_EQ(shmr_check_deaths(h), 1);
+    close_whole();
+}
+
+/* What a forked child has of its parent's attachment it can give back; but no tables that a thread was changing. */
+static void what_a_child_inherits(void) {
+    open_region();
+    struct report r;
+    pid_t victim = start_victim(script_nothing, &r);
+    CHECK_EQ(shmr_check_deaths(h), 0); /* a pidfd is inherited, too */
+    shmr_forget(h);                    /* not in the parent */
+    pthread_mutex_t *locks[] = {NULL, &h->death_lock, &h->lock};
+    for (int i = 0; i < 3; i++) {
+        if (locks[i]) pthread_mutex_lock(locks[i]);
+        fflush(stdout);
+        pid_t child = fork();
+        if (child == 0) {
+            uint32_t before = open_descriptors();
+            shmr_mapping *kept = shmr_mapping_retain(h);
+            char *base = shmr_base(h);
+            shmr_forget(h);
+            CHECK_EQ(open_descriptors(), before - (i == 1 ? 1 : 2)); /* `h` may be gone */
+            CHECK(*(uint64_t *)(void *)base != 0); /* still mapped */
+            shmr_mapping_release(kept);
+            _exit(shmr_count_get(&check_failures) != 0);
+        }
+        if (locks[i]) pthread_mutex_unlock(locks[i]);
+        expect_success(child);
+    }
+    kill_and_reap(victim);
+    CHECK_EQ(shmr_check_deaths(h), 1);
     close_whole();
 }
 
@@ -555,6 +653,9 @@ int main(void) {
     RUN(joining_elsewhere);
     RUN(no_descriptors_left);
     RUN(descriptors_closed_under_us);
+    RUN(a_number_that_is_anothers);
+    RUN(pidfds_of_one_inode);
+    RUN(what_a_child_inherits);
     RUN(rubbish_places);
     RUN(records_go_round);
     RUN(a_group_of_rubbish);

@@ -1,8 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 /* Waiting: for messages, slots and space; deadlines, signals, closing, the last peer's death. A waiter that is woken
  * only by the 250 ms safety net is counted in rescued_wakeups, which check_whole() wants to be 0. */
-#include <sys/syscall.h>
-
 #include "harness.h"
 
 #define MS INT64_C(1000000)
@@ -452,28 +450,6 @@ static void the_last_peer_dies(void) {
     }
 }
 
-static void the_parent_dies(void) {
-    int ends[2];
-    if (pipe(ends) != 0) exit(2);
-    pid_t parent = fork();
-    if (parent == 0) {
-        int pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
-        if (fork() == 0) {
-            OK(shmr_watch_parent(pidfd));
-            char ready = 1;
-            if (write(ends[1], &ready, 1) != 1) _exit(2);
-            for (;;) pause();
-        }
-        for (;;) pause();
-    }
-    close(ends[1]);
-    char ready = 0;
-    CHECK(read(ends[0], &ready, 1) == 1 && ready == 1);
-    kill_and_reap(parent);
-    CHECK(read(ends[0], &ready, 1) == 0); /* the grandchild is gone: its end is closed */
-    close(ends[0]);
-}
-
 int main(void) {
     RUN(deadlines);
     RUN(by_a_commit);
@@ -491,6 +467,5 @@ int main(void) {
     RUN(closing_a_handle);
     RUN(a_signal);
     RUN(the_last_peer_dies);
-    RUN(the_parent_dies);
     return summary("unit_wait");
 }

@@ -506,3 +506,13 @@ def test_time_limits_reach_blocks(engine):
     with pytest.raises(TaskTimeout, match=r"task 0 of reduce\(<lambda>\)"):
         engine.reduce(lambda b: time.sleep(1000), np.zeros(10), combine=max, timeout=0.5)
     assert engine.map_blocks(np.sqrt, np.ones(5), timeout=30).sum() == 5
+
+
+def test_a_worker_whose_descriptors_were_closed_lives_on(make_engine):
+    """What it watches the main process by is gone, too; only the main process's own end must end it."""
+    engine = make_engine(workers=1)
+    (worker,) = pids(engine)
+    assert engine.submit(lambda: os.closerange(3, 512) or os.getpid()).result() == worker
+    # Longer than the 250 ms after which the watching thread looks again.
+    assert engine.submit(lambda: time.sleep(1) or os.getpid()).result() == worker
+    assert engine.stats().worker_deaths == 0

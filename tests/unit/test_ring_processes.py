@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import pickle
 import secrets
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from shmengine import region
 from shmengine._native import ffi, lib
 from shmengine.arrays import ArraySpec, encode_spec
 from shmengine.errors import (
@@ -376,3 +380,128 @@ def test_a_token_of_a_name_that_another_ring_has_by_now(name):
 def test_a_named_ring_leaves_nothing_for_the_resource_tracker_to_complain_about(name, end):
     assert run_stranger(f"from shmengine.ring import Ring\nring = Ring(4, '8 MiB', {name!r})\n{end}") == ""
     assert not os.path.exists(_path(name))
+
+
+# --- other code closes all descriptors ---------------------------------------------------------------
+
+NUMBERS_TAKEN = """
+import os
+from shmengine.errors import ShmError
+from shmengine.ring import Ring
+ring = Ring(4, "8 MiB")
+ring.send([1])
+os.closerange(3, 200)
+theirs = [os.open("/dev/null", os.O_RDONLY) for _ in range(9)]
+assert ring.receive()[0] == 1
+try:
+    ring._region.fd
+except ShmError as error:
+    print(error)
+{end}
+for fd in theirs:
+    os.fstat(fd)
+"""
+
+
+@pytest.mark.parametrize("end", ["ring.close()", "del ring", ""])
+def test_files_that_have_our_numbers_by_now_are_left_alone(end):
+    assert "closed by other code" in run_stranger(NUMBERS_TAKEN.format(end=end))
+
+
+def inherited():
+    """Count what a process has of regions: descriptors, mappings."""
+    with open("/proc/self/maps") as file:
+        mappings = sum("shmengine" in line for line in file)
+    return len(os.listdir("/proc/self/fd")), mappings
+
+
+def test_a_chain_of_forks_collects_nothing_of_its_ancestors(ring):
+    ring.approx_fill()
+    ours = inherited()
+
+    def child(generation=1):
+        ring.approx_fill()
+        gc.collect()
+        assert inherited() == ours
+        if generation < 4:
+            assert in_fork(lambda: child(generation + 1)) == 0
+
+    assert in_fork(child) == 0
+
+
+def test_views_outlive_what_the_child_gives_back(ring):
+    ring.send(np.arange(1000))
+    view = ring.receive()
+
+    def child():
+        ring.approx_fill()
+        gc.collect()
+        assert view.sum() == 499500
+        ring.close()
+        assert view.sum() == 499500
+
+    assert in_fork(child) == 0
+    assert view.sum() == 499500
+
+
+# --- names of regions that nobody has finished creating -------------------------------------------------
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """A creator that is alive is not waited for much longer than it takes to see that it is."""
+    monkeypatch.setattr(region, "ATTACH_SECONDS", 3 * region.GRACE_SECONDS)
+
+
+def half_made(name):
+    fd = os.open(_path(name), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.truncate(fd, 1 << 20)
+    os.close(fd)
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_name_is_blocked_only_while_its_creator_lives(name):
+    ready, told = os.pipe()
+    creator = os.fork()
+    if creator == 0:
+        region._make_file(1 << 20, 1 << 20, 1 << 20, name)
+        os.write(told, b"x")
+        signal.pause()
+    try:
+        os.read(ready, 1)
+        with pytest.raises(LayoutMismatch, match="nobody has finished"):
+            Ring(4, "8 MiB", name)
+        assert name not in region.abandoned_names()
+        assert os.path.exists(_path(name))
+    finally:
+        os.kill(creator, signal.SIGKILL)
+        os.waitpid(creator, 0)
+        os.close(ready)
+        os.close(told)
+    with Ring(4, "8 MiB", name) as ring:
+        ring.send([1])
+        assert ring.receive()[0] == 1
+
+
+def test_many_who_want_a_half_made_name_at_once(name):
+    half_made(name)
+    with ThreadPoolExecutor(4) as threads:
+        rings = list(threads.map(lambda _: Ring(4, "8 MiB", name), range(4)))
+    assert len({ring._region.inode for ring in rings}) == 1
+    rings[0].send([1])
+    assert rings[3].receive(timeout=FOREVER)[0] == 1
+    for ring in rings:
+        ring.close()
+
+
+@pytest.mark.usefixtures("soon")
+def test_half_made_regions_are_cleaned_up(name):
+    half_made(name)
+    assert name in region.abandoned_names()
+    assert not os.path.exists(_path(name))
+
+
+def test_what_was_finished_meanwhile_is_not_removed(name):
+    with Ring(4, "8 MiB", name) as ring:
+        assert not region._remove_unfinished(ring._region.fd, name)
+        assert os.path.exists(_path(name))

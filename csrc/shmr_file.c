@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+/* Descriptors that are kept for long. Code that closes whatever it finds (who becomes a daemon, `closefrom`) closes
+ * ours too, and the number is soon another file's. So before a descriptor is believed or closed we look whether it
+ * still is the file that we had. (Between that look and the use other threads of the process can still do harm.)
+ */
+#include <stdio.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "shmr_internal.h"
+
+#define ANONYMOUS 0x09041934 /* a file system where all files have one inode: that of pidfds before Linux 6.9 */
+#define WAITED_FOR UINT32_MAX
+
+/* The process that a pidfd is of: 0 if that cannot be told, or it is no pidfd. */
+uint32_t shmr_pidfd_pid(int fd) {
+    char path[64], line[256];
+    unsigned pid = 0;
+    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", fd);
+    FILE *file = fopen(path, "re");
+    if (!file) return 0;
+    while (fgets(line, sizeof line, file))
+        if (sscanf(line, "Pid: %u", &pid) == 1) break; /* -1 is WAITED_FOR */
+    fclose(file);
+    return pid;
+}
+
+bool shmr_file_keep(struct shmr_file *file, int fd) {
+    struct stat s;
+    struct statfs on;
+    if (fstat(fd, &s) != 0) return false;
+    bool anonymous = fstatfs(fd, &on) == 0 && on.f_type == ANONYMOUS;
+    *file = (struct shmr_file){fd, anonymous ? shmr_pidfd_pid(fd) : 0, s.st_dev, s.st_ino};
+    return true;
+}
+
+bool shmr_file_is_ours(const struct shmr_file *file, uint64_t *bytes) {
+    struct stat s;
+    if (file->fd < 0 || fstat(file->fd, &s) != 0 || s.st_dev != file->device || s.st_ino != file->inode) return false;
+    if (bytes) *bytes = (uint64_t)s.st_size;
+    if (!file->pid) return true;
+    uint32_t pid = shmr_pidfd_pid(file->fd);
+    return pid == file->pid || pid == WAITED_FOR;
+}
+
+void shmr_file_close(struct shmr_file *file) {
+    if (shmr_file_is_ours(file, NULL)) close(file->fd);
+    file->fd = -1;
+}
