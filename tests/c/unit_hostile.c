@@ -342,6 +342,41 @@ static void other_bus_errors(void) {
     close_region();
 }
 
+static int seen_plain, seen_with_info;
+static void plain_handler(int number) { seen_plain += number == SIGBUS; }
+static void handler_with_info(int number, siginfo_t *info, void *context) {
+    seen_with_info += number == SIGBUS && info->si_pid == getpid() && context;
+}
+
+/* A handler that was there before gets what is not ours, one that came later gives way to ours again. */
+static void other_handlers_go_on(void) {
+    struct sigaction kept, plain = {.sa_handler = plain_handler},
+                           with_info = {.sa_sigaction = handler_with_info, .sa_flags = SA_SIGINFO};
+    sigaction(SIGBUS, NULL, &kept);
+    sigaction(SIGBUS, &plain, NULL);
+    open_region();
+    raise(SIGBUS);
+    CHECK_EQ(seen_plain, 1);
+    close_region();
+    sigaction(SIGBUS, &with_info, NULL);
+    int another;
+    shmr_config config = small_config();
+    shmr *other = create_region(&config, &another); /* the one in front in the list */
+    open_region();
+    raise(SIGBUS);
+    CHECK_EQ(seen_with_info, 1);
+    CHECK_EQ(seen_plain, 1);
+    shmr_block b = claim(8);
+    CHECK(ftruncate(fd, 0) == 0);
+    memset(bytes_of(h, &b), 1, 8);
+    CHECK_STATUS(shmr_commit(h, 0, 0, -1, NOT_AT_ALL, &b), SHMR_CORRUPT);
+    OK(send_message(other, 0, 8, 1, NOT_AT_ALL));
+    close_region();
+    leave_region(other);
+    close(another);
+    sigaction(SIGBUS, &kept, NULL);
+}
+
 /* Code that closes every descriptor it does not know: what comes under our number is left as it is. */
 static void a_descriptor_that_is_anothers(void) {
     uint64_t tag = 0;
@@ -382,6 +417,7 @@ int main(void) {
     RUN(a_file_that_is_cut);
     RUN(what_was_cut_is_touched);
     RUN(other_bus_errors);
+    RUN(other_handlers_go_on);
     RUN(a_descriptor_that_is_anothers);
     return summary("unit_hostile");
 }

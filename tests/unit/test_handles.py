@@ -342,3 +342,61 @@ def test_an_end_without_memory(ring, allocator):
     each_allocation_fails(
         allocator, lambda: ring, lambda _: Layout(np.dtype("u1"), (3,), b"", 0, 3), lambda: None
     )
+
+
+# --- exceptions on the way to whoever leases -------------------------------------------------------
+
+
+def boom():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("check", ["frame", "payload"])
+def test_a_lease_that_an_exception_drops_is_kept(check):
+    """As a signal's handler does between the return of a call and the name for its result."""
+    with Ring(4, "8 MiB", check=check) as ring:
+        for i in range(3):
+            ring.send(np.full(3, i))
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                (ring.lease(), boom())
+        assert ring.approx_fill() == 2
+        assert [int(ring.receive()[0]) for _ in range(3)] == [0, 1, 2]
+        assert ring.try_lease() is None
+
+
+def test_a_lease_that_was_looked_at_is_not_kept(ring):
+    for i in range(3):
+        ring.send(np.full(3, i))
+
+    def looked_at(lease):
+        assert lease.array[0] < 3
+        return lease
+
+    def entered(lease):
+        assert lease.__enter__()[0] < 3
+        return lease
+
+    for look in (looked_at, entered):
+        with pytest.raises(KeyboardInterrupt):
+            (look(ring.lease()), boom())
+    lease = ring.lease()
+    lease.release()
+    with pytest.raises(KeyboardInterrupt):
+        (ring.try_lease(), boom())
+    del lease
+    assert ring.try_lease() is None
+
+
+def test_a_dropped_lease_is_released(ring):
+    ring.send(np.ones(3))
+    ring.lease()
+    assert ring.try_lease() is None
+
+
+def test_what_cannot_be_kept_is_forgotten(ring, monkeypatch):
+    ring.send(np.ones(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(ring, "_keep", lambda block: boom())
+        with pytest.raises(KeyboardInterrupt):
+            (ring.lease(), boom())
