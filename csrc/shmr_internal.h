@@ -128,6 +128,7 @@ struct shmr {
     shmr_count handle; /* references to this struct */
     shmr_count immortal; /* those of them that nobody gives back: NumPy's handlers have them */
     shmr_count closed, left;
+    shmr_count unmapped; /* for good: NumPy's handlers go on, and what lies there now is not ours */
 
     pthread_mutex_t lock; /* the arena, records, holds; never held across a wait */
     struct shmr_arena arena;

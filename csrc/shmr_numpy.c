@@ -14,7 +14,8 @@ struct context {
 };
 
 static bool in_arena(const struct context *c, const void *address) {
-    return (const char *)address >= c->arena && (const char *)address < c->arena + c->arena_bytes;
+    return (const char *)address >= c->arena && (const char *)address < c->arena + c->arena_bytes &&
+           !shmr_count_get(&c->h->unmapped);
 }
 
 static void *take(struct context *c, size_t size) {

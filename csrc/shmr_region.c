@@ -240,6 +240,7 @@ void shmr_mapping_release(shmr_mapping *m) {
 
 /* All but the struct itself. */
 static void dismantle(shmr *h) {
+    shmr_count_add(&h->unmapped, 1);
     shmr_arena_fini(h);
     shmr_held_fini(h);
     shmr_deaths_fini(h);

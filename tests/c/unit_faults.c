@@ -145,6 +145,24 @@ static void reserving_page_by_page(void) {
 
 /* ---- NumPy's memory ------------------------------------------------------------------------------------------------------ */
 
+/* What comes to lie where a region was is not taken for an array of its. */
+static void numpy_after_the_region(void) {
+    int region;
+    shmr_config config = small_config();
+    shmr *h = create_region(&config, &region);
+    static struct shmr_numpy_handler *numpy; /* immortal */
+    numpy = shmr_numpy_handler(h, 0, 8 * MIB);
+    void *context = numpy->allocator.context;
+    char *a = numpy->allocator.malloc(context, 100000);
+    CHECK(shmr_allocated_here(h, a));
+    numpy->allocator.free(context, a, 100000);
+    leave_region(h);
+    break_calls(FAULT_REALLOC, ENOMEM);
+    CHECK(!numpy->allocator.realloc(context, a, 200000)); /* asked of the C library */
+    disarm_faults();
+    close(region);
+}
+
 static void memory_for_numpy(void) {
     int region;
     shmr_config config = small_config();
@@ -585,6 +603,7 @@ int main(void) {
     RUN(working);
     RUN(reserving_page_by_page);
     RUN(memory_for_numpy);
+    RUN(numpy_after_the_region);
     RUN(recovering);
     RUN(recovering_without_a_list);
     RUN(recovering_into_a_full_ring);
