@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shmengine import config
@@ -85,6 +85,7 @@ class TestFormatBytes:
     def test_writes(self, count, text):
         assert config.format_bytes(count) == text
 
+    @example(1152)
     @given(st.integers(0, 1 << 60))
     def test_is_read_back_within_half_a_percent(self, count):
         assert config.parse_bytes(config.format_bytes(count)) == pytest.approx(count, rel=0.0051, abs=0.5)
