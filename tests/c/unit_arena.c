@@ -351,7 +351,29 @@ static void growing_side_by_side(void) {
     }
 }
 
+/* Extents that each participant has for small things do not lie between those where large ones could be. */
+static void room_for_rows(void) {
+    open_arena(64 * MIB); /* 32 extents: three rows of nine, and a few */
+    shmr *other;
+    OK(shmr_attach(fd, &other));
+    shmr *takers[2] = {h, other};
+    shmr_block small[2] = {{0}}, large = {0}, rows[3] = {{0}};
+    for (int i = 0; i < 2; i++) { /* the large one goes, and the small one stays */
+        OK(shmr_claim(takers[i], 17 * MIB, NULL, 0, -1, NOT_AT_ALL, &large));
+        OK(shmr_claim(takers[i], 1000, NULL, 0, -1, NOT_AT_ALL, &small[i]));
+        OK(shmr_abort(takers[i], &large));
+        shmr_trim(takers[i]);
+    }
+    for (int i = 0; i < 3; i++) OK(shmr_claim(takers[i % 2], 17 * MIB, NULL, 0, -1, NOT_AT_ALL, &rows[i]));
+    for (int i = 0; i < 3; i++) OK(shmr_abort(takers[i % 2], &rows[i]));
+    for (int i = 0; i < 2; i++) OK(shmr_abort(takers[i], &small[i]));
+    OK(shmr_close(other, 1));
+    shmr_free(other);
+    close_arena();
+}
+
 int main(void) {
+    RUN(room_for_rows);
     RUN(growing_side_by_side);
     RUN(size_classes);
     RUN(last_in_first_out);
