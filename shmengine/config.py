@@ -99,7 +99,8 @@ def parse_bytes(size: str | SupportsIndex) -> int:
             f"unknown unit {unit!r} in size {size!r}; use B, KiB, MiB, GiB, TiB, PiB (powers of 1024) "
             "or kB, MB, GB, TB, PB (powers of 1000)"
         )
-    return round(Fraction(number.replace("_", "").rstrip(".")) * factor)
+    exact: Fraction = Fraction(number.replace("_", "").rstrip(".")) * factor
+    return round(exact)
 
 
 def format_bytes(count: int) -> str:
