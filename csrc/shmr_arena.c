@@ -451,15 +451,17 @@ int shmr_arena_grow(shmr *h, uint64_t bytes) {
     if (need + leave > h->g.extents) return shmr_fail(SHMR_TOO_LARGE, 0, "one block is larger than the memory budget");
     if (owned + need + leave > h->g.extents)
         return shmr_fail(SHMR_NO_MEMORY, 0, "the rest of the memory budget is for other processes");
-    /* Warm ones first, then ones that still have to be reserved. Single ones from the bottom, where they stay, rows from the
-     * top: in between them, single ones would leave gaps that are too short for the next row, however much is free. */
+    /* Rows from the top, warm ones first, then ones that still have to be reserved. Single ones from the bottom, and warm ones
+     * only if no more can be reserved: between rows, they would leave gaps that are too short for the next row, however much
+     * is free. */
     bool down = need > 1;
     for (int pass = 0; pass < 2; pass++) {
+        bool warm_only = down == (pass == 0);
         uint32_t row = 0;
         for (uint32_t n = 0; n < h->g.extents; n++) {
             uint32_t i = down ? h->g.extents - 1 - n : n;
             uint64_t seen = shmr_load_seq_cst(shmr_extent_at(h, i)); /* S3: the look after registering */
-            bool usable = (uint32_t)seen == 0 && !h->arena.own[i] && (pass || seen & SHMR_EXTENT_WARM);
+            bool usable = (uint32_t)seen == 0 && !h->arena.own[i] && (!warm_only || seen & SHMR_EXTENT_WARM);
             row = usable ? row + 1 : 0;
             if (row < need) continue;
             uint32_t first = down ? i : i + 1 - need;
@@ -468,6 +470,7 @@ int shmr_arena_grow(shmr *h, uint64_t bytes) {
                 free_run(h, first * PAGES_PER_EXTENT, need * PAGES_PER_EXTENT);
                 return SHMR_OK;
             }
+            if (status == SHMR_NO_MEMORY && !warm_only && !down) break;
             if (status != SHMR_WOULD_BLOCK) return status;
             row = 0; /* somebody was faster: look on */
         }
