@@ -186,10 +186,11 @@ static void a_close_before_a_wait(void) {
 static void other_takes_an_extent(void) {
     OK(shmr_claim(other, 100000, NULL, 0, -1, NOT_AT_ALL, &held));
 }
+static void other_takes_two(void) { OK(shmr_claim(other, 3 * MIB, NULL, 0, -1, NOT_AT_ALL, &held)); }
 static void an_extent(void) {
     open_pair(2);
     shmr_block b = {0};
-    before_change(shmr_extent_at(h, 0), 1, other_takes_an_extent);
+    before_change(shmr_extent_at(h, 2), 1, other_takes_two); /* of four: rows come from the top */
     OK(shmr_claim(h, 3 * MIB, NULL, 0, -1, NOT_AT_ALL, &b));
     check_happened();
     OK(shmr_abort(h, &b));
