@@ -12,6 +12,7 @@ import pytest
 
 from shmengine.engine.backend import task_rng
 from shmengine.errors import ArrayError, BlockError
+from tests.helpers.scripts import run_script
 
 NUMERIC = ["?", *"bhilqBHILQ", "e", "f", "d", "g", "F", "D", "G", ">i4", ">u2", ">f8", ">c16"]
 OTHER = ["M8[us]", ">m8[s]", "S5", "U4", ">U3", [("a", "i2"), ("b", ">f8", (2,))], object]
@@ -205,6 +206,41 @@ def test_array_likes_are_read_block_by_block(engine):
     result = engine.map_blocks(lambda b: b * 2, stored, block_bytes=240)
     assert result.tolist() == [[2.0 * i] * 3 for i in range(100)]
     assert stored.longest == 10
+
+
+def test_datasets_of_h5py(engine, tmp_path):
+    import h5py
+
+    data = np.random.default_rng(1).random((1000, 7))
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        stored = file.create_dataset("x", data=data, chunks=(100, 7), compression="gzip")
+        assert_same(engine.map_blocks(np.sqrt, stored, block_bytes=100 * 56), np.sqrt(data))
+        assert engine.reduce(np.sum, stored, combine=np.add) == pytest.approx(data.sum())
+
+
+ZARR = """
+import sys
+import numpy as np
+import zarr
+from shmengine import Engine
+
+data = np.random.default_rng(2).normal(size=(1000, 7))
+stored = zarr.create_array(sys.argv[2], data=data, chunks=(100, 7))
+with Engine(None if sys.argv[1] == "serial" else 2, backend=sys.argv[1]) as engine:
+    doubled = engine.map_blocks(lambda b: b * 2, stored, block_bytes=100 * 56)
+    assert np.array_equal(doubled, data * 2)
+    smooth = lambda b: b + np.roll(b, 1, 0)
+    both = [engine.map_overlap(smooth, x, 1, block_bytes=100 * 56) for x in (stored, data)]
+    assert np.array_equal(*both)
+    assert engine.reduce(np.max, stored, combine=np.maximum) == data.max()
+print("equal")
+"""
+
+
+def test_arrays_of_zarr(engine, tmp_path):
+    """In a process of its own: zarr has an event loop that stays."""
+    done = run_script(ZARR, args=[engine.stats().backend, str(tmp_path / "x.zarr")], check=True)
+    assert done.stdout == "equal\n"
 
 
 def test_lists_are_arrays(engine):
