@@ -63,7 +63,7 @@ class Attached:
         self._h = region.handle
         self._capacity = int(read_config(region).capacity[0])
         self._closed = False
-        self._kept: deque[Any] = deque()
+        self._start_keeping()
         region.users.add(self)
 
     def _handle(self) -> Any:
@@ -82,7 +82,7 @@ class Attached:
             self._region = self._region.rejoin()
             self._h = self._region.handle
             self._region.users.add(self)
-            self._kept = deque()  # those are the parent's
+            self._start_keeping()
             self._forget()
         return self._region
 
@@ -96,13 +96,18 @@ class Attached:
         if self._region.pid == os.getpid() and not users:
             self._region.close()
 
+    def _start_keeping(self) -> None:
+        self._kept: deque[Any] = deque()  # what it has in a forked child is the parent's
+        self._puts_back = False
+
     def _keep(self, block: Any) -> None:
         """Keep a message for the next call: a signal's handler has raised, so that nobody has got it."""
         if isinstance(block, int):
             block = ffi.cast("shmr_block *", block)
         if not block.state:
             return
-        if not self._kept:
+        if not self._puts_back:
+            self._puts_back = True
             # After the region's own finalizer, so that it runs before that one at exit.
             call_at_process_end(weakref.finalize(self, put_back, self._region, self._kept), 1)
         copy = new_block()

@@ -24,7 +24,6 @@ SIGNALS: tuple[int, ...] = (
 # Without the conversion to enumerations: this is done for every drain.
 _getsignal = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
 _setsignal = getattr(signal.signal, "__wrapped__", signal.signal)
-_main_thread = threading.main_thread
 
 
 class InterruptsLater:
@@ -40,7 +39,7 @@ class InterruptsLater:
         self._came: dict[int, FrameType | None] = {}
 
     def __enter__(self) -> None:
-        if threading.current_thread() is _main_thread():
+        if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 handler = _getsignal(number)
                 if callable(handler):
@@ -59,9 +58,15 @@ class InterruptsLater:
         except BaseException:  # a handler that is back already
             self._put_back()
             raise
-        for number, before in self._before:
-            if number in self._came:
-                before(number, self._came.pop(number))
+        self._run()
+
+    def _run(self) -> None:
+        if self._came:
+            number, frame = self._came.popitem()
+            try:
+                dict(self._before)[number](number, frame)
+            finally:
+                self._run()  # the others, whatever this one raised
 
     def _put_back(self) -> None:
         for number, before in self._before:

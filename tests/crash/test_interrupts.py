@@ -104,3 +104,25 @@ def test_other_handlers_are_called_later_and_none_stays_none():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_each_handler_runs_though_another_one_raises():
+    """None of the signals that came meanwhile is forgotten."""
+    ran = []
+
+    def handler(number, frame):
+        ran.append(number)
+        raise KeyboardInterrupt
+
+    before = {
+        number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    try:
+        with pytest.raises(KeyboardInterrupt), InterruptsLater():
+            for number in before:
+                signal.raise_signal(number)
+            assert not ran
+        assert sorted(ran) == sorted(before)
+    finally:
+        for number, own in before.items():
+            signal.signal(number, own)
