@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Final, NamedTuple, Self
 
 from shmengine._native.status import deadline_of
 from shmengine.channels.presence import Fate
+from shmengine.channels.turns import Turn
 from shmengine.channels.waiting import Pause
 from shmengine.errors import Closed, EndOfStream, PeerLost, SerializationError, Timeout, WouldBlock
 from shmengine.region import call_at_process_end
@@ -181,9 +182,10 @@ class End:
         self._ready: deque[Any] = (
             deque()
         )  # received, and not yet handed out: at most one, after an interruption
-        self._sending = threading.Lock()
-        self._receiving = threading.Lock()
-        self._ended: Exception | None = None
+        self._sending = Turn()
+        self._receiving = Turn()
+        self._closing = threading.RLock()
+        self._ended = False
         self._looked = 0
 
     # --- sending ---------------------------------------------------------------------------------
@@ -222,12 +224,11 @@ class End:
         if priority:
             self._check_priority(priority)
         message = link.encode(obj)
-        lock = self._sending
-        self._acquire(lock, deadline, "send", timeout)
         try:
+            self._wait_for(self._sending, deadline, "send", timeout)
             self._push(link, message, priority, deadline, timeout)
         finally:
-            self._release(lock)
+            self._leave(self._sending)
 
     def try_send(self, obj: Any, *, priority: int = 0) -> None:
         """Send without waiting: `WouldBlock` if the channel is full."""
@@ -270,7 +271,7 @@ class End:
         if priority:
             self._check_priority(priority)
         message = link.encode(obj)
-        await self._acquire_async(self._sending, deadline, "send", timeout)
+        await self._wait_async(self._sending, deadline, "send", timeout)
         sent = False
         try:
             pause = Pause(link.write_fd, writing=True)
@@ -281,7 +282,7 @@ class End:
         finally:
             if not sent:
                 link.give_up()
-            self._release(self._sending)
+            self._leave_async(self._sending)
 
     def _push(self, link: Link, message: Any, priority: int, deadline: int, timeout: float | None) -> None:
         sent = False
@@ -339,18 +340,19 @@ class End:
         """
         deadline = deadline_of(timeout)
         link = self._use(sending=False)
-        lock = self._receiving
-        self._acquire(lock, deadline, "receive", timeout)
         got: list[Any] = []
         try:
-            self._pull(link, deadline, timeout)
-            got.append(self._ready.popleft())
-            self._release(lock)
+            try:
+                self._wait_for(self._receiving, deadline, "receive", timeout)
+                self._pull(link, deadline, timeout)
+                got.append(self._ready.popleft())
+            finally:
+                self._leave(self._receiving)
             return got[0]
-        except BaseException:
-            self._ready.extendleft(got)  # a signal's handler has raised: for the next call
-            if lock.locked():
-                self._release(lock)
+        except (
+            BaseException
+        ):  # perhaps a signal's handler: what it keeps from being returned is for the next call
+            self._ready.extendleft(got)
             raise
 
     def try_receive(self) -> Any:
@@ -361,14 +363,14 @@ class End:
         """Like `receive`, for asyncio: only this coroutine waits. If it is cancelled nothing was taken."""
         deadline = deadline_of(timeout)
         link = self._use(sending=False)
-        await self._acquire_async(self._receiving, deadline, "receive", timeout)
+        await self._wait_async(self._receiving, deadline, "receive", timeout)
         try:
             pause = Pause(link.read_fd)
             while not self._fetch(link, 0):
                 await pause.wait(self._time_left(deadline, "receive", timeout))
             return self._ready.popleft()
         finally:
-            self._release(self._receiving)
+            self._leave_async(self._receiving)
 
     def _pull(self, link: Link, deadline: int, timeout: float | None) -> None:
         """Wait until a message is ready."""
@@ -382,8 +384,8 @@ class End:
         if self._ready:
             link.settle()
             return True
-        if self._ended is not None:
-            raise self._ended
+        if self._ended:
+            raise EndOfStream("receive: the other end was closed, and nothing more of it waits")
         got = link.receive(until)
         if got is NOTHING:
             self._check_open()
@@ -396,8 +398,8 @@ class End:
                     raise PeerLost("receive: the process of the other end died, and nothing more of it waits")
                 got = END
         if got is END:
-            self._ended = EndOfStream("receive: the other end was closed, and nothing more of it waits")
-            raise self._ended
+            self._ended = True
+            return self._fetch(link, 0)
         self._ready.append(got)
         link.settle()
         return True
@@ -439,18 +441,20 @@ class End:
     def close(self) -> None:
         """Use this end no more; the other one receives what was sent, and then `EndOfStream`. Never waits."""
         self._closed = True
-        # Who is inside of a call, in another thread, notices soon, and does it when he leaves.
-        if self._pid not in (0, os.getpid()):
-            self._link.close()
-        elif self._sending.acquire(blocking=False):
-            try:
-                if self._receiving.acquire(blocking=False):
-                    try:
-                        self._link.close()
-                    finally:
-                        self._receiving.release()
-            finally:
-                self._sending.release()
+        # Whoever is inside of a call, another thread or one that a signal's handler interrupted here, notices soon,
+        # and lets the link go when he leaves.
+        with self._closing:
+            if self._pid not in (0, os.getpid()):
+                self._link.close()  # a forked child's copy
+            elif self._sending.take_idle():
+                try:
+                    if self._receiving.take_idle():
+                        try:
+                            self._link.close()
+                        finally:
+                            self._receiving.leave()
+                finally:
+                    self._sending.leave()
 
     def __enter__(self) -> Self:
         return self
@@ -499,22 +503,25 @@ class End:
                 else f"a channel of kind {self.capabilities.mechanism!r} has no priorities; 'mqueue' has"
             )
 
-    def _acquire(self, lock: threading.Lock, deadline: int, what: str, timeout: float | None) -> None:
+    def _wait_for(self, turn: Turn, deadline: int, what: str, timeout: float | None) -> None:
         """Wait until no other thread is sending (or receiving)."""
-        while not lock.acquire(timeout=_seconds_until(deadline)):
+        while not turn.take(_seconds_until(deadline)):
             self._check_open()
             self._check_time(deadline, time.monotonic_ns(), what, timeout)
 
-    async def _acquire_async(
-        self, lock: threading.Lock, deadline: int, what: str, timeout: float | None
-    ) -> None:
+    async def _wait_async(self, turn: Turn, deadline: int, what: str, timeout: float | None) -> None:
         pause = Pause(None)
-        while not lock.acquire(blocking=False):
+        while not turn.take_async():
             self._check_open()
             await pause.wait(self._time_left(deadline, what, timeout))
 
-    def _release(self, lock: threading.Lock) -> None:
-        lock.release()
+    def _leave(self, turn: Turn) -> None:
+        turn.leave()
+        if self._closed:
+            self.close()
+
+    def _leave_async(self, turn: Turn) -> None:
+        turn.leave_async()
         if self._closed:
             self.close()
 
