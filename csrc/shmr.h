@@ -237,6 +237,7 @@ void *shmr_numpy_handler(shmr *h, uint64_t threshold, uint64_t limit);
  * called again with the same message. */
 
 #define SHMR_PRIORITIES 32 /* 0 .. 31; of a pipe only 0 */
+#define SHMR_SMALL_FRAME 4000 /* with what belongs to it in a pipe, less than PIPE_BUF */
 
 typedef struct shmr_stream shmr_stream;
 
@@ -249,6 +250,9 @@ typedef struct {
     const void *bytes; /* good until it is taken; NULL: they are in the memory that was given */
     uint64_t length;
     uint32_t priority;
+    uint32_t kind; /* of the frame that `bytes` are, if its header and checksum are sound; 0: not looked at, or not sound */
+    uint32_t parts, prefix, in_band, producer; /* what the header says, within `length` */
+    uint64_t sequence;
 } shmr_message;
 
 /* Over a descriptor that does not block and stays the caller's. `fragment_bytes`: of a queue, what a message of it may
@@ -258,7 +262,10 @@ void shmr_stream_free(shmr_stream *s);
 /* Send the bytes of all pieces as one message. WOULD_BLOCK, TIMEOUT, INTERRUPTED: a part of it may be on its way; go on
  * with the same one, or give it up. */
 int shmr_stream_send(shmr_stream *s, const shmr_piece *pieces, uint32_t count, uint32_t priority, int64_t deadline);
-int shmr_stream_send_bytes(shmr_stream *s, const void *bytes, uint64_t length, uint32_t priority, int64_t deadline);
+/* Send a frame of at most SHMR_SMALL_FRAME bytes, in a copy where its header says the number of this message among
+ * those sent, the priority as producer, and the checksum; `whole`: of all bytes. */
+int shmr_stream_send_frame(shmr_stream *s, const void *bytes, uint64_t length, uint32_t priority, int whole,
+                           int64_t deadline);
 /* Take back a message that was sent in part, if there is one: the receiver never sees it. Does not wait. */
 void shmr_stream_give_up(shmr_stream *s);
 /* How many messages of this priority were wholly sent. */

@@ -250,8 +250,54 @@ int shmr_stream_send(shmr_stream *s, const shmr_piece *pieces, uint32_t count, u
     return until(s, push, &m, POLLOUT, deadline);
 }
 
-int shmr_stream_send_bytes(shmr_stream *s, const void *bytes, uint64_t length, uint32_t priority, int64_t deadline) {
-    return shmr_stream_send(s, &(shmr_piece){bytes, length}, 1, priority, deadline);
+/* The header of a frame (shmengine/codec.py). */
+struct frame {
+    char magic[4];
+    uint32_t crc; /* of what follows, as far as it is checked */
+    uint8_t version, kind;
+    uint16_t flags;
+    uint32_t producer;
+    uint64_t in_band, total, checked, sequence;
+    uint32_t parts, prefix;
+    uint64_t unused;
+};
+#define CHECKED_FROM 8 /* in the header */
+
+int shmr_stream_send_frame(shmr_stream *s, const void *bytes, uint64_t length, uint32_t priority, int whole,
+                           int64_t deadline) {
+    char copy[SHMR_SMALL_FRAME];
+    struct frame frame;
+    if (length < sizeof frame || length > sizeof copy || priority >= SHMR_PRIORITIES)
+        return shmr_fail(SHMR_BAD_ARGUMENT, 0, "length or priority of a frame");
+    memcpy(copy, bytes, length);
+    memcpy(&frame, bytes, sizeof frame);
+    frame.producer = priority;
+    frame.sequence = s->sent[priority];
+    if (whole || frame.checked > length - sizeof frame) frame.checked = length - sizeof frame;
+    memcpy(copy, &frame, sizeof frame);
+    frame.crc = shmr_crc32c(0, copy + CHECKED_FROM, sizeof frame - CHECKED_FROM + frame.checked);
+    memcpy(copy, &frame, sizeof frame);
+    return shmr_stream_send(s, &(shmr_piece){copy, length}, 1, priority, deadline);
+}
+
+/* What a small frame says that a reader need not look at again; kind 0: it is none, or unsound. */
+static void look_at_frame(shmr_message *out) {
+    struct frame frame;
+    if (out->length < sizeof frame) return;
+    memcpy(&frame, out->bytes, sizeof frame);
+    uint64_t most = out->length - sizeof frame;
+    if (memcmp(frame.magic, "SHMF", 4) != 0 || frame.version != 1 || frame.flags || frame.total != out->length ||
+        frame.in_band > most || frame.prefix > most - frame.in_band || frame.checked > most ||
+        frame.checked < frame.prefix + frame.in_band)
+        return;
+    if (shmr_crc32c(0, (const char *)out->bytes + CHECKED_FROM, sizeof frame - CHECKED_FROM + frame.checked) != frame.crc)
+        return;
+    out->kind = frame.kind;
+    out->parts = frame.parts;
+    out->prefix = frame.prefix;
+    out->in_band = (uint32_t)frame.in_band;
+    out->sequence = frame.sequence;
+    out->producer = frame.producer;
 }
 
 void shmr_stream_give_up(shmr_stream *s) {
@@ -430,7 +476,10 @@ int shmr_stream_receive(shmr_stream *s, int64_t deadline, shmr_message *out) {
     int status = until(s, pull, NULL, POLLIN, deadline);
     const struct incoming *in = &s->incoming[s->priority];
     *out = (shmr_message){.length = in->length, .priority = s->priority};
-    if (status == SHMR_OK && !in->memory) out->bytes = s->bytes + s->begin + (s->fragment_bytes ? FRAGMENT_HEADER : 0);
+    if (status == SHMR_OK && !in->memory) {
+        out->bytes = s->bytes + s->begin + (s->fragment_bytes ? FRAGMENT_HEADER : 0);
+        look_at_frame(out);
+    }
     return status;
 }
 

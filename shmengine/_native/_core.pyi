@@ -100,6 +100,12 @@ class ShmrMessage(CData):
     bytes: CData
     length: int
     priority: int
+    kind: int
+    parts: int
+    prefix: int
+    in_band: int
+    producer: int
+    sequence: int
 
 class FFI:
     NULL: Any
@@ -136,6 +142,7 @@ class Lib:
     SHMR_CREATOR_RECOVERS: int
     SHMR_WAIT_ALONE: int
     SHMR_PRIORITIES: int
+    SHMR_SMALL_FRAME: int
     SHMR_SCATTER_SOURCES: int
     SHMR_SCATTER_UNSENT: int
     SHMR_SCATTER_OUT: int
@@ -203,8 +210,8 @@ class Lib:
     def shmr_stream_send(
         self, s: ShmrStream, pieces: CData, count: int, priority: int, deadline: int, /
     ) -> int: ...
-    def shmr_stream_send_bytes(
-        self, s: ShmrStream, data: object, length: int, priority: int, deadline: int, /
+    def shmr_stream_send_frame(
+        self, s: ShmrStream, data: object, length: int, priority: int, whole: int, deadline: int, /
     ) -> int: ...
     def shmr_stream_give_up(self, s: ShmrStream, /) -> None: ...
     def shmr_stream_sent(self, s: ShmrStream, priority: int, /) -> int: ...

@@ -32,7 +32,8 @@ class FrameLink(Link):
         self.counts = Counts()
         self._compressor = Compressor(options.compression) if options.compression else None
         self._expected: defaultdict[int, int] = defaultdict(int)  # the next number, by priority
-        self._current: list[Any] = []  # the object that was received and is not settled
+        # The object that was received and is not settled; its priority, and the number that is expected then.
+        self._current: list[tuple[Any, int, int]] = []
         self._number_unknown = False
 
     # --- what a mechanism does -------------------------------------------------------------------
@@ -108,11 +109,14 @@ class FrameLink(Link):
                 if not self._current:
                     self.taken()
                 raise
-        return self._current[0]
+        return self._current[0][0]
 
     def settle(self) -> None:
         """Let go of the message that `receive` has returned."""
         if self._current:
+            _, priority, following = self._current[0]
+            self._expected[priority] = following
+            self._number_unknown = False
             self.taken()
             self._current.clear()
 
@@ -133,9 +137,13 @@ class FrameLink(Link):
             self._expected[priority] = number + 1
             raise
         number, priority = number_of(frame)
+        self._accept(obj, number, priority, len(frame), len(wire))
+
+    def _accept(self, obj: Any, number: int, priority: int, nbytes: int, wire_bytes: int) -> None:
+        """Make an object the current one, if it is the next of its sender and priority, or follows a gap."""
+        counts = self.counts
         expected = self._expected[priority]
         if self._number_unknown:
-            self._number_unknown = False
             expected = max(expected, number)
         if number < expected:
             counts.duplicates += 1
@@ -143,12 +151,12 @@ class FrameLink(Link):
                 f"message {number} came again, or late: {expected} was next; it is dropped", "sequence"
             )
         counts.messages_received += 1
-        counts.bytes_received += len(frame)
-        counts.wire_bytes_received += len(wire)
-        self._expected[priority] = number + 1
-        self._current.append(obj)
+        counts.bytes_received += nbytes
+        counts.wire_bytes_received += wire_bytes
         if number > expected:
             counts.gaps += number - expected
+        self._current.append((obj, priority, number + 1))
+        if number > expected:
             raise Corrupt(f"messages {expected} to {number - 1} of the other end are missing", "sequence")
 
 

@@ -16,12 +16,13 @@ import numpy as np
 from shmengine._native import ffi, lib
 from shmengine._native.status import CLOSED, CORRUPT, INTERRUPTED, NO_MEMORY, OK, TIMEOUT, WOULD_BLOCK, fail
 from shmengine.arrays import Bytes, address_of
-from shmengine.channels.base import NOTHING, Options
+from shmengine.channels.base import END, NOTHING, Options
 from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
+from shmengine.channels.small import UNKNOWN, decode_small, encode_small
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.tokens import DescriptorToken, lend
 from shmengine.config import format_bytes
-from shmengine.errors import ShmError
+from shmengine.errors import Corrupt, ShmError
 from shmengine.region import Descriptor
 
 __all__ = ["StreamLink", "reopened"]
@@ -83,7 +84,8 @@ class StreamLink(FrameLink):
         self._target: Any = None
         self._message = ffi.new("shmr_message *")
         self._memory: dict[int, Bytes] = {}  # of messages that come in parts, by priority
-        self._writing: list[Any] | None = None  # the pieces that the core is at
+        self._writing: object = None  # the message that the core is at
+        self._checks_all = options.check == "payload"
 
     def start(self) -> None:
         """Become this process's."""
@@ -113,19 +115,46 @@ class StreamLink(FrameLink):
         """Return how many messages of this priority were wholly written."""
         return lib.shmr_stream_sent(self._target, priority)
 
+    def encode(self, obj: Any) -> Any:
+        """Make an object ready for `send`: a small frame in one piece, any other as `FrameLink` does."""
+        frame = encode_small(obj, allow_pickle=self.options.allow_pickle)
+        return super().encode(obj) if frame is None else frame
+
+    def send(self, message: Any, priority: int, deadline: int) -> bool:
+        """Send a message that was encoded."""
+        if type(message) is not bytes:
+            return super().send(message, priority, deadline)
+        self._begin(message)
+        nbytes = len(message)
+        status = INTERRUPTED
+        while status == INTERRUPTED:
+            status = lib.shmr_stream_send_frame(
+                self._target, message, nbytes, priority, self._checks_all, deadline
+            )
+        if not self._is_sent(status):
+            return False
+        counts = self.counts
+        counts.messages_sent += 1
+        counts.bytes_sent += nbytes
+        counts.wire_bytes_sent += nbytes
+        return True
+
     def write(self, pieces: list[Any], nbytes: int, priority: int, deadline: int) -> bool:
         """Write a message, or go on with it; True: it is written wholly."""
-        if self._writing is not pieces:
+        self._begin(pieces)
+        buffers = [ffi.from_buffer(piece) for piece in pieces]
+        parts = ffi.new("shmr_piece[]", [(buffer, len(buffer)) for buffer in buffers])
+        status = INTERRUPTED
+        while status == INTERRUPTED:
+            status = lib.shmr_stream_send(self._target, parts, len(buffers), priority, deadline)
+        return self._is_sent(status)
+
+    def _begin(self, message: object) -> None:
+        if self._writing is not message:
             lib.shmr_stream_give_up(self._target)  # one whose call was interrupted before it could do that
-            self._writing = pieces
-        if len(pieces) == 1:
-            send, parts, count = lib.shmr_stream_send_bytes, ffi.from_buffer(pieces[0]), nbytes
-        else:
-            buffers = [ffi.from_buffer(piece) for piece in pieces]
-            parts = ffi.new("shmr_piece[]", [(buffer, len(buffer)) for buffer in buffers])
-            send, count = lib.shmr_stream_send, len(buffers)
-        while (status := send(self._target, parts, count, priority, deadline)) == INTERRUPTED:
-            pass
+            self._writing = message
+
+    def _is_sent(self, status: int) -> bool:
         if status == OK:
             self._writing = None
         elif status not in (TIMEOUT, WOULD_BLOCK):
@@ -140,21 +169,46 @@ class StreamLink(FrameLink):
 
     # --- receiving ---------------------------------------------------------------------------------
 
+    def receive(self, deadline: int) -> Any:
+        """Return the next message, `NOTHING` or `END`; the same one again until `settle`."""
+        if self._current:
+            return self._current[0][0]
+        status = self._wait(deadline)
+        if status != OK:
+            return END if status == CLOSED else NOTHING
+        message = self._message
+        if message.kind:
+            obj = decode_small(message, allow_pickle=self.options.allow_pickle)
+            if obj is not UNKNOWN:
+                try:
+                    self._accept(obj, message.sequence, message.producer, message.length, message.length)
+                except Corrupt:
+                    if not self._current:
+                        self.taken()
+                    raise
+                return obj
+        return super().receive(deadline)
+
     def read(self, deadline: int) -> Bytes | object:
         """Return the next message, in memory of its own, `NOTHING` or `GOODBYE`."""
+        status = self._wait(deadline)
+        if status != OK:
+            return GOODBYE if status == CLOSED else NOTHING
         message = self._message
-        while (status := lib.shmr_stream_receive(self._source, deadline, message)) != OK:
-            if status in (TIMEOUT, WOULD_BLOCK):
-                return NOTHING
-            if status == CLOSED:
-                return GOODBYE
-            if status == NO_MEMORY:
-                self._give_memory(message.priority, message.length)
-            elif status != INTERRUPTED:
-                self._refuse(status, self._incoming, "receive")
         if message.bytes == ffi.NULL:
             return self._memory[message.priority]
         return np.frombuffer(bytearray(ffi.buffer(message.bytes, message.length)), np.uint8)
+
+    def _wait(self, deadline: int) -> int:
+        """Wait for a message: OK, CLOSED, or what says that there is none in time."""
+        while True:
+            status = lib.shmr_stream_receive(self._source, deadline, self._message)
+            if status in (OK, TIMEOUT, WOULD_BLOCK, CLOSED):
+                return status
+            if status == NO_MEMORY:
+                self._give_memory(self._message.priority, self._message.length)
+            elif status != INTERRUPTED:
+                self._refuse(status, self._incoming, "receive")
 
     def _give_memory(self, priority: int, nbytes: int) -> None:
         try:
