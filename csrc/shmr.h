@@ -247,12 +247,13 @@ typedef struct {
 } shmr_piece;
 
 typedef struct {
-    const void *bytes; /* good until it is taken; NULL: they are in the memory that was given */
+    const char *bytes; /* good until it is taken; NULL: they are in the memory that was given */
     uint64_t length;
     uint32_t priority;
     uint32_t kind; /* of the frame that `bytes` are, if its header and checksum are sound; 0: not looked at, or not sound */
     uint32_t parts, prefix, in_band, producer; /* what the header says, within `length` */
     uint64_t sequence;
+    const char *body; /* what follows the header and the prefix */
 } shmr_message;
 
 /* Over a descriptor that does not block and stays the caller's. `fragment_bytes`: of a queue, what a message of it may

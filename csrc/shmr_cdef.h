@@ -156,7 +156,7 @@ typedef struct {
     uint64_t length;
 } shmr_piece;
 typedef struct {
-    const void *bytes;
+    const char *bytes;
     uint64_t length;
     uint32_t priority;
     uint32_t kind;
@@ -165,6 +165,7 @@ typedef struct {
     uint32_t in_band;
     uint32_t producer;
     uint64_t sequence;
+    const char *body;
 } shmr_message;
 shmr_stream *shmr_stream_new(int fd, uint32_t fragment_bytes);
 void shmr_stream_free(shmr_stream *s);

@@ -290,13 +290,14 @@ static void look_at_frame(shmr_message *out) {
         frame.in_band > most || frame.prefix > most - frame.in_band || frame.checked > most ||
         frame.checked < frame.prefix + frame.in_band)
         return;
-    if (shmr_crc32c(0, (const char *)out->bytes + CHECKED_FROM, sizeof frame - CHECKED_FROM + frame.checked) != frame.crc)
+    if (shmr_crc32c(0, out->bytes + CHECKED_FROM, sizeof frame - CHECKED_FROM + frame.checked) != frame.crc)
         return;
     out->kind = frame.kind;
     out->parts = frame.parts;
     out->prefix = frame.prefix;
     out->in_band = (uint32_t)frame.in_band;
     out->sequence = frame.sequence;
+    out->body = out->bytes + sizeof frame + frame.prefix;
     out->producer = frame.producer;
 }
 

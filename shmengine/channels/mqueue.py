@@ -139,7 +139,11 @@ def abandoned_queues() -> list[str]:
     for directory in _mounts():
         for name in os.listdir(directory):
             maker, _, rest = name.removeprefix(PREFIX).partition("-")
-            if name.startswith(PREFIX) and maker.isdigit() and not _is_alive(int(maker), rest.partition("-")[0]):
+            if (
+                name.startswith(PREFIX)
+                and maker.isdigit()
+                and not _is_alive(int(maker), rest.partition("-")[0])
+            ):
                 found.add(f"/{name}")
     return sorted(found)
 

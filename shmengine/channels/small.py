@@ -65,30 +65,32 @@ def _first_value(obj: Any, raw: bytes) -> bytes | None:
     return frame
 
 
-def decode_small(message: Any, *, allow_pickle: bool) -> Any:
-    """Return the object of a frame that the core has found sound; `UNKNOWN`: `decode` knows more."""
-    kind = message.kind
-    if kind == KIND_PICKLE:
-        if message.parts or not allow_pickle:
-            return UNKNOWN
-        start = HEADER_BYTES + message.prefix
-        raw = ffi.buffer(message.bytes, start + message.in_band)[start:]
+def decode_small(message: Any, kind: int, parts: int, prefix: int, in_band: int) -> Any:
+    """Return the object of a frame that the core has found sound; `UNKNOWN`: `decode` knows more.
+
+    Parameters
+    ----------
+    message : shmr_message
+    kind, parts, prefix, in_band : int
+        Of its fields; `kind` is not that of a pickle if that is not allowed.
+    """
+    if kind == KIND_PICKLE and not parts:
         try:
-            return pickle.loads(raw)
+            return pickle.loads(ffi.unpack(message.body, in_band))
         except Exception:  # `decode` says what it is
             return UNKNOWN
-    if kind == KIND_ARRAY:
-        raw = ffi.buffer(message.bytes, message.length)[HEADER_BYTES:]
-        known = _arrays.get((raw[: message.prefix], len(raw)))
+    if kind == KIND_ARRAY and not in_band:
+        raw = ffi.unpack(message.bytes, message.length)
+        known = _arrays.get((raw[HEADER_BYTES : HEADER_BYTES + prefix], len(raw)))
         if known is None:
-            return _first_seen(message, raw)
+            return _first_seen(raw, prefix)
         shape, dtype, nbytes = known
         return _ndarray(shape, dtype, bytearray(raw[-nbytes:]))
     return UNKNOWN
 
 
-def _first_seen(message: Any, raw: bytes) -> Any:
-    frame = np.frombuffer(bytearray(ffi.buffer(message.bytes, message.length)), np.uint8)
+def _first_seen(raw: bytes, prefix: int) -> Any:
+    frame = np.frombuffer(bytearray(raw), np.uint8)
     try:
         array: np.ndarray[Any, Any] = decode(frame)
     except ShmError:
@@ -96,7 +98,8 @@ def _first_seen(message: Any, raw: bytes) -> Any:
     # Its place is in the table: what is last in this frame is so in each that begins alike and is as long.
     is_last = address_of(array) + array.nbytes == address_of(frame) + frame.nbytes
     if array.nbytes and array.flags.c_contiguous and is_last:
-        _remember(_arrays, (raw[: message.prefix], len(raw)), (array.shape, array.dtype, array.nbytes))
+        known = (array.shape, array.dtype, array.nbytes)
+        _remember(_arrays, (raw[HEADER_BYTES : HEADER_BYTES + prefix], len(raw)), known)
     return array
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import struct
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -21,11 +22,15 @@ from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
 from shmengine.channels.small import UNKNOWN, decode_small, encode_small
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.tokens import DescriptorToken, lend
+from shmengine.codec import KIND_PICKLE
 from shmengine.config import format_bytes
 from shmengine.errors import Corrupt, ShmError
 from shmengine.region import Descriptor
 
 __all__ = ["StreamLink", "reopened"]
+
+_unpack = struct.Struct("PQ6IQP").unpack  # a shmr_message
+_send_frame, _receive, _taken = lib.shmr_stream_send_frame, lib.shmr_stream_receive, lib.shmr_stream_taken
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ class StreamLink(FrameLink):
         self._source: Any = None
         self._target: Any = None
         self._message = ffi.new("shmr_message *")
+        self._fields = memoryview(ffi.buffer(self._message))  # the same, to be read all at once
         self._memory: dict[int, Bytes] = {}  # of messages that come in parts, by priority
         self._writing: object = None  # the message that the core is at
         self._checks_all = options.check == "payload"
@@ -124,15 +130,15 @@ class StreamLink(FrameLink):
         """Send a message that was encoded."""
         if type(message) is not bytes:
             return super().send(message, priority, deadline)
-        self._begin(message)
+        if self._writing is not message:
+            self._begin(message)
         nbytes = len(message)
         status = INTERRUPTED
         while status == INTERRUPTED:
-            status = lib.shmr_stream_send_frame(
-                self._target, message, nbytes, priority, self._checks_all, deadline
-            )
-        if not self._is_sent(status):
-            return False
+            status = _send_frame(self._target, message, nbytes, priority, self._checks_all, deadline)
+        if status != OK:
+            return self._unsent(status)
+        self._writing = None
         counts = self.counts
         counts.messages_sent += 1
         counts.bytes_sent += nbytes
@@ -141,25 +147,27 @@ class StreamLink(FrameLink):
 
     def write(self, pieces: list[Any], nbytes: int, priority: int, deadline: int) -> bool:
         """Write a message, or go on with it; True: it is written wholly."""
-        self._begin(pieces)
+        if self._writing is not pieces:
+            self._begin(pieces)
         buffers = [ffi.from_buffer(piece) for piece in pieces]
         parts = ffi.new("shmr_piece[]", [(buffer, len(buffer)) for buffer in buffers])
         status = INTERRUPTED
         while status == INTERRUPTED:
             status = lib.shmr_stream_send(self._target, parts, len(buffers), priority, deadline)
-        return self._is_sent(status)
+        if status != OK:
+            return self._unsent(status)
+        self._writing = None
+        return True
 
     def _begin(self, message: object) -> None:
-        if self._writing is not message:
-            lib.shmr_stream_give_up(self._target)  # one whose call was interrupted before it could do that
-            self._writing = message
+        if self._writing is not None:
+            self.give_up()  # a call that was interrupted before it could do that
+        self._writing = message
 
-    def _is_sent(self, status: int) -> bool:
-        if status == OK:
-            self._writing = None
-        elif status not in (TIMEOUT, WOULD_BLOCK):
-            self._refuse(status, self._outgoing, "send")
-        return status == OK
+    def _unsent(self, status: int) -> bool:
+        if status in (TIMEOUT, WOULD_BLOCK):
+            return False
+        self._refuse(status, self._outgoing, "send")
 
     def give_up(self) -> None:
         """Take back a message of which only a part was sent."""
@@ -173,15 +181,16 @@ class StreamLink(FrameLink):
         """Return the next message, `NOTHING` or `END`; the same one again until `settle`."""
         if self._current:
             return self._current[0][0]
-        status = self._wait(deadline)
-        if status != OK:
-            return END if status == CLOSED else NOTHING
         message = self._message
-        if message.kind:
-            obj = decode_small(message, allow_pickle=self.options.allow_pickle)
+        status = _receive(self._source, deadline, message)
+        if status != OK and (status := self._go_on(status, deadline)) != OK:
+            return END if status == CLOSED else NOTHING
+        _, nbytes, _, kind, parts, prefix, in_band, producer, sequence, _ = _unpack(self._fields)
+        if kind and (kind != KIND_PICKLE or self.options.allow_pickle):
+            obj = decode_small(message, kind, parts, prefix, in_band)
             if obj is not UNKNOWN:
                 try:
-                    self._accept(obj, message.sequence, message.producer, message.length, message.length)
+                    self._accept(obj, sequence, producer, nbytes, nbytes)
                 except Corrupt:
                     if not self._current:
                         self.taken()
@@ -191,24 +200,23 @@ class StreamLink(FrameLink):
 
     def read(self, deadline: int) -> Bytes | object:
         """Return the next message, in memory of its own, `NOTHING` or `GOODBYE`."""
-        status = self._wait(deadline)
-        if status != OK:
-            return GOODBYE if status == CLOSED else NOTHING
         message = self._message
+        status = _receive(self._source, deadline, message)
+        if status != OK and (status := self._go_on(status, deadline)) != OK:
+            return GOODBYE if status == CLOSED else NOTHING
         if message.bytes == ffi.NULL:
             return self._memory[message.priority]
         return np.frombuffer(bytearray(ffi.buffer(message.bytes, message.length)), np.uint8)
 
-    def _wait(self, deadline: int) -> int:
-        """Wait for a message: OK, CLOSED, or what says that there is none in time."""
-        while True:
-            status = lib.shmr_stream_receive(self._source, deadline, self._message)
-            if status in (OK, TIMEOUT, WOULD_BLOCK, CLOSED):
-                return status
+    def _go_on(self, status: int, deadline: int) -> int:
+        """Receive until there is a message (OK), or none in time, or none will be (CLOSED)."""
+        while status not in (OK, TIMEOUT, WOULD_BLOCK, CLOSED):
             if status == NO_MEMORY:
                 self._give_memory(self._message.priority, self._message.length)
             elif status != INTERRUPTED:
                 self._refuse(status, self._incoming, "receive")
+            status = _receive(self._source, deadline, self._message)
+        return status
 
     def _give_memory(self, priority: int, nbytes: int) -> None:
         try:
@@ -220,8 +228,9 @@ class StreamLink(FrameLink):
 
     def taken(self) -> None:
         """Forget the message that `read` has returned."""
-        lib.shmr_stream_taken(self._source)
-        self._memory.pop(self._message.priority, None)
+        _taken(self._source)
+        if self._memory:
+            self._memory.pop(self._message.priority, None)
 
     # --- both ends ---------------------------------------------------------------------------------
 
