@@ -247,8 +247,8 @@ typedef struct {
 } shmr_piece;
 
 typedef struct {
-    const char *bytes; /* good until it is taken; NULL: they are in the memory that was given */
-    uint64_t length;
+    const char *bytes; /* good until the next one is received; NULL: they are in the memory that was given */
+    uint64_t length, number;
     uint32_t priority;
     uint32_t kind; /* of the frame that `bytes` are, if its header and checksum are sound; 0: not looked at, or not sound */
     uint32_t parts, prefix, in_band, producer; /* what the header says, within `length` */
@@ -273,14 +273,12 @@ void shmr_stream_give_up(shmr_stream *s);
 uint64_t shmr_stream_sent(const shmr_stream *s, uint32_t priority);
 /* Say that nothing more will come, if that is possible without waiting. */
 void shmr_stream_goodbye(shmr_stream *s);
-/* Receive a message: the same one until it is taken. NO_MEMORY: give memory for `out->length` bytes, then call again;
+/* Receive the message after that of number `taken` (0: the first one): the same one until its number is told. NO_MEMORY: give memory for `out->length` bytes, then call again;
  * CLOSED: goodbye was said; CORRUPT: what came makes no sense, and of a pipe nothing more ever will. */
-int shmr_stream_receive(shmr_stream *s, int64_t deadline, shmr_message *out);
-/* Memory for the message that was last announced, good until that is taken or another one is announced. NULL: there is
- * none, and the message is dropped as it comes. */
+int shmr_stream_receive(shmr_stream *s, uint64_t taken, int64_t deadline, shmr_message *out);
+/* Memory for the message that was last announced, good until the next one is received or another one is announced. NULL:
+ * there is none, and the message is dropped as it comes. */
 void shmr_stream_give_memory(shmr_stream *s, void *memory);
-/* Another call does no harm. */
-void shmr_stream_taken(shmr_stream *s);
 
 /* ---- bytes ---------------------------------------------------------------------------------------------------- */
 

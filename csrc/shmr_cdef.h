@@ -158,6 +158,7 @@ typedef struct {
 typedef struct {
     const char *bytes;
     uint64_t length;
+    uint64_t number;
     uint32_t priority;
     uint32_t kind;
     uint32_t parts;
@@ -175,9 +176,8 @@ int shmr_stream_send_frame(shmr_stream *s, const void *bytes, uint64_t length, u
 void shmr_stream_give_up(shmr_stream *s);
 uint64_t shmr_stream_sent(const shmr_stream *s, uint32_t priority);
 void shmr_stream_goodbye(shmr_stream *s);
-int shmr_stream_receive(shmr_stream *s, int64_t deadline, shmr_message *out);
+int shmr_stream_receive(shmr_stream *s, uint64_t taken, int64_t deadline, shmr_message *out);
 void shmr_stream_give_memory(shmr_stream *s, void *memory);
-void shmr_stream_taken(shmr_stream *s);
 uint32_t shmr_crc32c(uint32_t crc, const void *bytes, uint64_t length);
 void shmr_copy(void *target, const void *source, uint64_t length);
 void shmr_copy_near(void *target, const void *source, uint64_t length);

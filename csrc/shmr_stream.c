@@ -35,6 +35,7 @@
 #define ABANDONED UINT64_MAX
 
 #define SPIN_NS 30000
+#define PAUSE_NS 1500 /* between two looks, which cost the other side time, too */
 #define MISSES_MAX 3   /* after so many spins in vain: no more spinning */
 #define PROBE_EVERY 32 /* but try again now and then */
 
@@ -58,6 +59,7 @@ struct shmr_stream {
 
     struct incoming incoming[SHMR_PRIORITIES];
     bool ready;                        /* a message is there, and not taken */
+    uint64_t number;                   /* how many were ready so far */
     bool broken;                       /* what came makes no sense: nobody knows where a message begins */
     uint32_t priority;                 /* of the message at hand */
     uint32_t begin, end;               /* of what was read and not used */
@@ -97,7 +99,8 @@ static int until(shmr_stream *s, int (*attempt)(shmr_stream *s, const void *argu
     bool spinning = spin_end > now;
     for (;;) {
         while (now < spin_end && (deadline < 0 || now < deadline)) {
-            for (int i = 0; i < 16; i++) shmr_pause();
+            for (int64_t pause_end = now + PAUSE_NS; now < pause_end; now = shmr_now())
+                for (int i = 0; i < 4; i++) shmr_pause();
             uint64_t before = progress(s);
             status = attempt(s, argument);
             if (status != SHMR_WOULD_BLOCK) {
@@ -345,6 +348,7 @@ static int finish(shmr_stream *s, struct incoming *in, uint32_t priority) {
     }
     s->priority = priority;
     s->ready = true;
+    s->number++;
     return SHMR_OK;
 }
 
@@ -473,10 +477,23 @@ static int pull(shmr_stream *s, const void *unused) {
     return s->fragment_bytes ? receive_fragments(s) : read_message(s);
 }
 
-int shmr_stream_receive(shmr_stream *s, int64_t deadline, shmr_message *out) {
+/* The message that is ready was taken. */
+static void drop(shmr_stream *s) {
+    struct incoming *in = &s->incoming[s->priority];
+    if (s->fragment_bytes)
+        s->end = 0;
+    else if (!in->memory)
+        s->begin += (uint32_t)in->length + 1;
+    in->length = 0;
+    in->memory = NULL;
+    s->ready = false;
+}
+
+int shmr_stream_receive(shmr_stream *s, uint64_t taken, int64_t deadline, shmr_message *out) {
+    if (s->ready && taken == s->number) drop(s);
     int status = until(s, pull, NULL, POLLIN, deadline);
     const struct incoming *in = &s->incoming[s->priority];
-    *out = (shmr_message){.length = in->length, .priority = s->priority};
+    *out = (shmr_message){.length = in->length, .number = s->number, .priority = s->priority};
     if (status == SHMR_OK && !in->memory) {
         out->bytes = s->bytes + s->begin + (s->fragment_bytes ? FRAGMENT_HEADER : 0);
         look_at_frame(out);
@@ -487,16 +504,4 @@ int shmr_stream_receive(shmr_stream *s, int64_t deadline, shmr_message *out) {
 void shmr_stream_give_memory(shmr_stream *s, void *memory) {
     s->incoming[s->priority].memory = memory;
     s->incoming[s->priority].discard = !memory;
-}
-
-void shmr_stream_taken(shmr_stream *s) {
-    if (!s->ready) return;
-    struct incoming *in = &s->incoming[s->priority];
-    if (s->fragment_bytes)
-        s->end = 0;
-    else if (!in->memory)
-        s->begin += (uint32_t)in->length + 1;
-    in->length = 0;
-    in->memory = NULL;
-    s->ready = false;
 }

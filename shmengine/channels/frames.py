@@ -33,7 +33,7 @@ class FrameLink(Link):
         self._compressor = Compressor(options.compression) if options.compression else None
         self._expected: defaultdict[int, int] = defaultdict(int)  # the next number, by priority
         # The object that was received and is not settled; its priority, and the number that is expected then.
-        self._current: list[tuple[Any, int, int]] = []
+        self._current: tuple[Any, int, int] | None = None
         self._number_unknown = False
 
     # --- what a mechanism does -------------------------------------------------------------------
@@ -97,7 +97,7 @@ class FrameLink(Link):
 
     def receive(self, deadline: int) -> Any:
         """Return the next message, `NOTHING` or `END`; the same one again until `settle`."""
-        if not self._current:
+        if self._current is None:
             wire: Any = self.read(deadline)
             if wire is NOTHING:
                 return NOTHING
@@ -106,19 +106,19 @@ class FrameLink(Link):
             try:
                 self._open(wire)
             except ShmError:
-                if not self._current:
+                if self._current is None:
                     self.taken()
                 raise
-        return self._current[0][0]
+        return self._current[0]  # type: ignore[index]
 
     def settle(self) -> None:
         """Let go of the message that `receive` has returned."""
-        if self._current:
-            _, priority, following = self._current[0]
+        if self._current is not None:
+            _, priority, following = self._current
             self._expected[priority] = following
             self._number_unknown = False
             self.taken()
-            self._current.clear()
+            self._current = None
 
     def _open(self, wire: Bytes) -> None:
         """Check a message and make it the current one. One that follows a gap is so, too, for the next call."""
@@ -155,7 +155,7 @@ class FrameLink(Link):
         counts.wire_bytes_received += wire_bytes
         if number > expected:
             counts.gaps += number - expected
-        self._current.append((obj, priority, number + 1))
+        self._current = (obj, priority, number + 1)
         if number > expected:
             raise Corrupt(f"messages {expected} to {number - 1} of the other end are missing", "sequence")
 

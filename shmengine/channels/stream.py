@@ -29,8 +29,8 @@ from shmengine.region import Descriptor
 
 __all__ = ["StreamLink", "reopened"]
 
-_unpack = struct.Struct("PQ6IQP").unpack  # a shmr_message
-_send_frame, _receive, _taken = lib.shmr_stream_send_frame, lib.shmr_stream_receive, lib.shmr_stream_taken
+_unpack = struct.Struct("PQQ6IQP").unpack  # a shmr_message
+_send_frame, _receive = lib.shmr_stream_send_frame, lib.shmr_stream_receive
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class StreamLink(FrameLink):
         self._fragment_bytes = fragment_bytes
         self._source: Any = None
         self._target: Any = None
+        self._taken = 0  # the number of the last message that was
         self._message = ffi.new("shmr_message *")
         self._fields = memoryview(ffi.buffer(self._message))  # the same, to be read all at once
         self._memory: dict[int, Bytes] = {}  # of messages that come in parts, by priority
@@ -179,20 +180,20 @@ class StreamLink(FrameLink):
 
     def receive(self, deadline: int) -> Any:
         """Return the next message, `NOTHING` or `END`; the same one again until `settle`."""
-        if self._current:
-            return self._current[0][0]
+        if self._current is not None:
+            return self._current[0]
         message = self._message
-        status = _receive(self._source, deadline, message)
+        status = _receive(self._source, self._taken, deadline, message)
         if status != OK and (status := self._go_on(status, deadline)) != OK:
             return END if status == CLOSED else NOTHING
-        _, nbytes, _, kind, parts, prefix, in_band, producer, sequence, _ = _unpack(self._fields)
+        _, nbytes, _, _, kind, parts, prefix, in_band, producer, sequence, _ = _unpack(self._fields)
         if kind and (kind != KIND_PICKLE or self.options.allow_pickle):
             obj = decode_small(message, kind, parts, prefix, in_band)
             if obj is not UNKNOWN:
                 try:
                     self._accept(obj, sequence, producer, nbytes, nbytes)
                 except Corrupt:
-                    if not self._current:
+                    if self._current is None:
                         self.taken()
                     raise
                 return obj
@@ -201,7 +202,7 @@ class StreamLink(FrameLink):
     def read(self, deadline: int) -> Bytes | object:
         """Return the next message, in memory of its own, `NOTHING` or `GOODBYE`."""
         message = self._message
-        status = _receive(self._source, deadline, message)
+        status = _receive(self._source, self._taken, deadline, message)
         if status != OK and (status := self._go_on(status, deadline)) != OK:
             return GOODBYE if status == CLOSED else NOTHING
         if message.bytes == ffi.NULL:
@@ -215,7 +216,7 @@ class StreamLink(FrameLink):
                 self._give_memory(self._message.priority, self._message.length)
             elif status != INTERRUPTED:
                 self._refuse(status, self._incoming, "receive")
-            status = _receive(self._source, deadline, self._message)
+            status = _receive(self._source, self._taken, deadline, self._message)
         return status
 
     def _give_memory(self, priority: int, nbytes: int) -> None:
@@ -228,7 +229,7 @@ class StreamLink(FrameLink):
 
     def taken(self) -> None:
         """Forget the message that `read` has returned."""
-        _taken(self._source)
+        self._taken = self._message.number
         if self._memory:
             self._memory.pop(self._message.priority, None)
 
