@@ -224,11 +224,13 @@ class End:
         if priority:
             self._check_priority(priority)
         message = link.encode(obj)
+        turn = self._sending
         try:
-            self._wait_for(self._sending, deadline, "send", timeout)
+            if not turn.take(0):
+                self._wait_for(turn, deadline, "send", timeout)
             self._push(link, message, priority, deadline, timeout)
         finally:
-            self._leave(self._sending)
+            self._leave(turn)
 
     def try_send(self, obj: Any, *, priority: int = 0) -> None:
         """Send without waiting: `WouldBlock` if the channel is full."""
@@ -340,14 +342,16 @@ class End:
         """
         deadline = deadline_of(timeout)
         link = self._use(sending=False)
+        turn = self._receiving
         got: list[Any] = []
         try:
             try:
-                self._wait_for(self._receiving, deadline, "receive", timeout)
+                if not turn.take(0):
+                    self._wait_for(turn, deadline, "receive", timeout)
                 self._pull(link, deadline, timeout)
                 got.append(self._ready.popleft())
             finally:
-                self._leave(self._receiving)
+                self._leave(turn)
             return got[0]
         except (
             BaseException
@@ -444,7 +448,7 @@ class End:
         # Whoever is inside of a call, another thread or one that a signal's handler interrupted here, notices soon,
         # and lets the link go when he leaves.
         with self._closing:
-            if self._pid not in (0, os.getpid()):
+            if self._pid not in (0, _pid):
                 self._link.close()  # a forked child's copy
             elif self._sending.take_idle():
                 try:
@@ -467,7 +471,7 @@ class End:
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._check_open()
-        if self._pid == os.getpid():
+        if self._pid == _pid:
             raise SerializationError(
                 "this end of a channel is in use by this process: pass it on before its first use"
             )
@@ -475,12 +479,13 @@ class End:
 
     def _use(self, *, sending: bool) -> Link:
         """Return the link, started in this process."""
-        if self._pid != os.getpid():
+        if self._pid != _pid:
             self._check_open()
-            self._link.start()
-            if self._pid:
-                self._begin()  # the locks may be held by threads that this forked child does not have
-            self._pid = os.getpid()
+            with _starting:
+                self._link.start()
+                if self._pid not in (0, _pid):
+                    self._begin()  # the locks may be held by threads that this forked child does not have
+                self._pid = _pid
         if self._closed:
             self._check_open()
         if not (self._sends if sending else self._receives):
@@ -536,6 +541,19 @@ class End:
         """Return for how many seconds to wait now; raise if it is past the deadline."""
         self._check_time(deadline, time.monotonic_ns(), what, timeout)
         return _seconds_until(deadline)
+
+
+_pid = os.getpid()  # asking each time costs as much as several steps of a small message
+_starting = threading.RLock()  # two threads may be the first to use an end
+
+
+def _after_fork() -> None:
+    global _pid, _starting
+    _pid = os.getpid()
+    _starting = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _earlier(deadline: int, other: int) -> int:
