@@ -476,11 +476,8 @@ class End:
     def _use(self, *, sending: bool) -> Link:
         """Return the link, started in this process."""
         if self._pid != os.getpid():
-            self._check_open()
-            self._link.start()
-            if self._pid:
-                self._begin()  # the locks may be held by threads that this forked child does not have
-            self._pid = os.getpid()
+            with _starting:
+                self._start()
         if self._closed:
             self._check_open()
         if not (self._sends if sending else self._receives):
@@ -489,6 +486,14 @@ class End:
                 f"this end only {other}: make the channel with duplex=True for one that {verb}, too"
             )
         return self._link
+
+    def _start(self) -> None:
+        self._check_open()
+        if self._pid != os.getpid():  # else another thread was faster
+            self._link.start()
+            if self._pid:
+                self._begin()  # the locks may be held by threads that this forked child does not have
+            self._pid = os.getpid()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -536,6 +541,17 @@ class End:
         """Return for how many seconds to wait now; raise if it is past the deadline."""
         self._check_time(deadline, time.monotonic_ns(), what, timeout)
         return _seconds_until(deadline)
+
+
+_starting = threading.RLock()  # so that of threads that use an end first at the same time one starts it
+
+
+def _after_fork() -> None:
+    global _starting
+    _starting = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _earlier(deadline: int, other: int) -> int:
