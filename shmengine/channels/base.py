@@ -175,8 +175,13 @@ class End:
         self._closed = False
         self._pid = 0
         self._begin()
-        # Who ends in an orderly way closes his ends, as a file would be.
-        call_at_process_end(weakref.finalize(self, link.close))
+        self._finalizer = weakref.finalize(self, link.close)
+        self._close_at_process_end()
+
+    def _close_at_process_end(self) -> None:
+        """Who ends in an orderly way closes his ends, as a file would be."""
+        call_at_process_end(self._finalizer)
+        self._maker = os.getpid()
 
     def _begin(self) -> None:
         self._ready: deque[Any] = (
@@ -275,6 +280,7 @@ class End:
         sent = False
         try:
             pause = Pause(link.write_fd, writing=True)
+            self._look_now_and_then(link)
             while not self._closed and not (sent := link.send(message, priority, 0)):
                 self._look_before_sending(link)
                 await pause.wait(self._time_left(deadline, "send", timeout))
@@ -287,9 +293,7 @@ class End:
     def _push(self, link: Link, message: Any, priority: int, deadline: int, timeout: float | None) -> None:
         sent = False
         try:
-            now = time.monotonic_ns()
-            if now - self._looked > LOOK_NS:
-                self._look_before_sending(link)
+            now = self._look_now_and_then(link)
             while not (sent := link.send(message, priority, _earlier(deadline, now + LOOK_NS))):
                 self._check_open()
                 self._look_before_sending(link)
@@ -299,13 +303,20 @@ class End:
             if not sent:
                 link.give_up()
 
+    def _look_now_and_then(self, link: Link) -> int:
+        now = time.monotonic_ns()
+        if now - self._looked > LOOK_NS:
+            self._look_before_sending(link)
+        return now
+
     def _look_before_sending(self, link: Link) -> None:
-        self._looked = time.monotonic_ns()
+        """Raise if nobody would receive a message; then the next call looks again."""
         fate = link.fate()
-        if fate is Fate.CLOSED:
+        if self._ended or fate is Fate.CLOSED:
             raise EndOfStream("send: the other end was closed, nobody would receive this")
         if fate is Fate.LOST:
             raise PeerLost("send: the process of the other end died, nobody would receive this")
+        self._looked = time.monotonic_ns()
 
     # --- receiving -------------------------------------------------------------------------------
 
@@ -392,6 +403,7 @@ class End:
             fate = link.fate()
             if fate is Fate.UNUSED or fate is Fate.ALIVE:
                 return False
+            self._looked = 0  # nor shall anything more be sent
             got = link.receive(0)  # it may have sent until the look
             if got is NOTHING:
                 if fate is Fate.LOST:
@@ -399,6 +411,7 @@ class End:
                 got = END
         if got is END:
             self._ended = True
+            self._looked = 0
             return self._fetch(link, 0)
         self._ready.append(got)
         link.settle()
@@ -491,6 +504,8 @@ class End:
         self._check_open()
         if self._pid != os.getpid():  # else another thread was faster
             self._link.start()
+            if self._maker != os.getpid():
+                self._close_at_process_end()  # inherited: nothing has been said of the end of this one
             if self._pid:
                 self._begin()  # the locks may be held by threads that this forked child does not have
             self._pid = os.getpid()
