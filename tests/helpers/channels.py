@@ -123,10 +123,13 @@ class Partners:
     """Starts functions that get an end of a channel, which is theirs from then on; many share a process."""
 
     def __init__(self) -> None:
-        self._engine: Engine | None = None
-        self._spawned: Any = None
-        self._pipe: Any = None
-        self._children: list[Any] = []
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._spawned = context.Process(target=_serve, args=(theirs,))
+        self._spawned.start()
+        theirs.close()
+        self._engine = Engine(1, memory="64 MiB")
+        self._engine.submit(os.getpid).result(FOREVER)
 
     def start(self, how: str, function: Callable[..., Any], end: Any, *args: Any) -> Job:
         """Call ``function(end, *args)`` in a thread, a forked child, a spawned one or a worker of an engine."""
@@ -134,11 +137,10 @@ class Partners:
 
     def close(self) -> None:
         """End all of them."""
-        if self._engine is not None:
-            self._engine.close()
-        if self._spawned is not None:
-            self._pipe.close()
-            self._spawned.join()
+        self._engine.close()
+        self._pipe.close()
+        self._spawned.join()
+        self._spawned.close()
 
     def _thread(self, function, end, args) -> Job:
         outcome: list[Any] = []
@@ -157,21 +159,12 @@ class Partners:
         return Job(child.outcome, child.pid)
 
     def _spawn(self, function, end, args) -> Job:
-        if self._spawned is None:
-            context = multiprocessing.get_context("spawn")
-            self._pipe, theirs = context.Pipe()
-            self._spawned = context.Process(target=_serve, args=(theirs,))
-            self._spawned.start()
-            theirs.close()
         self._pipe.send((function, end, args))
         assert self._pipe.recv() == "here"
         end.close()
         return Job(self._pipe.recv, self._spawned.pid)
 
     def _worker(self, function, end, args) -> Job:
-        if self._engine is None:
-            self._engine = Engine(1, memory="64 MiB")
-            self._engine.submit(os.getpid).result(FOREVER)
         future = self._engine.submit(_outcome, function, (end, *args))
 
         def wait():
