@@ -81,6 +81,7 @@ typedef struct {
     PyObject *last_shape, *last_dtype, *last_layout; /* who sends one kind of array often sends the same objects */
     shmr *handle;
     int payload_check;
+    unsigned long long leases, bytes_leased; /* so far */
     struct {
         uint64_t offset, length;
         uint32_t spec_bytes;
@@ -525,6 +526,12 @@ static PyObject *end_claim(End *self, PyObject *const *arguments, Py_ssize_t cou
     return (PyObject *)claim;
 }
 
+static PyObject *counted(End *self, Lease *lease) {
+    self->leases++;
+    self->bytes_leased += lease->block.length;
+    return (PyObject *)lease;
+}
+
 /* lease(timeout=None) */
 static PyObject *end_lease(End *self, PyObject *const *args, Py_ssize_t count, PyObject *names) {
     Py_ssize_t named = names ? PyTuple_GET_SIZE(names) : 0;
@@ -576,7 +583,7 @@ static PyObject *end_lease(End *self, PyObject *const *args, Py_ssize_t count, P
         memcmp(self->views[place].spec, block->spec, block->spec_bytes) == 0 && block->kind == 1 &&
         Py_REFCNT(array) == 1 && Py_REFCNT(self->views[place].root) == 2) {
         lease->array = Py_NewRef(array);
-        return (PyObject *)lease;
+        return counted(self, lease);
     }
     PyObject *pair = PyObject_CallMethod(ring, "_read", "N", address(block));
     if (!pair) {
@@ -591,7 +598,7 @@ static PyObject *end_lease(End *self, PyObject *const *args, Py_ssize_t count, P
     self->views[place].spec_bytes = block->spec_bytes;
     memcpy(self->views[place].spec, block->spec, block->spec_bytes);
     Py_DECREF(pair);
-    return (PyObject *)lease;
+    return counted(self, lease);
 }
 
 static PyObject *end_forget(End *self, PyObject *unused) {
@@ -682,7 +689,11 @@ static PyMethodDef end_methods[] = {
      "lease($self, /, timeout=None)\n--\n\nSee `Ring.lease`."},
     {"forget", (PyCFunction)end_forget, METH_NOARGS, "Let go of all cached arrays and layouts."},
     {NULL, NULL, 0, NULL}};
-static PyMemberDef end_members[] = {MEMBER(End, layouts), {NULL, 0, 0, 0, NULL}};
+static PyMemberDef end_members[] = {
+    MEMBER(End, layouts),
+    {"leases", Py_T_ULONGLONG, offsetof(End, leases), Py_READONLY, "messages that `lease` has handed out"},
+    {"bytes_leased", Py_T_ULONGLONG, offsetof(End, bytes_leased), Py_READONLY, "their bytes"},
+    {NULL, 0, 0, 0, NULL}};
 static PyTypeObject EndType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "shmengine._native._handles.End",
     .tp_basicsize = sizeof(End),

@@ -39,6 +39,8 @@ class Lease:
 
 class End:
     layouts: dict[Any, Layout]
+    leases: int
+    bytes_leased: int
     def __init__(
         self, ring: object, region: object, handle: int, payload_check: bool, kept: object
     ) -> None: ...

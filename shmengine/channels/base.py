@@ -150,6 +150,10 @@ class Link(ABC):
     def fate(self) -> Fate:
         """Say what has become of the other end. Not called often."""
 
+    def end(self, options: Options, *, sends: bool = True, receives: bool = True) -> End:
+        """Return the end over this link."""
+        return End(self, options, sends=sends, receives=receives)
+
     @abstractmethod
     def token(self) -> Any:
         """Return what another process needs: something that, called there, returns a link that is not started."""
