@@ -100,7 +100,7 @@ def test_a_full_channel(ends):
     left, right = ends
     sent = fill(left, BLOCK)
     with pytest.raises(Timeout):
-        left.send(np.ones(3_000_000), 0.02)
+        left.send(np.ones(3_000_000, "u1"), 0.02)
     left.close()
     for _ in range(sent):
         assert np.array_equal(right.receive(FOREVER), BLOCK)
