@@ -10,27 +10,15 @@
  *   Layout  what follows from a shape and a dtype, and the writable arrays of that kind by place
  *   Claim   a block to be filled           Lease   a block to be read
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "handles.h"
 
 #define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
 #include <numpy/ndarraytypes.h>
-#include <stddef.h>
-#include <stdint.h>
-
-#include "shmr.h"
 
 #define PLACES 256 /* of the direct-mapped tables below */
 #define SPARE_MAX 16
 
-/* The core is in cffi's module; its addresses are handed over once. */
-static struct {
-    int (*claim)(shmr *, uint64_t, const shmr_ref *, uint32_t, int, int64_t, shmr_block *);
-    int (*commit)(shmr *, uint32_t, int, int, int64_t, shmr_block *);
-    int (*abort)(shmr *, shmr_block *);
-    int (*lease)(shmr *, uint32_t, int, int64_t, shmr_block *);
-    int (*release)(shmr *, shmr_block *);
-} core;
+struct handles_core core;
 
 static PyObject *lease_error; /* shmengine.errors.LeaseError */
 
@@ -659,12 +647,6 @@ static PyTypeObject LeaseType = {
 };
 
 #define MEMBER(type, name) {#name, Py_T_OBJECT_EX, offsetof(type, name), Py_READONLY, NULL}
-#include <structmember.h>
-#ifndef Py_T_OBJECT_EX
-#define Py_T_OBJECT_EX T_OBJECT_EX
-#define Py_READONLY READONLY
-#define Py_T_ULONGLONG T_ULONGLONG
-#endif
 static PyMemberDef layout_members[] = {
     MEMBER(Layout, dtype),
     MEMBER(Layout, shape),
@@ -729,7 +711,8 @@ static struct PyModuleDef module = {
 PyMODINIT_FUNC PyInit__handles(void) {
     PyObject *m = PyModule_Create(&module);
     if (!m || PyModule_AddType(m, &EndType) < 0 || PyModule_AddType(m, &LayoutType) < 0 ||
-        PyModule_AddType(m, &ClaimType) < 0 || PyModule_AddType(m, &LeaseType) < 0) {
+        PyModule_AddType(m, &ClaimType) < 0 || PyModule_AddType(m, &LeaseType) < 0 ||
+        PyModule_AddType(m, &MessageType) < 0) {
         Py_XDECREF(m);
         return NULL;
     }

@@ -29,6 +29,7 @@ from shmengine.channels.presence import Fate
 from shmengine.channels.turns import Turn
 from shmengine.channels.waiting import Pause
 from shmengine.errors import Closed, EndOfStream, PeerLost, SerializationError, Timeout, WouldBlock
+from shmengine.interrupts import InterruptsLater
 from shmengine.region import call_at_process_end
 from shmengine.stats import ChannelStats
 
@@ -179,18 +180,14 @@ class End:
         self._closed = False
         self._pid = 0
         self._begin()
+        # Who ends in an orderly way closes his ends, as a file would be.
         self._finalizer = weakref.finalize(self, link.close)
-        self._close_at_process_end()
-
-    def _close_at_process_end(self) -> None:
-        """Who ends in an orderly way closes his ends, as a file would be."""
         call_at_process_end(self._finalizer)
-        self._maker = os.getpid()
 
     def _begin(self) -> None:
-        self._ready: deque[Any] = (
-            deque()
-        )  # received, and not yet handed out: at most one, after an interruption
+        # Received, and not yet handed out (at most one, after an interruption): each in a list of its own, so that it
+        # can be told from an equal one.
+        self._ready: deque[list[Any]] = deque()
         self._sending = Turn()
         self._receiving = Turn()
         self._closing = threading.RLock()
@@ -355,19 +352,20 @@ class End:
         """
         deadline = deadline_of(timeout)
         link = self._use(sending=False)
-        got: list[Any] = []
+        box: list[Any] = []
         try:
             try:
                 self._wait_for(self._receiving, deadline, "receive", timeout)
                 self._pull(link, deadline, timeout)
-                got.append(self._ready.popleft())
+                box = self._ready[0]
+                self._ready.popleft()
             finally:
                 self._leave(self._receiving)
-            return got[0]
-        except (
-            BaseException
-        ):  # perhaps a signal's handler: what it keeps from being returned is for the next call
-            self._ready.extendleft(got)
+            return box[0]
+        except BaseException:
+            # Perhaps a signal's handler: what it keeps from being returned is for the next call.
+            if box and not (self._ready and self._ready[0] is box):
+                self._ready.appendleft(box)
             raise
 
     def try_receive(self) -> Any:
@@ -383,7 +381,7 @@ class End:
             pause = Pause(link.read_fd)
             while not self._fetch(link, 0):
                 await pause.wait(self._time_left(deadline, "receive", timeout))
-            return self._ready.popleft()
+            return self._ready.popleft()[0]
         finally:
             self._leave_async(self._receiving)
 
@@ -417,7 +415,7 @@ class End:
             self._ended = True
             self._looked = 0
             return self._fetch(link, 0)
-        self._ready.append(got)
+        self._ready.append([got])
         link.settle()
         return True
 
@@ -507,9 +505,10 @@ class End:
     def _start(self) -> None:
         self._check_open()
         if self._pid != os.getpid():  # else another thread was faster
-            self._link.start()
-            if self._maker != os.getpid():
-                self._close_at_process_end()  # inherited: nothing has been said of the end of this one
+            with InterruptsLater():  # half a start would have to be taken back
+                self._link.start()
+            # Once more: this process may be another one, or not have known yet that it was a child.
+            call_at_process_end(self._finalizer)
             if self._pid:
                 self._begin()  # the locks may be held by threads that this forked child does not have
             self._pid = os.getpid()

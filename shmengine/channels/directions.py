@@ -16,9 +16,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
+import numpy as np
+
 from shmengine._native import ffi, lib
+from shmengine._native._handles import Message
 from shmengine._native.status import (
     CLOSED,
     CORRUPT,
@@ -46,7 +50,7 @@ from shmengine.errors import (
     UseAfterFork,
     WouldBlock,
 )
-from shmengine.leases import new_block, release_with
+from shmengine.leases import new_block
 from shmengine.region import Region
 from shmengine.ring import KIND_ARRAY, KIND_ARRAY_PREFIX, NO_REFS, Array, Ring
 
@@ -67,7 +71,6 @@ class _Direction(Ring):
     def __init__(self, region: Region, options: Options, presence: Presence) -> None:
         self._presence = presence
         self._options = options
-        self._block = new_block()  # what the current call has claimed, or leased
         self._setup(region, options.check)
 
     def _check_open(self) -> None:
@@ -111,7 +114,10 @@ class _Direction(Ring):
 class Sender(_Direction):
     """Claims, copies and commits; waits for room until there is nobody to send to."""
 
-    _pending: Any = None  # the message that the block is claimed for, and filled with
+    def __init__(self, region: Region, options: Options, presence: Presence) -> None:
+        self._block = new_block()  # what is claimed, and not committed
+        self._pending: Any = None  # the message that it is filled with
+        super().__init__(region, options, presence)
 
     def put(self, message: tuple[int, Any], deadline: int) -> int:
         """Send a message, or go on with it; return a status of the core."""
@@ -235,18 +241,26 @@ class Receiver(_Direction):
     received = 0
     bytes_received = 0
     corrupt = 0
-    _root: Any = None  # the bytes of the leased block, if something in it may be kept
 
     def __init__(self, region: Region, options: Options, presence: Presence) -> None:
         super().__init__(region, options, presence)
+        self._base = lib.shmr_base(self._h)
+        self._lease_of = partial(
+            Message, region, int(ffi.cast("uintptr_t", self._h)), int(ffi.cast("uintptr_t", self._base))
+        )
+        self._leased = self._nothing_leased()
         self._current: list[Any] = []  # what was received, and is not settled
-        self._base = ffi.cast("char *", lib.shmr_base(self._h))
+
+    def _nothing_leased(self) -> tuple[Message, Any]:
+        """Return a message, and its block to be leased into. The next call finds there what a lease has reached."""
+        message = self._lease_of()
+        return message, ffi.cast("shmr_block *", message.address)
 
     def get(self, deadline: int) -> Any:
         """Return the next message, `NOTHING` or `END`; the same one again until `let_go`."""
         if self._current:
             return self._current[0]
-        block = self._block
+        message, block = self._leased
         if not block.state and not (self._kept and self._take_kept(block)):
             # The sender decides what has a checksum: here it is always looked at.
             status = lib.shmr_lease(self._h, 0, 1, deadline, block)
@@ -259,50 +273,38 @@ class Receiver(_Direction):
                 self.corrupt += status == CORRUPT
                 self._give_up_on(status, "receive")
         try:
-            obj = self._decode(block)
+            obj = self._decode(message, block)
         except (ShmError, MemoryError):
-            if self._root is not None:  # what failed may have left views of it somewhere
-                release_with(self._root, self._region, block)
-            self._end_lease()
+            self._leased = self._nothing_leased()
             raise
         self._current.append(obj)
         return obj
 
-    def _decode(self, block: Any) -> Any:
-        """Return what lies in the leased block; again, after a signal's handler has raised in here."""
+    def _decode(self, message: Any, block: Any) -> Any:
         kind = block.kind
         if kind == KIND_BYTES:
-            return ffi.buffer(self._base + block.offset, block.length)[:]
-        root = self._root
-        if root is None:
-            root = self._root = self._region.root(block.offset, block.length)
+            return bytes(message)
+        root = np.frombuffer(message, np.uint8)
         if kind in (KIND_FRAME, KIND_ARRAY_FRAME):
-            obj = decode(root, allow_pickle=self._options.allow_pickle)
-        else:
-            obj = self._array(root, block)
-        release_with(root, self._region, block)
-        return obj
+            return decode(root, allow_pickle=self._options.allow_pickle)
+        return self._array(root, block)
 
     def let_go(self) -> None:
-        """Forget the message that `get` has returned."""
+        """Forget the message that `get` has returned: it is released with the last view of it."""
         if self._current:
-            nbytes = self._block.length
-            self._end_lease()
+            block = self._leased[1]
+            kind, nbytes = block.kind, block.length
+            if kind == KIND_BYTES:  # there are no views
+                lib.shmr_release(self._h, block)
+            else:
+                self._leased = self._nothing_leased()
             self.received += 1
             self.bytes_received += nbytes
             self._current.clear()
 
-    def _end_lease(self) -> None:
-        """Release the block, or leave that to the last view of it."""
-        if self._root is None:
-            lib.shmr_release(self._h, self._block)
-        else:
-            self._block = new_block()
-            self._root = None
-
     def _detach(self) -> None:
         self._current.clear()
-        self._end_lease()
+        self._leased = self._nothing_leased()
         super()._detach()
 
     # What the handles (csrc/handles.c) leave to us.

@@ -62,6 +62,7 @@ class Presence:
         self.closed = False
         self._holding = fd  # children may share this open file description, and the lock with it
         self._using = -1
+        self._beginning = False
         self._user = 0
         self._passed_on = False
         _lock(fd, fcntl.F_RDLCK, _HOLDERS + side)
@@ -106,19 +107,25 @@ class Presence:
             return
         if self._user:
             raise UseAfterFork("this end of a channel is used by the parent of this forked process")
-        fd = _reopen(self._holding)
+        # Once more after a signal's handler has raised in here: the lock is that of this description.
+        if self._using < 0:
+            self._using = _reopen(self._holding)
         try:
-            _lock(fd, fcntl.F_WRLCK, self.side)
+            _lock(self._using, fcntl.F_WRLCK, self.side)
+            before = os.pread(self._using, 1, self.side)[0]
         except OSError as error:
-            os.close(fd)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
+            before = _USED
+        if before and not self._beginning:
+            fd, self._using = self._using, -1
+            os.close(fd)
             raise UseAfterFork(
-                "this end of a channel is used by another process. An end is for one process at a time: pass it"
-                " on before its first use, and make one channel for each two that talk"
-            ) from None
-        os.pwrite(fd, bytes([_USED]), self.side)
-        self._using = fd
+                "this end of a channel is used by another process, or was. An end is for one process: pass it on before"
+                " its first use, and make one channel for each two that talk"
+            )
+        self._beginning = True
+        os.pwrite(self._using, bytes([_USED]), self.side)
         self._user = os.getpid()
 
     def close(self) -> None:
