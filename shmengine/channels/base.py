@@ -230,11 +230,13 @@ class End:
         if priority:
             self._check_priority(priority)
         message = link.encode(obj)
+        turn = self._sending
         try:
-            self._wait_for(self._sending, deadline, "send", timeout)
+            if not turn.take(0):
+                self._wait_for(turn, deadline, "send", timeout)
             self._push(link, message, priority, deadline, timeout)
         finally:
-            self._leave(self._sending)
+            self._leave(turn)
 
     def try_send(self, obj: Any, *, priority: int = 0) -> None:
         """Send without waiting: `WouldBlock` if the channel is full."""
@@ -281,7 +283,8 @@ class End:
         sent = False
         try:
             pause = Pause(link.write_fd, writing=True)
-            self._look_now_and_then(link)
+            if time.monotonic_ns() - self._looked > LOOK_NS:
+                self._look_before_sending(link)
             while not self._closed and not (sent := link.send(message, priority, 0)):
                 self._look_before_sending(link)
                 await pause.wait(self._time_left(deadline, "send", timeout))
@@ -294,7 +297,9 @@ class End:
     def _push(self, link: Link, message: Any, priority: int, deadline: int, timeout: float | None) -> None:
         sent = False
         try:
-            now = self._look_now_and_then(link)
+            now = time.monotonic_ns()
+            if now - self._looked > LOOK_NS:
+                self._look_before_sending(link)
             while not (sent := link.send(message, priority, _earlier(deadline, now + LOOK_NS))):
                 self._check_open()
                 self._look_before_sending(link)
@@ -303,12 +308,6 @@ class End:
         finally:
             if not sent:
                 link.give_up()
-
-    def _look_now_and_then(self, link: Link) -> int:
-        now = time.monotonic_ns()
-        if now - self._looked > LOOK_NS:
-            self._look_before_sending(link)
-        return now
 
     def _look_before_sending(self, link: Link) -> None:
         """Raise if nobody would receive a message; then the next call looks again."""
@@ -352,15 +351,17 @@ class End:
         """
         deadline = deadline_of(timeout)
         link = self._use(sending=False)
+        turn = self._receiving
         box: list[Any] = []
         try:
             try:
-                self._wait_for(self._receiving, deadline, "receive", timeout)
+                if not turn.take(0):
+                    self._wait_for(turn, deadline, "receive", timeout)
                 self._pull(link, deadline, timeout)
                 box = self._ready[0]
                 self._ready.popleft()
             finally:
-                self._leave(self._receiving)
+                self._leave(turn)
             return box[0]
         except BaseException:
             # Perhaps a signal's handler: what it keeps from being returned is for the next call.
@@ -459,7 +460,7 @@ class End:
         # Whoever is inside of a call, another thread or one that a signal's handler interrupted here, notices soon,
         # and lets the link go when he leaves.
         with self._closing:
-            if self._pid not in (0, os.getpid()):
+            if self._pid not in (0, _pid):
                 self._link.close()  # a forked child's copy
             elif self._sending.take_idle():
                 try:
@@ -482,7 +483,7 @@ class End:
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._check_open()
-        if self._pid == os.getpid():
+        if self._pid == _pid:
             raise SerializationError(
                 "this end of a channel is in use by this process: pass it on before its first use"
             )
@@ -490,7 +491,7 @@ class End:
 
     def _use(self, *, sending: bool) -> Link:
         """Return the link, started in this process."""
-        if self._pid != os.getpid():
+        if self._pid != _pid:
             with _starting:
                 self._start()
         if self._closed:
@@ -504,14 +505,14 @@ class End:
 
     def _start(self) -> None:
         self._check_open()
-        if self._pid != os.getpid():  # else another thread was faster
+        if self._pid != _pid:  # else another thread was faster
             with InterruptsLater():  # half a start would have to be taken back
                 self._link.start()
             # Once more: this process may be another one, or not have known yet that it was a child.
             call_at_process_end(self._finalizer)
             if self._pid:
                 self._begin()  # the locks may be held by threads that this forked child does not have
-            self._pid = os.getpid()
+            self._pid = _pid
 
     def _check_open(self) -> None:
         if self._closed:
@@ -561,11 +562,13 @@ class End:
         return _seconds_until(deadline)
 
 
-_starting = threading.RLock()  # so that of threads that use an end first at the same time one starts it
+_pid = os.getpid()  # asking each time costs as much as several steps of a small message
+_starting = threading.RLock()  # two threads may be the first to use an end
 
 
 def _after_fork() -> None:
-    global _starting
+    global _pid, _starting
+    _pid = os.getpid()
     _starting = threading.RLock()
 
 
