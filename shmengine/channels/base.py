@@ -484,13 +484,9 @@ class End:
         """Return the link, started in this process."""
         if self._pid != os.getpid():
             self._check_open()
-            with InterruptsLater():  # half a start would have to be taken back
-                self._link.start()
-            # Once more: this process may be another one, or not have known yet that it was a child.
-            call_at_process_end(self._finalizer)
-            if self._pid:
-                self._begin()  # the locks may be held by threads that this forked child does not have
-            self._pid = os.getpid()
+            with InterruptsLater(), _starting:  # half a start would have to be taken back
+                if self._pid != os.getpid():
+                    self._start()
         if self._closed:
             self._check_open()
         if not (self._sends if sending else self._receives):
@@ -499,6 +495,14 @@ class End:
                 f"this end only {other}: make the channel with duplex=True for one that {verb}, too"
             )
         return self._link
+
+    def _start(self) -> None:
+        self._link.start()
+        # Once more: this process may be another one, or not have known yet that it was a child.
+        call_at_process_end(self._finalizer)
+        if self._pid:
+            self._begin()  # the locks may be held by threads that this forked child does not have
+        self._pid = os.getpid()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -546,6 +550,17 @@ class End:
         """Return for how many seconds to wait now; raise if it is past the deadline."""
         self._check_time(deadline, time.monotonic_ns(), what, timeout)
         return _seconds_until(deadline)
+
+
+_starting = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _starting
+    _starting = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _earlier(deadline: int, other: int) -> int:
