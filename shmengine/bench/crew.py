@@ -1,8 +1,8 @@
 """Child processes that answer requests, under a watchdog: one that dies or hangs is reported, never waited for.
 
-    main ── request ──► child 0, child 1, ...      each on a core of its own, if there are as many
-         ◄── reply ────     │
-                            └ no reply in time: Hung; dead: Died; raised: Failed    (then all of them are killed)
+main ── request ──► child 0, child 1, ...      each on a core of its own, if there are as many
+     ◄── reply ────     │
+                        └ no reply in time: Hung; dead: Died; raised: Failed    (then all of them are killed)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NoReturn, Self
 
 __all__ = ["Crew", "CrewError", "Died", "Failed", "Hung", "Member", "cores"]
 
@@ -68,7 +68,7 @@ class Crew:
         self._patience = patience
         self._children: list[Any] = []
         self._commands: list[Connection[Any, Any]] = []
-        self._errors = tempfile.TemporaryFile()  # what they write to stderr: a crash may explain itself there
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - for stderr: a crash may explain itself there
         try:
             for number, member in enumerate(members):
                 here, there = fork.Pipe()
@@ -109,9 +109,7 @@ class Crew:
         replies: dict[int, Any] = {}
         while len(replies) < len(self._children):
             awaited = [n for n in range(len(self._children)) if n not in replies]
-            sources = [
-                source for n in awaited for source in (self._commands[n], self._children[n].sentinel)
-            ]
+            sources = [source for n in awaited for source in (self._commands[n], self._children[n].sentinel)]
             ready = wait(sources, max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise Hung(f"no answer within {self._patience:g} s")
@@ -125,13 +123,13 @@ class Crew:
     def _receive(self, number: int) -> Any:
         try:
             error, reply = self._commands[number].recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):
             self._complain(number)
         if error is not None:
             raise Failed(error)
         return reply
 
-    def _complain(self, number: int) -> Any:
+    def _complain(self, number: int) -> NoReturn:
         child = self._children[number]
         child.join(LEAVE_SECONDS)
         code = child.exitcode
@@ -196,7 +194,9 @@ def _serve(member: Member, commands: Connection[Any, Any], cpu: int | None, erro
         leave()
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        commands.send((f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})", None))
+        commands.send(
+            (f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})", None)
+        )
 
 
 def cores(count: int) -> tuple[int, ...]:

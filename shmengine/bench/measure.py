@@ -1,7 +1,7 @@
 """Two processes and a link between them; and all pairs of a plan, in interleaved rounds.
 
-    one way       left: put put put ...                    right: take take take ...      from the first put to the last take
-    round trip    left: put take put take ...              right: take put take put ...   each timed by itself
+one way       left: put put put ...          right: take take take ...        from first put to last take
+round trip    left: put take put take ...    right: take put take put ...     each timed by itself
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, Self
 import numpy as np
 
 from shmengine.bench.crew import Crew, CrewError, Handler, Member, cores
-from shmengine.bench.plan import Mode, Plan, show_size, slots_for
+from shmengine.bench.plan import Mode, Plan, slots_for
 from shmengine.bench.registry import Target
 from shmengine.bench.results import Row, Spread, spread
 from shmengine.bench.target import End, Link, Side
@@ -28,6 +28,7 @@ KINDS: Final[tuple[Kind, ...]] = ("one way", "round trip")
 MAX_COUNT: Final = 1 << 20
 MAX_GROWTH: Final = 16  # of a count, from what a shorter run suggests
 CALIBRATIONS: Final = 5
+OUT_OF_TIME: Final = "there was no time left"
 ENOUGH_TRIPS: Final = 100  # below, no 99th percentile is told
 
 
@@ -143,7 +144,7 @@ def _member(link: Link, side: Side) -> Member:
 
 def _answer(end: End, side: Side, kind: Kind, mode: Mode, first: int, count: int) -> dict[str, Any]:
     """One side's part in a round."""
-    put, take = end.put.get(mode), end.take.get(mode)
+    put, take = end.put[mode], end.take[mode]
     numbers = range(first, first + count)
     trips = np.empty(0)
     wrong = None
@@ -233,7 +234,7 @@ def measure(
     start = time.monotonic()
     rows: list[Row] = []
     steps = len(plan.sizes) * (plan.repeats + 1)
-    given_up: dict[str, str] = {}  # targets that hung or crashed are not tried again
+    given_up: set[str] = set()  # targets that hung or crashed are not tried again
     for number, nbytes in enumerate(plan.sizes):
         deadline = None
         if plan.total_seconds is not None:
@@ -244,8 +245,10 @@ def measure(
         def report(repeat: int, text: str, done: int = done) -> None:
             progress(done + repeat, steps, text)
 
-        measured = _measure_size(plan, [t for t in targets if t.name not in given_up], nbytes, deadline, report)
-        given_up.update((row.target, show_size(nbytes)) for row in measured if row.error is not None)
+        measured = _measure_size(
+            plan, [t for t in targets if t.name not in given_up], nbytes, deadline, report
+        )
+        given_up |= {row.target for row in measured if row.error not in (None, OUT_OF_TIME)}
         rows += measured
     progress(steps, steps, "done")
     return rows
@@ -262,6 +265,8 @@ def _measure_size(
         for cell in cells:
             for kind in KINDS:
                 report(0, f"{cell.target.name}: warming up")
+                if deadline is not None and time.monotonic() > deadline and cell.error is None:
+                    cell.error = OUT_OF_TIME
                 _calibrate(cell, kind, plan.round_seconds)
         for repeat in range(plan.repeats):
             if repeat and deadline is not None and time.monotonic() > deadline:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, ClassVar
-
-import numpy as np
+from typing import Any
 
 from shmengine.bench.plan import Mode
 from shmengine.bench.target import (
@@ -55,7 +52,7 @@ def reading(lease: Any, nbytes: int) -> Take:
     def take(number: int) -> bool:
         frame = lease()
         # No name for the array: while it lived its block would not be free again.
-        right = frame.array[where].tobytes() == expected[number % PRIME]
+        right: bool = frame.array[where].tobytes() == expected[number % PRIME]
         frame.release()
         return right
 

@@ -55,7 +55,7 @@ TARGETS: Final = (
     Target("Queue", "ours", ours.QueueLink),
     Target("multiprocessing.Pipe", "rival", rivals.PipeLink),
     Target("multiprocessing.Queue", "rival", rivals.QueueLink),
-    Target("faster-fifo", "rival", rivals.FasterFifoLink, "faster_fifo", "faster-fifo"),
+    Target("faster-fifo", "rival", rivals.FasterQueueLink, "faster_fifo", "faster-fifo"),
     Target("kickmsg", "rival", rivals.KickmsgLink, "kickmsg", "kickmsg"),
     Target("kickmsg (spinning)", "rival", rivals.KickmsgSpinningLink, "kickmsg", "kickmsg"),
     Target("iceoryx2", "rival", rivals.Iceoryx2Link, "iceoryx2", "iceoryx2"),

@@ -139,7 +139,11 @@ class Report:
                 raise ValueError(f"its version is {found['version']}, this program reads {VERSION}")
             rows = [Row.from_dict(row) for row in found["rows"]]
             return cls(
-                dict(found["environment"]), found["plan"], found["missing"], rows, list(found["recommendation"])
+                dict(found["environment"]),
+                found["plan"],
+                found["missing"],
+                rows,
+                list(found["recommendation"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             why = f"{error} is missing" if isinstance(error, KeyError) else str(error)

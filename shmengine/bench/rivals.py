@@ -33,7 +33,7 @@ from shmengine.bench.target import (
 )
 
 __all__ = [
-    "FasterFifoLink",
+    "FasterQueueLink",
     "Iceoryx2Link",
     "Iceoryx2PollingLink",
     "KickmsgLink",
@@ -93,7 +93,7 @@ class QueueLink(TwoWays):
     way = QueueWay
 
 
-class FasterFifoWay(OneWay):
+class FasterQueueWay(OneWay):
     """`faster_fifo.Queue`: arrays, pickled."""
 
     def __init__(self, nbytes: int, slots: int) -> None:
@@ -113,10 +113,10 @@ class FasterFifoWay(OneWay):
         self.queue.close()
 
 
-class FasterFifoLink(TwoWays):
+class FasterQueueLink(TwoWays):
     """Two `faster_fifo.Queue`."""
 
-    way = FasterFifoWay
+    way = FasterQueueWay
 
 
 class PyzmqWay(OneWay):
@@ -133,7 +133,7 @@ class PyzmqWay(OneWay):
     def _open(self, kind: str) -> Any:
         import zmq
 
-        self.socket = socket = zmq.Context.instance().socket(getattr(zmq, kind))
+        socket: Any = zmq.Context.instance().socket(getattr(zmq, kind))
         socket.setsockopt(zmq.SNDHWM, self.slots)
         socket.setsockopt(zmq.RCVHWM, self.slots)
         socket.setsockopt(zmq.LINGER, 0)
@@ -141,6 +141,7 @@ class PyzmqWay(OneWay):
             socket.bind(self.address)
         else:
             socket.connect(self.address)
+        self.socket = socket
         return socket
 
     def sender(self) -> dict[Mode, Put]:
@@ -209,7 +210,7 @@ class KickmsgWay(OneWay):
                 limit = int(taken[0]) + slots
                 if sent >= limit:
                     pause()
-            slot = allocate()
+            slot: Any = allocate()
             asarray(slot)[:] = value
             slot.publish(nbytes)
             sent += 1
@@ -306,7 +307,7 @@ class Iceoryx2Way(OneWay):
         publisher = builder.backpressure_strategy(iox2.BackpressureStrategy.RetryUntilDelivered).create()
         notify = (lambda: None) if self.polls else event.notifier_builder().create().notify
         nbytes, loan, pause = self.nbytes, publisher.loan_slice_uninit, os.sched_yield
-        at = (ctypes.c_uint8 * nbytes).from_address
+        at: Any = (ctypes.c_uint8 * nbytes).from_address
 
         def send(value: Any) -> None:
             while True:
@@ -330,13 +331,13 @@ class Iceoryx2Way(OneWay):
         else:
             wait = partial(event.listener_builder().create().timed_wait, iox2.Duration.from_secs(100))
         where, expected = checks(self.nbytes)
-        at = (ctypes.c_uint8 * self.nbytes).from_address
+        at: Any = (ctypes.c_uint8 * self.nbytes).from_address
 
         def take(number: int) -> bool:
             while (sample := receive()) is None:
                 wait()
             array = np.frombuffer(at(sample.payload_ptr), np.uint8)
-            right = array[where].tobytes() == expected[number % PRIME]
+            right: bool = array[where].tobytes() == expected[number % PRIME]
             sample.delete()
             return right
 
