@@ -14,6 +14,7 @@ import signal
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
@@ -77,7 +78,11 @@ class Crew:
                     target=_serve, args=(member, there, cpu, self._errors.fileno(), os.getpid()), daemon=True
                 )
                 self._commands.append(here)
-                child.start()
+                with (
+                    warnings.catch_warnings()
+                ):  # newer Pythons warn of other threads: children need none of them
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    child.start()
                 self._children.append(child)
                 there.close()
             self._replies()
