@@ -231,6 +231,19 @@ int shmr_scatter_run(shmr *h, shmr_scatter *scatter, uint32_t turns, int64_t dea
  * It is never freed (a few hundred bytes): arrays may outlive everything else. */
 void *shmr_numpy_handler(shmr *h, uint64_t threshold, uint64_t limit);
 
+/* ---- descriptors that are kept --------------------------------------------------------------------------------- */
+
+/* A descriptor, and what tells its file from another one that came to be under that number. */
+typedef struct {
+    int fd;       /* -1: none */
+    uint32_t pid; /* of a pidfd whose inode tells nothing; else 0 */
+    uint64_t device, inode;
+} shmr_file;
+
+int shmr_file_keep(shmr_file *file, int fd);                   /* 0: it is not open */
+int shmr_file_is_ours(const shmr_file *file, uint64_t *bytes); /* *bytes (if any): its length, if it is */
+void shmr_file_close(shmr_file *file);                         /* unless it is another one's by now */
+
 /* ---- bytes ---------------------------------------------------------------------------------------------------- */
 
 uint32_t shmr_crc32c(uint32_t crc, const void *bytes, uint64_t length);

@@ -15,7 +15,7 @@ LAYERS = {
     5: ("workers",),
     4: ("queues", "channels"),
     3: ("leases", "ring", "codec", "pickling", "filemap", "plain", "stats"),
-    2: ("region", "arena", "arrays"),
+    2: ("region", "arena", "arrays", "descriptors"),
     1: ("_native",),
     0: ("errors", "config"),
 }
