@@ -87,7 +87,8 @@ class RegionToken:
     duplicate: Any = field(default=None, compare=False)  # multiprocessing's DupFd, while it spawns
 
 
-def _start_time(pid: int) -> str:
+def start_time(pid: int) -> str:
+    """Return when a process started, in the kernel's words: it and the pid name one process."""
     with open(f"/proc/{pid}/stat", "rb") as file:
         return file.read().rpartition(b")")[2].split()[19].decode()
 
@@ -269,7 +270,7 @@ class Region:
         if context.get_spawning_popen() is not None:
             duplicate = reduction.DupFd(self.fd)
         pid = os.getpid()
-        return RegionToken(self.number, pid, _start_time(pid), self.fd, self.inode, self.name, duplicate)
+        return RegionToken(self.number, pid, start_time(pid), self.fd, self.inode, self.name, duplicate)
 
     def rejoin(self) -> Region:
         """In a forked child: join once more, as a participant of its own."""
@@ -541,7 +542,7 @@ def _borrow_descriptor(token: RegionToken) -> int:
         f" (pid {token.pid}) {{}}; give the ring a name= for strangers"
     )
     try:
-        if _start_time(token.pid) != token.start_time:
+        if start_time(token.pid) != token.start_time:
             raise ShmError(refusal.format("has ended"))
         fd = os.open(f"/proc/{token.pid}/fd/{token.fd}", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
