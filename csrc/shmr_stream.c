@@ -50,7 +50,7 @@ struct incoming {
 };
 
 struct shmr_stream {
-    struct shmr_file file;
+    shmr_file file;
     int64_t looked;          /* when whether it is still ours */
     shmr_count busy;         /* a call that sends is on its way, perhaps in a thread that the end of the process overtook */
     uint32_t fragment_bytes; /* of a queue: what a message of it may have; 0: a pipe */
