@@ -36,6 +36,8 @@ struct message {
     uint16_t stamp;
     uint8_t writer;
     bool released;
+    uint32_t sc_at;          /* its place in the order of sequentially consistent writes; 0: it is none */
+    uint32_t sc_time;        /* passed on: what comes after it comes after that place, too */
     uint32_t clock[EX_PROCESSES];
     view seen;
 };
@@ -47,7 +49,7 @@ struct cell {
     bool looked_at, checked;  /* read by the host, after a run: a death before its change makes a difference */
     /* of this run */
     uint32_t run;
-    uint16_t id, stamp, sc_stamp;  /* 0: not written yet */
+    uint16_t id, stamp;            /* 0: not written yet */
     uint32_t newest;               /* message + 1 */
     uint64_t initial;
     uint8_t last_writer;           /* process + 1 */
@@ -66,6 +68,7 @@ struct process {
     pthread_mutex_t *mutex;
     int64_t end;
     uint64_t obs;
+    uint32_t sc_time; /* its next sequentially consistent access comes after that place in their order */
     uint32_t clock[EX_PROCESSES];
     view seen;
     const struct ex_site *at;
@@ -80,7 +83,7 @@ static struct cell cells[CELLS];
 static uint32_t touched[CELLS];
 static uint32_t touched_count, run_number = 1;
 static struct message *messages;
-static uint32_t message_count;
+static uint32_t message_count, sc_clock;
 static uint16_t next_id;
 
 static struct process processes[EX_PROCESSES];
@@ -224,7 +227,7 @@ static struct cell *cell_of(const shmr_word *word) {
     }
     if (c->run != run_number) {
         c->run = run_number;
-        c->id = c->stamp = c->sc_stamp = 0;
+        c->id = c->stamp = 0;
         c->newest = 0;
         c->last_writer = 0;
         memset(c->read_at, 0, sizeof c->read_at);
@@ -388,7 +391,8 @@ static void step(struct cell *c, bool write, const struct ex_site *site) {
 static bool acquires(int order) { return order == EX_ACQUIRE || order == EX_ACQ_REL || order == EX_SEQ_CST; }
 static bool releases(int order) { return order == EX_RELEASE || order == EX_ACQ_REL || order == EX_SEQ_CST; }
 
-static void learn(struct process *p, const view seen, const uint32_t *clock) {
+static void learn(struct process *p, const view seen, const uint32_t *clock, uint32_t sc_time) {
+    if (sc_time > p->sc_time) p->sc_time = sc_time;
     for (int i = 0; i <= next_id; i++)
         if (seen[i] > p->seen[i]) p->seen[i] = seen[i];
     for (int i = 0; i < process_count; i++)
@@ -422,6 +426,9 @@ static void put(struct cell *c, uint64_t value, int order, bool continues) {
     m->writer = (uint8_t)current;
     m->next = c->newest;
     m->released = releases(order);
+    m->sc_at = order == EX_SEQ_CST ? ++sc_clock : 0;
+    if (m->sc_at) p->sc_time = m->sc_at;
+    m->sc_time = m->released ? p->sc_time : 0;
     size_t bytes = (size_t)(next_id + 1) * sizeof(uint16_t);
     if (m->released) {
         memcpy(m->seen, p->seen, bytes);
@@ -437,11 +444,11 @@ static void put(struct cell *c, uint64_t value, int order, bool continues) {
             if (before->seen[i] > m->seen[i]) m->seen[i] = before->seen[i];
         for (int i = 0; i < process_count; i++)
             if (before->clock[i] > m->clock[i]) m->clock[i] = before->clock[i];
+        if (before->sc_time > m->sc_time) m->sc_time = before->sc_time;
         m->released |= before->released;
     }
-    memory_hash ^= mix(mix((uintptr_t)word, value), mix(p->obs, c->stamp));
+    memory_hash ^= mix(mix((uintptr_t)word, value), mix(p->obs, mix(c->stamp, m->sc_at)));
     c->newest = ++message_count;
-    if (order == EX_SEQ_CST) c->sc_stamp = c->stamp;
     word->value = value;
 }
 
@@ -449,7 +456,6 @@ static void put(struct cell *c, uint64_t value, int order, bool continues) {
 static const struct message *pick(struct cell *c, int order, bool must_be_newest, bool *other_than, uint64_t not_this) {
     struct process *p = &processes[current];
     uint16_t least = c->id ? p->seen[c->id] : 0;
-    if (order == EX_SEQ_CST && c->sc_stamp > least) least = c->sc_stamp;
     const struct message *choices[8];
     int count = 0;
     for (uint32_t link = c->newest; count < 8; link = messages[link - 1].next) {
@@ -459,6 +465,8 @@ static const struct message *pick(struct cell *c, int order, bool must_be_newest
         }
         if (messages[link - 1].stamp < least) break;
         choices[count++] = &messages[link - 1];
+        /* Its place is after all that this process knows to come before, and may be before all that it does not. */
+        if (order == EX_SEQ_CST && messages[link - 1].sc_at && messages[link - 1].sc_at <= p->sc_time) break;
     }
     if (count == 0) return NULL; /* nothing was written in this run */
     if (must_be_newest || left.stale <= 0 || count == 1) return choices[0];
@@ -498,6 +506,12 @@ static void check_data(struct cell *c, bool write, const struct ex_site *site) {
     }
 }
 
+/* A sequentially consistent load has its place after the last such write that it saw, or saw the successors of. */
+static void come_after(struct process *p, const struct message *m) {
+    while (!m->sc_at && m->next) m = &messages[m->next - 1];
+    if (m->sc_at > p->sc_time) p->sc_time = m->sc_at;
+}
+
 static uint64_t get(struct cell *c, int order, bool newest, bool *other_than, uint64_t not_this) {
     struct process *p = &processes[current];
     if (!weak) return c->word->value;
@@ -505,7 +519,8 @@ static uint64_t get(struct cell *c, int order, bool newest, bool *other_than, ui
     uint64_t value = m ? m->value : c->initial;
     if (m) {
         if (m->stamp > p->seen[c->id]) p->seen[c->id] = m->stamp;
-        if (acquires(order)) learn(p, m->seen, m->clock);
+        if (acquires(order)) learn(p, m->seen, m->clock, m->sc_time);
+        if (order == EX_SEQ_CST) come_after(p, m);
         observe(mix(m->obs, m->stamp));
     } else if (!c->id) {
         value = c->word->value;
@@ -686,7 +701,7 @@ int ex_poll(struct pollfd *fds, nfds_t count, int timeout) {
     fds->revents = dead ? POLLIN : 0;
     if (current >= 0) {
         observe(dead);
-        if (dead && weak) learn(&processes[current], processes[i].seen, processes[i].clock);
+        if (dead && weak) learn(&processes[current], processes[i].seen, processes[i].clock, processes[i].sc_time);
     }
     return dead;
 }
@@ -791,7 +806,7 @@ static void put_back(void) {
     memcpy(heap, heap_copy, heap_saved);
     if (heap_peak > heap_saved) memset(heap + heap_saved, 0, heap_peak - heap_saved);
     heap_used = heap_peak = heap_saved;
-    message_count = 0;
+    message_count = sc_clock = 0;
     next_id = 0;
     now = 1000000000;
     memory_hash = log_hash = 0;
@@ -804,6 +819,7 @@ static void put_back(void) {
         p->woken = false;
         p->at = NULL;
         p->obs = (uint64_t)i;
+        p->sc_time = 0;
         memcpy(p->context, p->entry, sizeof p->context);
         memset(p->clock, 0, sizeof p->clock);
         memset(p->seen, 0, sizeof p->seen);

@@ -29,6 +29,51 @@ static const struct ex_scenario heir = {
     "heir", "one sends and leaves while another joins", setup_heir, 2, {leave_with_a_message, join_and_receive}, check_one,
     {2, 1, 0, 0}, {3, 1, 0, 0}};
 
+/* ---- attaching early -------------------------------------------------------------------------------------------------------------------- */
+
+/* As if the region had not been laid out yet, but for the host's own place in the table. */
+static shmr_config early_config;
+
+static void make_anew_and_send(void) {
+    shmr *h = NULL;
+    OK(shmr_create(region_fd, &early_config, &h));
+    if (!h) return;
+    no_spinning(h);
+    send(h, 0, 1, 64);
+    OK(shmr_close(h, 0));
+}
+static void attach_early(void) {
+    shmr *h = NULL;
+    int status = SHMR_WOULD_BLOCK;
+    for (int turn = 0; turn < 3 && (status = shmr_attach(region_fd, &h)) == SHMR_WOULD_BLOCK; turn++) {
+        struct timespec a_while = {0, 300000000};
+        nanosleep(&a_while, NULL);
+    }
+    promise(status == SHMR_OK || (status == SHMR_WOULD_BLOCK && ex_kills()), "a region was attached to before it was whole");
+    if (status != SHMR_OK) return;
+    no_spinning(h);
+    receive(h, 0);
+    OK(shmr_close(h, 0));
+}
+static void setup_early(void) {
+    make_world((shmr_config){.start = 5}, 0);
+    struct shmr_header *header = shmr_header_of(host_handle);
+    struct shmr_ring *q = shmr_ring_at(host_handle, 0);
+    memset(handles, 0, sizeof handles);
+    early_config = host_handle->g.config;
+    memset(header, 0, offsetof(struct shmr_header, pad0));
+    shmr_store_relaxed(&q->commit_cursor, 0);
+    shmr_store_relaxed(&q->lease_cursor, 0);
+    for (uint32_t k = 0; k < host_handle->g.slots[0]; k++) shmr_store_relaxed(shmr_slot_at(host_handle, 0, k), 0);
+    time_passes = true;
+}
+static void check_early(void) {
+    if (shmr_load_relaxed(&shmr_header_of(host_handle)->magic)) check_all(1);
+}
+static const struct ex_scenario early = {
+    "early", "one attaches while the region is still being laid out", setup_early, 2, {make_anew_and_send, attach_early},
+    check_early, {1, 1, 0, 0}, {2, 1, 0, 0}};
+
 /* ---- two who clear up ----------------------------------------------------------------------------------------------------------------- */
 
 static void send_and_take(void) {
