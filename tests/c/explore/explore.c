@@ -694,6 +694,14 @@ long ex_syscall(long number, ...) {
 int ex_fstat(int fd, struct stat *out) {
     return fd < FIRST_PID ? fstat(fd, out) : (memset(out, 0, sizeof *out), 0);
 }
+/* When a process started; of memory cgroups there are none. */
+FILE *ex_fopen(const char *path) {
+    static char text[128];
+    unsigned pid;
+    if (sscanf(path, "/proc/%u/task", &pid) != 1) return NULL;
+    int length = snprintf(text, sizeof text, "%u (x) S 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 %u", pid, pid + 7000);
+    return fmemopen(text, (size_t)length, "r");
+}
 int ex_poll(struct pollfd *fds, nfds_t count, int timeout) {
     (void)count, (void)timeout;
     int i = process_of(fds->fd);

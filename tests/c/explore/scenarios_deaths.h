@@ -238,6 +238,51 @@ static const struct ex_scenario successor = {
     "successor", "one takes the place of the dead as soon as it is free", setup_successor, 3,
     {send_one, recover_and_receive, join_and_send}, check_successor, {1, 1, 0, 0}, {2, 1, 0, 0}};
 
+/* ---- taken for the one before ------------------------------------------------------------------------------------------------------------- */
+
+static void leave(void) { OK(shmr_close(mine(), 0)); }
+static void join_and_send_number(uint64_t number) {
+    shmr *h = NULL;
+    int status = SHMR_CROWDED;
+    for (int turn = 0; turn < 3 && (status = shmr_attach(region_fd, &h)) == SHMR_CROWDED; turn++) {
+        struct timespec a_while = {0, 300000000};
+        nanosleep(&a_while, NULL);
+    }
+    CHECK(status == SHMR_OK || status == SHMR_CROWDED);
+    if (status != SHMR_OK) return;
+    no_spinning(h);
+    send(h, 0, number, 64);
+    OK(shmr_close(h, 0));
+}
+static void join_and_send_one(void) { join_and_send_number(1); }
+static void join_and_send_two(void) { join_and_send_number(2); }
+static void look_for_deaths(void) {
+    for (int turn = 0; turn < 3; turn++)
+        promise(shmr_check_deaths(mine()) == 0 || ex_kills(), "one who lives was found dead");
+    receive(mine(), 0);
+}
+static void setup_newcomer(void) {
+    make_world((shmr_config){.participants = 3}, 2);
+    handles[2] = NULL;
+    time_passes = true;
+}
+static const struct ex_scenario newcomer = {
+    "newcomer", "one takes the place of who leaves, while another looks for the dead", setup_newcomer, 3,
+    {leave, look_for_deaths, join_and_send_one}, check_one, {1, 1, 0, 0}, {2, 1, 0, 0}};
+
+static void setup_turns(void) {
+    make_world((shmr_config){.participants = 2}, 1);
+    handles[1] = handles[2] = NULL;
+    time_passes = true;
+}
+static void check_turns(void) { /* either may come too late */
+    check_messages(2, false);
+    check_world();
+}
+static const struct ex_scenario turns = {
+    "turns", "one place, and two who take it one after the other", setup_turns, 3, {leave, join_and_send_one, join_and_send_two},
+    check_turns, {1, 1, 0, 0}, {2, 1, 0, 0}};
+
 /* ---- in time -------------------------------------------------------------------------------------------------------------------------------- */
 
 /* What died with a notifier comes when its death is found, not when some sleeper happens to look. */
