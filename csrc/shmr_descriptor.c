@@ -64,8 +64,8 @@ void shmr_save_descriptor(shmr *h, uint32_t id, uint64_t state) {
     struct shmr_participant *me = shmr_participant_at(h, h->self);
     struct shmr_record *r = shmr_record_at(h, id);
     uint64_t none = 0;
-    shmr_store_relaxed(&me->undo_state, none); /* own word */
-    shmr_store_relaxed(&me->undo_block, id);   /* published by R16 */
+    shmr_exchange_acquire(&me->undo_state, none); /* A16: what was saved before is void before any of it is overwritten */
+    shmr_store_relaxed(&me->undo_block, id);      /* published by R16 */
     for (uint32_t i = 0; i < SHMR_UNDO_WORDS; i++)
         shmr_store_relaxed(&me->undo[i], shmr_load_relaxed(written_by_commit(r, i))); /* likewise; leased by us */
     shmr_cas_acq_rel(&me->undo_state, &none, state); /* A16 R16: nothing of it is rewritten before */

@@ -228,7 +228,7 @@ static int try_commit(shmr *h, void *argument) {
         b->state = shmr_state_pack(generation, h->self, shmr_state_ring(before), shmr_state_flags(before),
                                    shmr_state_kind(before));
         if (leased) shmr_rename_saved(h, before, b->state);
-        shmr_cas_release(&r->state, &committed, b->state); /* R1 */
+        shmr_cas_acq_rel(&r->state, &committed, b->state); /* A1 R1: nothing is restored before it is a lease again */
         if (leased) shmr_restore_descriptor(h, h->self, b->block, generation);
     }
     if (leased) pthread_mutex_unlock(&h->undo_lock);

@@ -28,19 +28,34 @@
 
 /* ---- the world ------------------------------------------------------------------------------------------------ */
 
-typedef uint16_t view[VIEW_WORDS];
+/* What happened before some point of a process, as far as it matters. */
+struct knowledge {
+    uint32_t sc_time;              /* sequentially consistent accesses come after that place in their order */
+    uint32_t clock[EX_PROCESSES];
+    uint16_t words;                /* so many of the following are meant */
+    uint16_t seen[VIEW_WORDS];     /* of each word, the newest message; 0: none */
+};
 
 struct message {
     uint64_t value, obs;     /* obs: all that its writer had read */
     uint32_t next;           /* older one of the word */
     uint16_t stamp;
-    uint8_t writer;
     bool released;
     uint32_t sc_at;          /* its place in the order of sequentially consistent writes; 0: it is none */
-    uint32_t sc_time;        /* passed on: what comes after it comes after that place, too */
-    uint32_t clock[EX_PROCESSES];
-    view seen;
+    struct knowledge passed; /* to who acquires it */
 };
+
+/* A store that takes effect later than it was made, though it does no harm to who made it. */
+struct late_store {
+    struct cell *cell;
+    uint64_t value;
+    int order;
+    bool continues;
+    int accesses; /* of who made it, until then */
+    struct knowledge known;
+};
+#define LATE_MAX 8         /* of a process, at a time */
+#define LATE_BY_MOST 100   /* accesses */
 
 struct cell {
     const shmr_word *word;
@@ -55,6 +70,7 @@ struct cell {
     uint8_t last_writer;           /* process + 1 */
     uint32_t written_at;
     uint32_t read_at[EX_PROCESSES];
+    uint8_t reserved;              /* for a late read-modify-write of this process + 1 */
 };
 
 enum status { READY, ASLEEP, LOCKED_OUT, DONE, KILLED };
@@ -68,9 +84,9 @@ struct process {
     pthread_mutex_t *mutex;
     int64_t end;
     uint64_t obs;
-    uint32_t sc_time; /* its next sequentially consistent access comes after that place in their order */
-    uint32_t clock[EX_PROCESSES];
-    view seen;
+    struct knowledge known;
+    struct late_store late[LATE_MAX];
+    int late_count;
     const struct ex_site *at;
 };
 
@@ -109,11 +125,11 @@ static struct {
 static int trail_length, replayed;
 static bool randomly;
 static uint64_t seed;
-static unsigned busy, deadly, forgetful; /* one in so many chances, at random, is taken: of this run */
+static unsigned busy, deadly, forgetful, lazy; /* one in so many chances, at random, is taken: of this run */
 
 static struct visited {
     uint64_t hash;
-    uint8_t preemptions, kills, stale, interrupts;
+    uint8_t preemptions, kills, stale, interrupts, late;
 } *visited;
 static uint32_t visited_count;
 
@@ -131,7 +147,7 @@ static void note_log(void) {
 }
 
 /* What is decided: one access may have several decisions, between which nothing is read. */
-enum kind { WHO_BEGINS = 1, WHO_GOES_ON, AT_AN_ACCESS, GOING_ON, GOING_TO_SLEEP, WHICH_MESSAGE, AT_THE_END };
+enum kind { WHO_BEGINS = 1, WHO_GOES_ON, AT_AN_ACCESS, GOING_ON, GOING_TO_SLEEP, WHICH_MESSAGE, WHEN, AT_THE_END };
 
 static uint64_t state_hash(enum kind kind) {
     uint64_t hash = mix(mix(mix(memory_hash, kind), (uint64_t)now), log_hash);
@@ -151,17 +167,17 @@ static bool seen_before(enum kind kind) {
             visited_count++;
             ex_counts.states++;
             *v = (struct visited){hash, (uint8_t)left.preemptions, (uint8_t)left.kills, (uint8_t)left.stale,
-                                  (uint8_t)left.interrupts};
+                                  (uint8_t)left.interrupts, (uint8_t)left.late};
             return false;
         }
         if (v->hash != hash) continue;
         if (v->preemptions >= left.preemptions && v->kills >= left.kills && v->stale >= left.stale &&
-            v->interrupts >= left.interrupts)
+            v->interrupts >= left.interrupts && v->late >= left.late)
             return true;
         if (v->preemptions <= left.preemptions && v->kills <= left.kills && v->stale <= left.stale &&
-            v->interrupts <= left.interrupts)
+            v->interrupts <= left.interrupts && v->late <= left.late)
             *v = (struct visited){hash, (uint8_t)left.preemptions, (uint8_t)left.kills, (uint8_t)left.stale,
-                                  (uint8_t)left.interrupts};
+                                  (uint8_t)left.interrupts, (uint8_t)left.late};
         return false;
     }
 }
@@ -229,7 +245,7 @@ static struct cell *cell_of(const shmr_word *word) {
         c->run = run_number;
         c->id = c->stamp = 0;
         c->newest = 0;
-        c->last_writer = 0;
+        c->last_writer = c->reserved = 0;
         memset(c->read_at, 0, sizeof c->read_at);
         c->initial = word->value;
         if (touched_count >= CELLS / 2) {
@@ -312,11 +328,11 @@ static void resume(int process) {
 }
 
 /* What was written becomes visible "in a reasonable amount of time" (C11 7.17.3): by the time that a sleep ends. That orders nothing. */
+static void see(struct knowledge *k, uint16_t word, uint16_t stamp);
 static void show_everything(void) {
     for (uint32_t k = 0; weak && k < touched_count; k++) {
         const struct cell *c = &cells[touched[k]];
-        for (int i = 0; c->id && i < process_count; i++)
-            if (processes[i].seen[c->id] < c->stamp) processes[i].seen[c->id] = c->stamp;
+        for (int i = 0; c->id && i < process_count; i++) see(&processes[i].known, c->id, c->stamp);
     }
 }
 
@@ -342,8 +358,17 @@ static void leave_to_others(void) {
     }
 }
 
+static void take_effect(struct process *p, int which);
+static void settle(struct process *p);
+
+/* What it had not yet written, by the word of the language, may or may not be there. */
 static void perish(void) {
     struct process *p = &processes[current];
+    while (p->late_count)
+        if (choose(WHEN, 2, 2))
+            p->late_count--;
+        else
+            take_effect(p, p->late_count - 1);
     if (p->at) count_at(p->at, true);
     if (tracing) printf("  %d  dies\n", current);
     p->status = KILLED;
@@ -391,19 +416,32 @@ static void step(struct cell *c, bool write, const struct ex_site *site) {
 static bool acquires(int order) { return order == EX_ACQUIRE || order == EX_ACQ_REL || order == EX_SEQ_CST; }
 static bool releases(int order) { return order == EX_RELEASE || order == EX_ACQ_REL || order == EX_SEQ_CST; }
 
-static void learn(struct process *p, const view seen, const uint32_t *clock, uint32_t sc_time) {
-    if (sc_time > p->sc_time) p->sc_time = sc_time;
-    for (int i = 0; i <= next_id; i++)
-        if (seen[i] > p->seen[i]) p->seen[i] = seen[i];
-    for (int i = 0; i < process_count; i++)
-        if (clock[i] > p->clock[i]) p->clock[i] = clock[i];
+static void forget_all(struct knowledge *k) { memset(k, 0, offsetof(struct knowledge, seen)); }
+
+static uint16_t last_seen(const struct knowledge *k, uint16_t word) { return word < k->words ? k->seen[word] : 0; }
+
+static void see(struct knowledge *k, uint16_t word, uint16_t stamp) {
+    while (k->words <= word) k->seen[k->words++] = 0;
+    if (stamp > k->seen[word]) k->seen[word] = stamp;
+}
+
+static void learn(struct knowledge *k, const struct knowledge *more) {
+    if (more->sc_time > k->sc_time) k->sc_time = more->sc_time;
+    for (int i = 0; i < EX_PROCESSES; i++)
+        if (more->clock[i] > k->clock[i]) k->clock[i] = more->clock[i];
+    uint16_t both = more->words < k->words ? more->words : k->words;
+    for (int i = 0; i < both; i++)
+        if (more->seen[i] > k->seen[i]) k->seen[i] = more->seen[i];
+    if (more->words == both) return;
+    memcpy(k->seen + both, more->seen + both, (size_t)(more->words - both) * sizeof *k->seen);
+    k->words = more->words;
 }
 
 static void observe(uint64_t value) { processes[current].obs = mix(processes[current].obs, value); }
 
-static void put(struct cell *c, uint64_t value, int order, bool continues) {
+/* A write by p takes effect; `known` is what happened before it. */
+static void put(struct process *p, const struct knowledge *known, struct cell *c, uint64_t value, int order, bool continues) {
     shmr_word *word = (shmr_word *)(uintptr_t)c->word;
-    struct process *p = &processes[current];
     if (!weak) {
         memory_hash ^= mix((uintptr_t)word, word->value) ^ mix((uintptr_t)word, value);
         word->value = value;
@@ -419,32 +457,19 @@ static void put(struct cell *c, uint64_t value, int order, bool continues) {
     if (message_count >= MESSAGES) ex_fail("more than %d messages in one run", MESSAGES);
     struct message *m = &messages[message_count], *before = c->newest ? &messages[c->newest - 1] : NULL;
     c->stamp++;
-    p->seen[c->id] = c->stamp;
+    see(&p->known, c->id, c->stamp);
     m->value = value;
     m->obs = p->obs;
     m->stamp = c->stamp;
-    m->writer = (uint8_t)current;
     m->next = c->newest;
     m->released = releases(order);
     m->sc_at = order == EX_SEQ_CST ? ++sc_clock : 0;
-    if (m->sc_at) p->sc_time = m->sc_at;
-    m->sc_time = m->released ? p->sc_time : 0;
-    size_t bytes = (size_t)(next_id + 1) * sizeof(uint16_t);
-    if (m->released) {
-        memcpy(m->seen, p->seen, bytes);
-        memcpy(m->clock, p->clock, sizeof m->clock);
-    } else {
-        memset(m->seen, 0, bytes);
-        memset(m->clock, 0, sizeof m->clock);
-        m->seen[c->id] = c->stamp;
-    }
-    memset((char *)m->seen + bytes, 0, sizeof m->seen - bytes);
+    if (m->sc_at) p->known.sc_time = m->sc_at;
+    forget_all(&m->passed);
+    if (m->released) learn(&m->passed, known);
+    see(&m->passed, c->id, c->stamp);
     if (continues && before) { /* a read-modify-write goes on with the release sequence */
-        for (int i = 0; i <= next_id; i++)
-            if (before->seen[i] > m->seen[i]) m->seen[i] = before->seen[i];
-        for (int i = 0; i < process_count; i++)
-            if (before->clock[i] > m->clock[i]) m->clock[i] = before->clock[i];
-        if (before->sc_time > m->sc_time) m->sc_time = before->sc_time;
+        learn(&m->passed, &before->passed);
         m->released |= before->released;
     }
     memory_hash ^= mix(mix((uintptr_t)word, value), mix(p->obs, mix(c->stamp, m->sc_at)));
@@ -452,10 +477,55 @@ static void put(struct cell *c, uint64_t value, int order, bool continues) {
     word->value = value;
 }
 
+/* ---- late stores: what is written afterwards is there before, unless it is ordered ------------------------------------------ */
+
+static void take_effect(struct process *p, int which) {
+    struct late_store *late = &p->late[which];
+    if (tracing) printf("  %td  a late store of %016llx takes effect\n", p - processes, (unsigned long long)late->value);
+    late->cell->reserved = 0;
+    put(p, &late->known, late->cell, late->value, late->order, late->continues);
+    p->late_count--;
+    for (int i = which; i < p->late_count; i++) p->late[i] = p->late[i + 1];
+}
+
+/* Whatever p has not yet written: before it releases, asks the kernel, or ends. */
+static void settle(struct process *p) {
+    while (p->late_count) take_effect(p, 0);
+}
+
+/* Before an access to a word: an own late store of it comes first, and a read-modify-write leaves no gap for others. */
+static void settle_word(struct cell *c, bool write) {
+    struct process *p = &processes[current];
+    for (int i = p->late_count - 1; i >= 0; i--)
+        if (p->late[i].cell == c || p->late[i].accesses-- == 0) take_effect(p, i);
+    if (!write || !c->reserved) return;
+    p = &processes[c->reserved - 1];
+    for (int i = p->late_count - 1; i >= 0; i--)
+        if (p->late[i].cell == c) take_effect(p, i);
+}
+
+static void write_word(struct cell *c, uint64_t value, int order, bool continues) {
+    struct process *p = &processes[current];
+    if (weak && releases(order)) settle(p);
+    bool may_be_late = weak && left.late > 0 && p->late_count < LATE_MAX && (order == EX_RELAXED || order == EX_RELEASE);
+    int accesses = may_be_late ? choose(WHEN, LATE_BY_MOST, lazy) : 0;
+    if (accesses == 0) {
+        put(p, &p->known, c, value, order, continues);
+        return;
+    }
+    left.late--;
+    observe(4);
+    if (continues) c->reserved = (uint8_t)(current + 1);
+    struct late_store *late = &p->late[p->late_count++];
+    *late = (struct late_store){.cell = c, .value = value, .order = order, .continues = continues, .accesses = accesses};
+    learn(&late->known, &p->known);
+    if (tracing) printf("  %d  writes late\n", current);
+}
+
 /* Which message a load returns: NULL, the initial value. */
 static const struct message *pick(struct cell *c, int order, bool must_be_newest, bool *other_than, uint64_t not_this) {
     struct process *p = &processes[current];
-    uint16_t least = c->id ? p->seen[c->id] : 0;
+    uint16_t least = last_seen(&p->known, c->id);
     const struct message *choices[8];
     int count = 0;
     for (uint32_t link = c->newest; count < 8; link = messages[link - 1].next) {
@@ -466,7 +536,7 @@ static const struct message *pick(struct cell *c, int order, bool must_be_newest
         if (messages[link - 1].stamp < least) break;
         choices[count++] = &messages[link - 1];
         /* Its place is after all that this process knows to come before, and may be before all that it does not. */
-        if (order == EX_SEQ_CST && messages[link - 1].sc_at && messages[link - 1].sc_at <= p->sc_time) break;
+        if (order == EX_SEQ_CST && messages[link - 1].sc_at && messages[link - 1].sc_at <= p->known.sc_time) break;
     }
     if (count == 0) return NULL; /* nothing was written in this run */
     if (must_be_newest || left.stale <= 0 || count == 1) return choices[0];
@@ -494,22 +564,22 @@ static void race(const struct cell *c, int other, const char *what, const struct
 static void check_data(struct cell *c, bool write, const struct ex_site *site) {
     if (!weak || !c->data) return;
     struct process *p = &processes[current];
-    if (c->last_writer && c->last_writer != current + 1 && c->written_at > p->clock[c->last_writer - 1])
+    if (c->last_writer && c->last_writer != current + 1 && c->written_at > p->known.clock[c->last_writer - 1])
         race(c, c->last_writer - 1, write ? "write after write" : "read after write", site);
     for (int i = 0; write && i < process_count; i++)
-        if (i != current && c->read_at[i] > p->clock[i]) race(c, i, "write after read", site);
+        if (i != current && c->read_at[i] > p->known.clock[i]) race(c, i, "write after read", site);
     if (write) {
         c->last_writer = (uint8_t)(current + 1);
-        c->written_at = p->clock[current];
+        c->written_at = p->known.clock[current];
     } else {
-        c->read_at[current] = p->clock[current];
+        c->read_at[current] = p->known.clock[current];
     }
 }
 
 /* A sequentially consistent load has its place after the last such write that it saw, or saw the successors of. */
 static void come_after(struct process *p, const struct message *m) {
     while (!m->sc_at && m->next) m = &messages[m->next - 1];
-    if (m->sc_at > p->sc_time) p->sc_time = m->sc_at;
+    if (m->sc_at > p->known.sc_time) p->known.sc_time = m->sc_at;
 }
 
 static uint64_t get(struct cell *c, int order, bool newest, bool *other_than, uint64_t not_this) {
@@ -518,8 +588,8 @@ static uint64_t get(struct cell *c, int order, bool newest, bool *other_than, ui
     const struct message *m = pick(c, order, newest, other_than, not_this);
     uint64_t value = m ? m->value : c->initial;
     if (m) {
-        if (m->stamp > p->seen[c->id]) p->seen[c->id] = m->stamp;
-        if (acquires(order)) learn(p, m->seen, m->clock, m->sc_time);
+        see(&p->known, c->id, m->stamp);
+        if (acquires(order)) learn(&p->known, &m->passed);
         if (order == EX_SEQ_CST) come_after(p, m);
         observe(mix(m->obs, m->stamp));
     } else if (!c->id) {
@@ -535,8 +605,9 @@ uint64_t ex_load(const shmr_word *word, const struct ex_site *site) {
     }
     struct cell *c = cell_of(word);
     step(c, false, site);
-    processes[current].clock[current]++;
+    processes[current].known.clock[current]++;
     check_data(c, false, site);
+    settle_word(c, false);
     uint64_t value = get(c, site->order, false, NULL, 0);
     observe(value);
     trace("load", site, word, value);
@@ -551,9 +622,10 @@ void ex_store(shmr_word *word, uint64_t value, const struct ex_site *site) {
         return;
     }
     step(c, true, site);
-    processes[current].clock[current]++;
+    processes[current].known.clock[current]++;
     check_data(c, true, site);
-    put(c, value, site->order, false);
+    settle_word(c, true);
+    write_word(c, value, site->order, false);
     observe(0); /* it is one access further */
     trace("store", site, word, value);
 }
@@ -570,12 +642,13 @@ bool ex_cas(shmr_word *word, uint64_t *expected, uint64_t desired, const struct 
         return equal;
     }
     step(c, true, site);
-    processes[current].clock[current]++;
+    processes[current].known.clock[current]++;
+    settle_word(c, true);
     bool may_fail = false, equal = word->value == *expected;
     uint64_t found = equal ? get(c, site->order, true, NULL, 0) : get(c, site->failure, false, &may_fail, *expected);
     observe(found);
     if (equal)
-        put(c, desired, site->order, true);
+        write_word(c, desired, site->order, true);
     else
         *expected = found;
     trace(equal ? "cas" : "cas failed", site, word, equal ? desired : found);
@@ -586,7 +659,8 @@ uint64_t ex_rmw(shmr_word *word, uint64_t operand, const struct ex_site *site) {
     struct cell *c = cell_of(word);
     if (current >= 0) {
         step(c, true, site);
-        processes[current].clock[current]++;
+        processes[current].known.clock[current]++;
+        settle_word(c, true);
     }
     uint64_t before = current < 0 ? word->value : get(c, site->order, true, NULL, 0), after = before;
     switch (site->verb) {
@@ -601,7 +675,7 @@ uint64_t ex_rmw(shmr_word *word, uint64_t operand, const struct ex_site *site) {
         return before;
     }
     observe(before);
-    put(c, after, site->order, true);
+    write_word(c, after, site->order, true);
     trace("rmw", site, word, after);
     return before;
 }
@@ -617,6 +691,7 @@ static struct ex_site futex_site = {"futex", "", 0, EX_LOAD, EX_RELAXED, EX_RELA
 /* Sleep until it is woken (on a word) or `end`. The value: as errno has it. */
 static int sleep_on(shmr_word *word, int64_t end) {
     struct process *p = &processes[current];
+    settle(p);
     int kill = left.kills > 0, interrupt = left.interrupts > 0;
     int taken = choose(GOING_TO_SLEEP, 1 + kill + interrupt, deadly);
     if (kill && taken == 1) perish();
@@ -641,6 +716,7 @@ static int sleep_on(shmr_word *word, int64_t end) {
 /* The kernel looks at the word as it is, and wakes who sleeps on it; neither orders anything. */
 static long futex(shmr_word *word, int operation, uint32_t expected, const struct timespec *end) {
     step(cell_of(word), true, &futex_site);
+    settle(&processes[current]);
     if (operation == FUTEX_WAKE) {
         long count = 0;
         for (int i = 0; i < process_count; i++)
@@ -708,8 +784,9 @@ int ex_poll(struct pollfd *fds, nfds_t count, int timeout) {
     bool dead = i >= 0 && i < process_count && processes[i].status == KILLED;
     fds->revents = dead ? POLLIN : 0;
     if (current >= 0) {
+        settle(&processes[current]);
         observe(dead);
-        if (dead && weak) learn(&processes[current], processes[i].seen, processes[i].clock, processes[i].sc_time);
+        if (dead && weak) learn(&processes[current].known, &processes[i].known);
     }
     return dead;
 }
@@ -746,6 +823,7 @@ void *ex_mmap(void *at, size_t bytes, int protection, int flags, int fd, off_t o
 
 int ex_lock(pthread_mutex_t *mutex) {
     int *word = (int *)mutex;
+    if (current >= 0) settle(&processes[current]);
     while (*word && current >= 0) {
         processes[current].status = LOCKED_OUT;
         processes[current].mutex = mutex;
@@ -755,6 +833,7 @@ int ex_lock(pthread_mutex_t *mutex) {
     return 0;
 }
 int ex_unlock(pthread_mutex_t *mutex) {
+    if (current >= 0) settle(&processes[current]);
     *(int *)mutex = 0;
     return 0;
 }
@@ -786,6 +865,7 @@ static void coroutine(int i) {
     if (_setjmp(processes[i].entry) == 0) to_host();
     observe(1); /* to have begun is different from not yet */
     scenario->script[i]();
+    settle(&processes[i]);
     processes[i].status = DONE;
     note_log();
     leave_to_others();
@@ -827,10 +907,9 @@ static void put_back(void) {
         p->woken = false;
         p->at = NULL;
         p->obs = (uint64_t)i;
-        p->sc_time = 0;
+        p->late_count = 0;
         memcpy(p->context, p->entry, sizeof p->context);
-        memset(p->clock, 0, sizeof p->clock);
-        memset(p->seen, 0, sizeof p->seen);
+        forget_all(&p->known);
     }
 }
 
@@ -890,10 +969,11 @@ bool ex_random(const struct ex_limits *limits, uint64_t count, uint64_t first_se
     for (uint64_t i = 0; i < count; i++) {
         if (newly_shared) begin_pass();
         seed = first_seed + i;
-        static const unsigned rarities[3][3] = {{2, 6, 25}, {8, 40, 150}, {1, 2, 6}};
+        static const unsigned rarities[4][3] = {{2, 6, 25}, {8, 40, 150}, {1, 2, 6}, {1, 4, 16}};
         busy = rarities[0][random_below(&seed, 3)];
         deadly = rarities[1][random_below(&seed, 3)];
         forgetful = rarities[2][random_below(&seed, 3)];
+        lazy = rarities[3][random_below(&seed, 3)];
         run_once(limits);
         if (failed) {
             *failed_seed = first_seed + i;

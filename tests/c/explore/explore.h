@@ -22,7 +22,7 @@
 #define EX_PROCESSES 6
 
 struct ex_limits {
-    int preemptions, kills, stale, interrupts;
+    int preemptions, kills, stale, interrupts, late;
 };
 
 struct ex_scenario {

@@ -9,5 +9,5 @@ const struct ex_scenario *const ex_scenarios[] = {
     &baton,      &wait_item,    &closing, &finish,   &idle,        &items,     &scattered, &arena_full, &growth,
     &shortage,   &few_records,  &trimmed, &huge,     &two_short,   &in_vain,   &held_full, &denied, &by_reference,
     &wide,       &stale_hold,   &born_shared, &heir, &recoverers,  &overflow,  &in_charge, &crowded, &successor,
-    &in_time,    &reused,       &legacy, &forced,    &early, &newcomer, &turns,
+    &in_time,    &reused,       &legacy, &forced,    &early, &newcomer, &turns, &forwarded_twice,
     NULL};
