@@ -238,6 +238,15 @@ static const struct ex_scenario finish = {
     "finish", "what was sent before the ring was closed is received before that is noticed", setup_closing, 2,
     {send_and_close, receive_until_closed}, check_finished, {2, 1, 0, 0}, {4, 1, 0, 0}};
 
+static void wait_until_closed(void) {
+    int status = RETRIED(shmr_wait_item(mine(), 0, soon()));
+    CHECK(status == SHMR_CLOSED || ex_kills());
+}
+static void check_nothing_sent(void) { check_all(0); }
+static const struct ex_scenario unfilled = {
+    "unfilled", "one waits for an item, and the ring is closed", setup_closing, 2, {close_ring, wait_until_closed},
+    check_nothing_sent, {2, 0, 0, 0}, {4, 0, 0, 0}};
+
 /* ---- all is done ---------------------------------------------------------------------------------------------------------------- */
 
 /* A task that gives birth to another before it is done, as in a queue whose join() waits for both. */
