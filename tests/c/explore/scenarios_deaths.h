@@ -393,4 +393,20 @@ static const struct ex_scenario forced_idle = {
     "forced_idle", "one leaves with the last message leased, and another waits for that", setup_forced_idle, 2,
     {leave_with_leased, wait_until_idle}, check_one, {2, 1, 0, 0}, {3, 1, 0, 0}};
 
+/* ---- records of one who left ------------------------------------------------------------------------------------------------------------------ */
+
+static void use_and_leave(void) {
+    send(mine(), 0, 1, 64);
+    receive(mine(), 0);
+    OK(shmr_close(mine(), 0));
+}
+static void setup_handed_over(void) {
+    make_world((shmr_config){.blocks = SHMR_GROUP}, 2);
+    warm(0);
+    time_passes = true;
+}
+static const struct ex_scenario handed_over = {
+    "handed_over", "one leaves, and another needs its records", setup_handed_over, 2, {use_and_leave, send_two}, check_turns,
+    {1, 1, 0, 0}, {2, 1, 0, 0}};
+
 #endif
