@@ -73,13 +73,13 @@ void shmr_save_descriptor(shmr *h, uint32_t id, uint64_t state) {
 
 /* What was saved for one state of a block is now for another one, that it takes next. Called with undo_lock held. */
 void shmr_rename_saved(shmr *h, uint64_t before, uint64_t state) {
-    shmr_cas_acq_rel(&shmr_participant_at(h, h->self)->undo_state, &before, state); /* A16 R16 */
+    shmr_cas_acq_rel(&shmr_participant_at(h, h->self)->undo_state, &before, state); /* A16 R16 W3 */
 }
 
 /* Put back what participant `slot`, dead or ourselves, has saved of this block, if it was for this lease of it. */
 void shmr_restore_descriptor(shmr *h, uint32_t slot, uint32_t id, uint32_t generation) {
     struct shmr_participant *p = shmr_participant_at(h, slot);
-    uint64_t state = shmr_load_acquire(&p->undo_state); /* A16 */
+    uint64_t state = shmr_load_acquire(&p->undo_state); /* A16 W2 */
     if (shmr_state_kind(state) != SHMR_LEASED || shmr_state_generation(state) != generation ||
         shmr_load_relaxed(&p->undo_block) != id) /* after A16 */
         return;
