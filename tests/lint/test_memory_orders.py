@@ -51,7 +51,9 @@ def test_each_weaker_order_is_caught_or_argued_in_the_code():
         assert set(fates) == set(orders.one_step(site)), row
         argued = [fate for fate in fates.values() if not fate.startswith("caught by `")]
         assert all(tuple(fate.split()) == site.cited for fate in argued), row
-        assert bool(site.cited) == bool(argued), f"{row}: cite an argument where, and only where, it is needed"
+        assert bool(site.cited) == bool(argued), (
+            f"{row}: cite an argument where, and only where, it is needed"
+        )
 
 
 def test_every_argument_is_listed_and_every_listed_one_is_cited():

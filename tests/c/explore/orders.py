@@ -4,8 +4,8 @@
 
 Each ordered access is made one step weaker (seq_cst to acquire or acq_rel, acq_rel to one of its halves, the others to
 relaxed): alone, and together with all others that bear the same label on the same side. What survives alone must cite,
-in the comment with its labels, the argument (W1, W2, ... of csrc/README.md) why it may; the exit code is 1 if it does not.
-``--write`` puts the tables into docs/memory-orders.md; ``--check`` repeats only what they call caught, where it was caught.
+in the comment with its labels, the argument why it may (W1, W2, ... of csrc/README.md), or the exit code is 1.
+``--write`` puts the tables into docs/memory-orders.md; ``--check`` repeats what they call caught, where it was caught.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ CHANGE = re.compile(
     r"^@@ (?P<file>\S+)\n(?P<before>.*?)^@@ instead\n(?P<after>.*?)^@@\n", re.MULTILINE | re.DOTALL
 )
 SAID = re.compile(
-    r"^FAILED \S+ +preemptions (\d+), kills (\d+), stale (\d+), interrupts (\d+), late (\d+):.*? (\d+) schedules.*\n(.*)",
+    r"^FAILED \S+ +preemptions (\d+), kills (\d+), stale (\d+), interrupts (\d+), late (\d+):"
+    r".*? (\d+) schedules.*\n(.*)",
     re.MULTILINE,
 )
 
