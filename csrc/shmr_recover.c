@@ -287,7 +287,7 @@ static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
             restore(h, rec, block, generation);
             add_attempt(r);
             uint64_t again = shmr_state_pack(generation + 1, h->self, ring, flags, SHMR_COMMITTED);
-            if (shmr_cas_release(&r->state, &mine, again)) insert_or_keep(h, ring, block, generation + 1); /* R1 W3 */
+            if (shmr_cas_release(&r->state, &mine, again)) insert_or_keep(h, ring, block, generation + 1); /* R1 W21 */
         }
         break;
     case SHMR_COMMITTED:
@@ -321,7 +321,7 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
         uint64_t seen = shmr_load_acquire(word); /* A7 W2 */
         if (!(uint32_t)seen || !shmr_slots_have(dead, (uint32_t)seen - 1) || shmr_owns_group(h, g)) continue;
         if (!(seen >> 32)) { /* died while reserving it */
-            shmr_cas_release(word, &seen, 0); /* R7 W17 */
+            shmr_cas_release(word, &seen, 0); /* R7 */
             continue;
         }
         for (uint32_t i = 0; i < SHMR_GROUP; i++) {
@@ -432,7 +432,7 @@ static void clear_up(shmr *h, struct recovery *rec) {
         if (!shmr_slots_have(&rec->slots, i) || i == h->self) continue;
         struct shmr_participant *p = shmr_participant_at(h, i);
         uint32_t epoch = shmr_life_epoch(shmr_load_relaxed(&p->life)); /* ours alone */
-        shmr_store_release(&p->life, shmr_life_pack(epoch, 0, 0, SHMR_VACANT)); /* R13 W4 */
+        shmr_store_release(&p->life, shmr_life_pack(epoch, 0, 0, SHMR_VACANT)); /* R13 */
     }
     shmr_ring_all(h); /* I10: whatever wake-ups died with them */
 }
@@ -499,7 +499,7 @@ int shmr_check_deaths(shmr *h) {
 bool shmr_death_since(shmr *h, uint64_t deaths) {
     if (shmr_check_deaths(h) > 0) return true;
     for (uint32_t i = 0; i < h->g.config.participants; i++) {
-        uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 W15 */
+        uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 */
         if (shmr_life_kind(life) == SHMR_RECOVERING) return true;
     }
     return shmr_load_relaxed(&shmr_header_of(h)->deaths) != deaths; /* after A13 */

@@ -81,7 +81,7 @@ int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation, uin
         }
         if (shmr_slot_cycle(seen) != ((cycle - 1) & SHMR_CYCLE_MASK)) continue; /* the cursor was stale */
         if (shmr_cas_seq_cst(at, &seen, shmr_slot_pack(cycle, generation, block))) { /* S1 R3: published */
-            shmr_cas_release(&q->commit_cursor, &position, position + 1); /* R5 W5 */
+            shmr_cas_release(&q->commit_cursor, &position, position + 1); /* R5 */
             return SHMR_OK;
         }
     }
@@ -211,7 +211,7 @@ static int try_commit(shmr *h, void *argument) {
     uint32_t generation = shmr_state_generation(b->state) + 1; /* I2 */
     uint64_t expected = b->state;
     uint64_t committed = shmr_state_pack(generation, h->self, c->ring, shmr_state_flags(b->state), SHMR_COMMITTED);
-    bool done = shmr_cas_release(&r->state, &expected, committed); /* R1 W3 */
+    bool done = shmr_cas_release(&r->state, &expected, committed); /* R1 */
     if (!done) {
         if (leased) pthread_mutex_unlock(&h->undo_lock);
         pthread_mutex_unlock(&h->commit_lock[c->ring]);
@@ -391,7 +391,7 @@ static int is_idle(shmr *h, void *argument) {
     if (status != SHMR_OK) return status;
     const struct shmr_ring *q = shmr_ring_at(h, ring);
     uint64_t first = shmr_load_seq_cst(&q->lease_cursor);                        /* S2 A4 */
-    uint64_t position = shmr_load_acquire(&q->commit_cursor), before;            /* A5 W5: may lag */
+    uint64_t position = shmr_load_acquire(&q->commit_cursor), before;            /* A5: may lag */
     if ((int64_t)(position - first) > 0 && slot_is_filled(h, ring)) return SHMR_WOULD_BLOCK; /* spares the scan */
     for (uint32_t turn = 0;; turn++, position++) { /* the first slot that is empty */
         if (turn == TURNS_MAX) return SHMR_WOULD_BLOCK; /* rubbish */

@@ -204,7 +204,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=700, help="of each scenario, in four ways")
+    parser.add_argument("--runs", type=int, default=1500, help="of each scenario, in four ways")
     parser.add_argument("--check", action="store_true", help="only what the document calls caught")
     parser.add_argument("--write", action="store_true", help="the tables in the document")
     options = parser.parse_args()
