@@ -142,6 +142,9 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
  * Waits while `capacity` messages are committed. `payload_check`: store a CRC32C of all bytes. */
 int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t deadline, shmr_block *block);
 int shmr_abort(shmr *h, shmr_block *block);
+/* Claim a block of block->length bytes, copy these bytes there and commit it as shmr_commit does; waits as both of them do.
+ * With block->state not 0 the bytes are there already, from a call that did not come to its end: commit only. */
+int shmr_send(shmr *h, uint32_t ring, int payload_check, int64_t deadline, const void *bytes, shmr_block *block);
 /* The oldest message -> LEASED by this process. CORRUPT: the message failed a check and was discarded; if it was the
  * payload's, `kind` and `tag` are its own, and else `kind` is 0.
  * CLOSED: the ring was closed and is empty. */

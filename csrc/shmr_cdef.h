@@ -115,6 +115,7 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
                shmr_block *out);
 int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t deadline, shmr_block *block);
 int shmr_abort(shmr *h, shmr_block *block);
+int shmr_send(shmr *h, uint32_t ring, int payload_check, int64_t deadline, const void *bytes, shmr_block *block);
 int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr_block *out);
 int shmr_release(shmr *h, shmr_block *block);
 int shmr_references(shmr *h, const shmr_block *block, shmr_ref *out, uint32_t count);

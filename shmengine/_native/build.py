@@ -28,6 +28,7 @@ SOURCES = (
     "shmr_descriptor.c",
     "shmr_guard.c",
     "shmr_ring.c",
+    "shmr_message.c",
     "shmr_scatter.c",
     "shmr_bell.c",
     "shmr_file.c",

@@ -29,6 +29,7 @@ from shmengine.channels.presence import Fate
 from shmengine.channels.turns import Turn
 from shmengine.channels.waiting import Pause
 from shmengine.errors import Closed, EndOfStream, PeerLost, SerializationError, Timeout, WouldBlock
+from shmengine.interrupts import InterruptsLater
 from shmengine.region import call_at_process_end
 from shmengine.stats import ChannelStats
 
@@ -150,6 +151,10 @@ class Link(ABC):
     def fate(self) -> Fate:
         """Say what has become of the other end. Not called often."""
 
+    def end(self, options: Options, *, sends: bool = True, receives: bool = True) -> End:
+        """Return the end over this link."""
+        return End(self, options, sends=sends, receives=receives)
+
     @abstractmethod
     def token(self) -> Any:
         """Return what another process needs: something that, called there, returns a link that is not started."""
@@ -176,12 +181,13 @@ class End:
         self._pid = 0
         self._begin()
         # Who ends in an orderly way closes his ends, as a file would be.
-        call_at_process_end(weakref.finalize(self, link.close))
+        self._finalizer = weakref.finalize(self, link.close)
+        call_at_process_end(self._finalizer)
 
     def _begin(self) -> None:
-        self._ready: deque[Any] = (
-            deque()
-        )  # received, and not yet handed out: at most one, after an interruption
+        # Received, and not yet handed out (at most one, after an interruption): each in a list of its own, so that it
+        # can be told from an equal one.
+        self._ready: deque[list[Any]] = deque()
         self._sending = Turn()
         self._receiving = Turn()
         self._closing = threading.RLock()
@@ -277,6 +283,8 @@ class End:
         sent = False
         try:
             pause = Pause(link.write_fd, writing=True)
+            if time.monotonic_ns() - self._looked > LOOK_NS:
+                self._look_before_sending(link)
             while not self._closed and not (sent := link.send(message, priority, 0)):
                 self._look_before_sending(link)
                 await pause.wait(self._time_left(deadline, "send", timeout))
@@ -302,12 +310,13 @@ class End:
                 link.give_up()
 
     def _look_before_sending(self, link: Link) -> None:
-        self._looked = time.monotonic_ns()
+        """Raise if nobody would receive a message; then the next call looks again."""
         fate = link.fate()
-        if fate is Fate.CLOSED:
+        if self._ended or fate is Fate.CLOSED:
             raise EndOfStream("send: the other end was closed, nobody would receive this")
         if fate is Fate.LOST:
             raise PeerLost("send: the process of the other end died, nobody would receive this")
+        self._looked = time.monotonic_ns()
 
     # --- receiving -------------------------------------------------------------------------------
 
@@ -343,20 +352,21 @@ class End:
         deadline = deadline_of(timeout)
         link = self._use(sending=False)
         turn = self._receiving
-        got: list[Any] = []
+        box: list[Any] = []
         try:
             try:
                 if not turn.take(0):
                     self._wait_for(turn, deadline, "receive", timeout)
                 self._pull(link, deadline, timeout)
-                got.append(self._ready.popleft())
+                box = self._ready[0]
+                self._ready.popleft()
             finally:
                 self._leave(turn)
-            return got[0]
-        except (
-            BaseException
-        ):  # perhaps a signal's handler: what it keeps from being returned is for the next call
-            self._ready.extendleft(got)
+            return box[0]
+        except BaseException:
+            # Perhaps a signal's handler: what it keeps from being returned is for the next call.
+            if box and not (self._ready and self._ready[0] is box):
+                self._ready.appendleft(box)
             raise
 
     def try_receive(self) -> Any:
@@ -372,7 +382,7 @@ class End:
             pause = Pause(link.read_fd)
             while not self._fetch(link, 0):
                 await pause.wait(self._time_left(deadline, "receive", timeout))
-            return self._ready.popleft()
+            return self._ready.popleft()[0]
         finally:
             self._leave_async(self._receiving)
 
@@ -396,6 +406,7 @@ class End:
             fate = link.fate()
             if fate is Fate.UNUSED or fate is Fate.ALIVE:
                 return False
+            self._looked = 0  # nor shall anything more be sent
             got = link.receive(0)  # it may have sent until the look
             if got is NOTHING:
                 if fate is Fate.LOST:
@@ -403,8 +414,9 @@ class End:
                 got = END
         if got is END:
             self._ended = True
+            self._looked = 0
             return self._fetch(link, 0)
-        self._ready.append(got)
+        self._ready.append([got])
         link.settle()
         return True
 
@@ -480,12 +492,8 @@ class End:
     def _use(self, *, sending: bool) -> Link:
         """Return the link, started in this process."""
         if self._pid != _pid:
-            self._check_open()
             with _starting:
-                self._link.start()
-                if self._pid not in (0, _pid):
-                    self._begin()  # the locks may be held by threads that this forked child does not have
-                self._pid = _pid
+                self._start()
         if self._closed:
             self._check_open()
         if not (self._sends if sending else self._receives):
@@ -494,6 +502,17 @@ class End:
                 f"this end only {other}: make the channel with duplex=True for one that {verb}, too"
             )
         return self._link
+
+    def _start(self) -> None:
+        self._check_open()
+        if self._pid != _pid:  # else another thread was faster
+            with InterruptsLater():  # half a start would have to be taken back
+                self._link.start()
+            # Once more: this process may be another one, or not have known yet that it was a child.
+            call_at_process_end(self._finalizer)
+            if self._pid:
+                self._begin()  # the locks may be held by threads that this forked child does not have
+            self._pid = _pid
 
     def _check_open(self) -> None:
         if self._closed:

@@ -63,6 +63,7 @@ class Presence:
         self.closed = False
         self._holding = Descriptor(fd)  # children may share this open file description, and the lock with it
         self._using: Descriptor | None = None
+        self._beginning = False
         self._user = 0
         self._passed_on = False
         _lock(fd, fcntl.F_RDLCK, _HOLDERS + side)
@@ -107,18 +108,24 @@ class Presence:
             return
         if self._user:
             raise UseAfterFork("this end of a channel is used by the parent of this forked process")
-        if self._using is None:  # else a signal's handler has raised below
+        # Once more after a signal's handler has raised in here: the lock is that of this description.
+        if self._using is None:
             self._using = Descriptor(_reopen(self._open()))
         fd = self._using.fd
         try:
             _lock(fd, fcntl.F_WRLCK, self.side)
+            before = os.pread(fd, 1, self.side)[0]
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
+            before = _USED
+        if before and not self._beginning:
+            self._stop_using()
             raise UseAfterFork(
-                "this end of a channel is used by another process. An end is for one process at a time: pass it"
-                " on before its first use, and make one channel for each two that talk"
-            ) from None
+                "this end of a channel is used by another process, or was. An end is for one process: pass it on before"
+                " its first use, and make one channel for each two that talk"
+            )
+        self._beginning = True
         os.pwrite(fd, bytes([_USED]), self.side)
         self._user = os.getpid()
 

@@ -82,10 +82,13 @@ def test_an_end_that_was_used_is_lost_with_its_process(ends):
     pid = in_child(work)
     os.read(begin[0], 1)
     assert left.fate() is Fate.ALIVE
-    with pytest.raises(UseAfterFork, match="one process at a time"):
+    with pytest.raises(UseAfterFork, match="for one process"):
         right.use()
     os.write(go_on[1], b".")
     reap(pid)
+    assert left.fate() is Fate.LOST
+    with pytest.raises(UseAfterFork, match="or was"):
+        right.use()  # who was told of the loss would not believe it
     assert left.fate() is Fate.LOST
     for fd in (*begin, *go_on):
         os.close(fd)
