@@ -179,7 +179,9 @@ def test_who_waits_uses_no_cpu(ends):
 
 
 def test_threads_share_the_ends(make_channel):
-    left, right = make_channel(buffer_bytes="32 MiB")  # each receiver keeps what it has until the next one comes
+    left, right = make_channel(
+        buffer_bytes="32 MiB"
+    )  # each receiver keeps what it has until the next one comes
     senders, receivers, count = 3, 3, 60
     received = [[] for _ in range(receivers)]
 
