@@ -322,7 +322,6 @@ static void look_at_frame(shmr_message *out) {
     out->prefix = frame.prefix;
     out->in_band = (uint32_t)frame.in_band;
     out->sequence = frame.sequence;
-    out->body = out->bytes + sizeof frame + frame.prefix;
     out->producer = frame.producer;
 }
 

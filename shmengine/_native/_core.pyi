@@ -107,7 +107,6 @@ class ShmrMessage(CData):
     in_band: int
     producer: int
     sequence: int
-    body: CData
 
 class FFI:
     NULL: Any

@@ -311,7 +311,6 @@ static void the_number_and_the_checksum_of_a_small_frame_are_filled_in(void) {
         CHECK_EQ(message.prefix, 16);
         CHECK_EQ(message.in_band, 4);
         CHECK_EQ(message.producer, 0);
-        CHECK(message.body == message.bytes + 64 + 16);
     }
     static char large[SHMR_SMALL_FRAME + 1];
     CHECK_STATUS(shmr_stream_send_frame(target, large, sizeof large, 0, 0, NOT_AT_ALL), SHMR_BAD_ARGUMENT);
