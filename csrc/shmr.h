@@ -256,7 +256,6 @@ typedef struct {
     uint32_t kind; /* of the frame that `bytes` are, if its header and checksum are sound; 0: not looked at, or not sound */
     uint32_t parts, prefix, in_band, producer; /* what the header says, within `length` */
     uint64_t sequence;
-    const char *body; /* what follows the header and the prefix */
 } shmr_message;
 
 /* Over a descriptor that does not block and stays the caller's. `fragment_bytes`: of a queue, what a message of it may

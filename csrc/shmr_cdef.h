@@ -172,7 +172,6 @@ typedef struct {
     uint32_t in_band;
     uint32_t producer;
     uint64_t sequence;
-    const char *body;
 } shmr_message;
 shmr_stream *shmr_stream_new(int fd, uint32_t fragment_bytes);
 void shmr_stream_free(shmr_stream *s);

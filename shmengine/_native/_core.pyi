@@ -113,7 +113,6 @@ class ShmrMessage(CData):
     in_band: int
     producer: int
     sequence: int
-    body: CData
 
 class FFI:
     NULL: Any

@@ -7,7 +7,6 @@ signal's handler raises leaves no half of one.
 from __future__ import annotations
 
 import os
-import struct
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,19 +15,17 @@ import numpy as np
 from shmengine._native import ffi, lib
 from shmengine._native.status import CLOSED, CORRUPT, INTERRUPTED, NO_MEMORY, OK, TIMEOUT, WOULD_BLOCK, fail
 from shmengine.arrays import Bytes, address_of
-from shmengine.channels.base import END, NOTHING, Options
+from shmengine.channels.base import NOTHING, Options
 from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.small import UNKNOWN, decode_small, encode_small
 from shmengine.channels.tokens import DescriptorToken, lend
-from shmengine.codec import KIND_PICKLE
 from shmengine.config import format_bytes
 from shmengine.descriptors import Descriptor
-from shmengine.errors import Corrupt, ShmError
+from shmengine.errors import ShmError
 
 __all__ = ["StreamLink", "reopened"]
 
-_unpack = struct.Struct("PQQ6IQP").unpack  # a shmr_message
 WHAT = "an end of a channel"
 _send_frame, _receive = lib.shmr_stream_send_frame, lib.shmr_stream_receive
 
@@ -176,36 +173,27 @@ class StreamLink(FrameLink):
 
     # --- receiving ---------------------------------------------------------------------------------
 
-    def receive(self, deadline: int) -> Any:
-        """Return the next message, `NOTHING` or `END`; the same one again until `settle`."""
-        if self._current is not None:
-            return self._current[0]
-        message = self._message
-        status = _receive(self._source, self._taken, deadline, message)
-        if status != OK and (status := self._go_on(status, deadline)) != OK:
-            return END if status == CLOSED else NOTHING
-        _, nbytes, _, _, kind, parts, prefix, in_band, producer, sequence, _ = _unpack(self._fields)
-        if kind and (kind != KIND_PICKLE or self.options.allow_pickle):
-            obj = decode_small(message, kind, parts, prefix, in_band)
-            if obj is not UNKNOWN:
-                try:
-                    self._accept(obj, sequence, producer, nbytes, nbytes)
-                except Corrupt:
-                    if self._current is None:
-                        self.taken()
-                    raise
-                return obj
-        return super().receive(deadline)
-
-    def read(self, deadline: int) -> Bytes | object:
-        """Return the next message, in memory of its own, `NOTHING` or `GOODBYE`."""
+    def read(self, deadline: int) -> Bytes | bytes | object:
+        """Return the next message, `NOTHING` or `GOODBYE`: bytes if it is small, and the core has found it sound."""
         message = self._message
         status = _receive(self._source, self._taken, deadline, message)
         if status != OK and (status := self._go_on(status, deadline)) != OK:
             return GOODBYE if status == CLOSED else NOTHING
+        if message.kind:
+            return ffi.unpack(message.bytes, message.length)
         if message.bytes == ffi.NULL:
             return self._memory[message.priority]
         return np.frombuffer(bytearray(ffi.buffer(message.bytes, message.length)), np.uint8)
+
+    def _open(self, wire: Any) -> Any:
+        """Check a message and make it the current one."""
+        if type(wire) is not bytes:
+            return super()._open(wire)
+        obj, number, priority = decode_small(wire, self._fields, allow_pickle=self.options.allow_pickle)
+        if obj is UNKNOWN:
+            return super()._open(np.frombuffer(bytearray(wire), np.uint8))
+        self._accept(obj, number, priority, len(wire), len(wire))
+        return obj
 
     def _go_on(self, status: int, deadline: int) -> int:
         """Receive until there is a message (OK), or none in time, or none will be (CLOSED)."""
