@@ -122,7 +122,7 @@ class Region:
 
     def __init__(self, handle: Any, fd: int, name: str | None, *, creator: bool) -> None:
         self.handle = handle
-        self._fd = _Descriptor(fd)
+        self._fd = Descriptor(fd)
         self.name = name
         self.creator = creator
         self.pid = os.getpid()
@@ -372,7 +372,7 @@ class _Unfinished(FileNotFoundError):
     pass
 
 
-class _Descriptor:
+class Descriptor:
     """A descriptor that is closed once; not if other code has closed it, and its number is another file's by now."""
 
     def __init__(self, fd: int) -> None:
@@ -396,7 +396,7 @@ def _identity(fd: int) -> tuple[int, int]:
     return info.st_dev, info.st_ino
 
 
-def _end(region: weakref.ref[Region], handle: Any, fd: _Descriptor, names: list[str], pid: int) -> None:
+def _end(region: weakref.ref[Region], handle: Any, fd: Descriptor, names: list[str], pid: int) -> None:
     """Finalize a region: when it is collected, or at exit."""
     if pid != os.getpid():
         fd.close()

@@ -35,6 +35,7 @@ SOURCES = (
     "shmr_wait.c",
     "shmr_recover.c",
     "shmr_numpy.c",
+    "shmr_stream.c",
     "shmr_memory.c",
     "shmr_watch.c",
 )

@@ -230,11 +230,13 @@ class End:
         if priority:
             self._check_priority(priority)
         message = link.encode(obj)
+        turn = self._sending
         try:
-            self._wait_for(self._sending, deadline, "send", timeout)
+            if not turn.take(0):
+                self._wait_for(turn, deadline, "send", timeout)
             self._push(link, message, priority, deadline, timeout)
         finally:
-            self._leave(self._sending)
+            self._leave(turn)
 
     def try_send(self, obj: Any, *, priority: int = 0) -> None:
         """Send without waiting: `WouldBlock` if the channel is full."""
@@ -281,6 +283,8 @@ class End:
         sent = False
         try:
             pause = Pause(link.write_fd, writing=True)
+            if time.monotonic_ns() - self._looked > LOOK_NS:
+                self._look_before_sending(link)
             while not self._closed and not (sent := link.send(message, priority, 0)):
                 self._look_before_sending(link)
                 await pause.wait(self._time_left(deadline, "send", timeout))
@@ -306,12 +310,13 @@ class End:
                 link.give_up()
 
     def _look_before_sending(self, link: Link) -> None:
-        self._looked = time.monotonic_ns()
+        """Raise if nobody would receive a message; then the next call looks again."""
         fate = link.fate()
-        if fate is Fate.CLOSED:
+        if self._ended or fate is Fate.CLOSED:
             raise EndOfStream("send: the other end was closed, nobody would receive this")
         if fate is Fate.LOST:
             raise PeerLost("send: the process of the other end died, nobody would receive this")
+        self._looked = time.monotonic_ns()
 
     # --- receiving -------------------------------------------------------------------------------
 
@@ -346,15 +351,17 @@ class End:
         """
         deadline = deadline_of(timeout)
         link = self._use(sending=False)
+        turn = self._receiving
         box: list[Any] = []
         try:
             try:
-                self._wait_for(self._receiving, deadline, "receive", timeout)
+                if not turn.take(0):
+                    self._wait_for(turn, deadline, "receive", timeout)
                 self._pull(link, deadline, timeout)
                 box = self._ready[0]
                 self._ready.popleft()
             finally:
-                self._leave(self._receiving)
+                self._leave(turn)
             return box[0]
         except BaseException:
             # Perhaps a signal's handler: what it keeps from being returned is for the next call.
@@ -399,6 +406,7 @@ class End:
             fate = link.fate()
             if fate is Fate.UNUSED or fate is Fate.ALIVE:
                 return False
+            self._looked = 0  # nor shall anything more be sent
             got = link.receive(0)  # it may have sent until the look
             if got is NOTHING:
                 if fate is Fate.LOST:
@@ -406,6 +414,7 @@ class End:
                 got = END
         if got is END:
             self._ended = True
+            self._looked = 0
             return self._fetch(link, 0)
         self._ready.append([got])
         link.settle()
@@ -451,7 +460,7 @@ class End:
         # Whoever is inside of a call, another thread or one that a signal's handler interrupted here, notices soon,
         # and lets the link go when he leaves.
         with self._closing:
-            if self._pid not in (0, os.getpid()):
+            if self._pid not in (0, _pid):
                 self._link.close()  # a forked child's copy
             elif self._sending.take_idle():
                 try:
@@ -474,7 +483,7 @@ class End:
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._check_open()
-        if self._pid == os.getpid():
+        if self._pid == _pid:
             raise SerializationError(
                 "this end of a channel is in use by this process: pass it on before its first use"
             )
@@ -482,10 +491,10 @@ class End:
 
     def _use(self, *, sending: bool) -> Link:
         """Return the link, started in this process."""
-        if self._pid != os.getpid():
+        if self._pid != _pid:
             self._check_open()
             with InterruptsLater(), _starting:  # half a start would have to be taken back
-                if self._pid != os.getpid():
+                if self._pid != _pid:  # else another thread was faster
                     self._start()
         if self._closed:
             self._check_open()
@@ -502,7 +511,7 @@ class End:
         call_at_process_end(self._finalizer)
         if self._pid:
             self._begin()  # the locks may be held by threads that this forked child does not have
-        self._pid = os.getpid()
+        self._pid = _pid
 
     def _check_open(self) -> None:
         if self._closed:
@@ -552,11 +561,13 @@ class End:
         return _seconds_until(deadline)
 
 
-_starting = threading.RLock()
+_pid = os.getpid()  # asking each time costs as much as several steps of a small message
+_starting = threading.RLock()  # two threads may be the first to use an end
 
 
 def _after_fork() -> None:
-    global _starting
+    global _pid, _starting
+    _pid = os.getpid()
     _starting = threading.RLock()
 
 
