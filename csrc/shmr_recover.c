@@ -65,7 +65,7 @@ static bool has_ended(int pidfd) {
 }
 
 /* Ask the kernel, by a pidfd of our own making; *kept: that pidfd, if the participant lives and is surely this one. */
-static bool is_gone(shmr *h, uint32_t slot, uint64_t life, struct shmr_file *kept) {
+static bool is_gone(shmr *h, uint32_t slot, uint64_t life, shmr_file *kept) {
     struct shmr_participant *p = shmr_participant_at(h, slot);
     uint32_t pid = shmr_life_pid(life);
     int fd = (int)syscall(SYS_pidfd_open, (pid_t)pid, 0);
@@ -92,7 +92,7 @@ static bool is_dead(shmr *h, uint32_t slot, uint64_t life) {
                 : shmr_load_relaxed(&shmr_participant_at(h, slot)->pid_namespace) != h->pid_namespace)
         return false; /* cannot tell: the pid means something else here */
     uint64_t name = shmr_life_pack(shmr_life_epoch(life), 0, shmr_life_pid(life), SHMR_JOINING); /* of both states */
-    struct shmr_file *pidfd = &h->pidfds[slot];
+    shmr_file *pidfd = &h->pidfds[slot];
     if (h->pidfd_lives[slot] == name && shmr_file_is_ours(pidfd, NULL) && !has_ended(pidfd->fd)) return false;
     /* Not known yet; or it ended, or other code closed the descriptor, perhaps after our look at it: ask anew. */
     shmr_file_close(pidfd);

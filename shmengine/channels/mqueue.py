@@ -18,10 +18,10 @@ from shmengine._native import lib
 from shmengine.channels.base import Capabilities, Link, Options
 from shmengine.channels.presence import Presence
 from shmengine.channels.stream import StreamLink, reopened
-from shmengine.channels.tokens import start_time
 from shmengine.config import format_bytes
+from shmengine.descriptors import Descriptor
 from shmengine.errors import ShmError
-from shmengine.region import Descriptor
+from shmengine.region import start_time
 
 __all__ = ["abandoned_queues", "are_listed", "pair", "remove_queue"]
 

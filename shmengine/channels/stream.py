@@ -23,12 +23,13 @@ from shmengine.channels.small import UNKNOWN, decode_small, encode_small
 from shmengine.channels.tokens import DescriptorToken, lend
 from shmengine.codec import KIND_PICKLE
 from shmengine.config import format_bytes
+from shmengine.descriptors import Descriptor
 from shmengine.errors import Corrupt, ShmError
-from shmengine.region import Descriptor
 
 __all__ = ["StreamLink", "reopened"]
 
 _unpack = struct.Struct("PQQ6IQP").unpack  # a shmr_message
+WHAT = "an end of a channel"
 _send_frame, _receive = lib.shmr_stream_send_frame, lib.shmr_stream_receive
 
 
@@ -46,7 +47,7 @@ class _Token:
         opened: list[Descriptor | None] = []
         try:
             opened.extend(
-                None if token is None else Descriptor(token.open(os.O_RDWR | os.O_NONBLOCK))
+                None if token is None else Descriptor(token.open(os.O_RDWR | os.O_NONBLOCK), WHAT)
                 for token in self.descriptors
             )
             presence = Presence.from_token(self.presence)
@@ -102,13 +103,13 @@ class StreamLink(FrameLink):
         self._presence.use()
         if self._incoming is not None and self._source is None:
             self._source = self._stream(self._incoming)
-            self.read_fd = self._incoming.fd
+            self.read_fd = self._incoming.number
         if self._outgoing is not None and self._target is None:
             self._target = self._stream(self._outgoing)
-            self.write_fd = self._outgoing.fd
+            self.write_fd = self._outgoing.number
 
     def _stream(self, descriptor: Descriptor) -> Any:
-        stream = lib.shmr_stream_new(descriptor.fd, self._fragment_bytes)
+        stream = lib.shmr_stream_new(descriptor.number, self._fragment_bytes)
         if stream == ffi.NULL:
             raise MemoryError("no memory for a channel")
         return ffi.gc(stream, lib.shmr_stream_free)
@@ -264,7 +265,7 @@ class StreamLink(FrameLink):
 
     def _lend(self, descriptor: Descriptor | None) -> DescriptorToken | None:
         self._check(descriptor)
-        return None if descriptor is None else lend(descriptor.fd, "this end of a channel")
+        return None if descriptor is None else lend(descriptor.number, WHAT)
 
     def close(self) -> None:
         """Say goodbye, if this process uses this end, and let all go."""
@@ -280,4 +281,4 @@ class StreamLink(FrameLink):
 
 def reopened(fd: int) -> Descriptor:
     """Return a descriptor of its own for the file behind another one: to read and write, without blocking."""
-    return Descriptor(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+    return Descriptor(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC), WHAT)
