@@ -143,6 +143,7 @@ class ChannelLink(Link):
             end.close,
         )
         if "block" in self.modes:
+            end.try_lease()  # from the first use on `claim` and `lease` are this process's own
             opened.put["block"] = filling(end.claim, self.nbytes)
             opened.take["block"] = reading(end.lease, self.nbytes)
         return opened
