@@ -37,6 +37,8 @@ from shmengine.errors import (
 )
 
 if TYPE_CHECKING:
+    from shmengine.channels.base import End as End
+    from shmengine.channels.open import channel as channel
     from shmengine.engine import Engine as Engine
     from shmengine.engine.default import map as map
     from shmengine.engine.default import map_blocks as map_blocks
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from shmengine.queues import JoinableQueue as JoinableQueue
     from shmengine.queues import Queue as Queue
     from shmengine.ring import Ring as Ring
+    from shmengine.stats import ChannelStats as ChannelStats
     from shmengine.stats import EngineStats as EngineStats
     from shmengine.stats import RingStats as RingStats
 
@@ -55,8 +58,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ArrayError",
     "BlockError",
+    "ChannelStats",
     "Closed",
     "Corrupt",
+    "End",
     "EndOfStream",
     "Engine",
     "EngineStats",
@@ -82,6 +87,7 @@ __all__ = [
     "WorkerDied",
     "WouldBlock",
     "__version__",
+    "channel",
     "map",
     "map_blocks",
     "reduce",
@@ -89,6 +95,8 @@ __all__ = [
 
 # Each public name is imported when it is first used: a script that wants a ring does not pay for the engine.
 _HOMES = {
+    "ChannelStats": "shmengine.stats",
+    "End": "shmengine.channels.base",
     "Engine": "shmengine.engine",
     "EngineStats": "shmengine.stats",
     "Full": "shmengine.errors",
@@ -98,6 +106,7 @@ _HOMES = {
     "RingStats": "shmengine.stats",
     "Stall": "shmengine.engine.stalls",
     "Stalls": "shmengine.engine.stalls",
+    "channel": "shmengine.channels.open",
     "map": "shmengine.engine.default",
     "map_blocks": "shmengine.engine.default",
     "reduce": "shmengine.engine.default",
