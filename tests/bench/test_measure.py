@@ -64,6 +64,13 @@ def test_repeats_take_turns():
     assert seen[-1] == (4, "done")
 
 
+def test_the_least_is_done_when_time_is_short(monkeypatch):
+    monkeypatch.setattr("shmengine.bench.measure.PATIENT", float("inf"))
+    plan = Plan(sizes=(64,), modes=("copy",), repeats=1000, round_seconds=10.0, total_seconds=1e-9)
+    (row,) = measure(plan, [Target("a", "rival", PipeLink)])
+    assert (row.error, row.messages, row.trips) == (None, 2, 2)
+
+
 def test_nothing_is_begun_when_time_is_over():
     plan = Plan(sizes=(64, 64 * KIB), modes=("copy",), repeats=1000, round_seconds=0.001, total_seconds=1e-9)
     rows = measure(plan, [Target("a", "rival", PipeLink)])
