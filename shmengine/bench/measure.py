@@ -205,6 +205,7 @@ class _Cell:
             cpu=_spread(each.cpu_seconds / each.count for each in ways),
             latency=_spread(float(np.median(each.trips)) for each in trips),
             p99=float(np.quantile(all_trips, 0.99)) if len(all_trips) >= ENOUGH_TRIPS else None,
+            rounds=len(ways),
             messages=sum(each.count for each in ways),
             trips=len(all_trips),
             error=self.error,

@@ -20,6 +20,7 @@ def made_up(target, nbytes, rate, trip, *, group="mechanism", mode="copy", cpu=1
         cpu=Spread(cpu, cpu, cpu),
         latency=Spread(trip * 1e-6, trip * 0.9e-6, trip * 1.1e-6),
         p99=trip * 3e-6,
+        rounds=9,
         messages=1000,
         trips=500,
         error=error,
@@ -51,7 +52,7 @@ def report():
         made_up("socket", MIB, 2_000, 900, cpu=5e-4),
         made_up("shm", MIB, 40_000, 30, mode="block"),
         made_up("<rival>", 64, 900_000, 3, group="rival"),
-        Row("lost", "rival", "copy", 64, 16, None, None, None, None, 0, 0, "no answer within 5 s"),
+        Row("lost", "rival", "copy", 64, 16, None, None, None, None, 0, 0, 0, "no answer within 5 s"),
     ]
     return Report(
         environment={"processor": "made up & <fast>", "load": "0.10 0.10 0.10"},

@@ -18,7 +18,7 @@ from shmengine.bench.registry import Target
 from shmengine.bench.rivals import PipeLink
 from shmengine.bench.target import PRIME, Link, checks
 
-TINY = Plan(sizes=(64, 64 * KIB), repeats=2, round_seconds=0.001, patience=30.0)
+TINY = Plan(sizes=(64, 64 * KIB), repeats=1, round_seconds=0.001, patience=30.0)
 INSTALLED = [target for target in registry.TARGETS if registry.missing(target) is None]
 
 
@@ -43,8 +43,8 @@ def test_every_target_gets_every_message_right(target):
         assert row.rate.low > 0
         assert row.latency.median > 0
         assert row.cpu.median >= 0
-        assert row.messages >= 4
-        assert row.trips >= 4
+        assert row.messages >= 2
+        assert row.trips >= 2
 
 
 def test_a_ring_wraps_in_each_round():
@@ -103,7 +103,7 @@ class Hangs(Broken):
 
 class IsKilled(Broken):
     def fault(self, take):
-        os.kill(os.getpid(), signal.SIGSEGV)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Exits(Broken):
@@ -148,7 +148,7 @@ class CannotOpenInChild(PipeLink):
     ("link", "says"),
     [
         (Hangs, "no answer within 2 s"),
-        (IsKilled, "was killed by SIGSEGV"),
+        (IsKilled, "was killed by SIGKILL"),
         (Exits, "exited with 101: thread 'main' panicked: explained here"),
         (Raises, "RuntimeError: the rival's own words (test_measure.py:"),
         (Loses, "message 5 arrived wrong"),

@@ -100,5 +100,11 @@ def test_a_rival_within_the_noise_is_not_called_faster():
     assert not any("Faster" in sentence for sentence in recommend(rows))
 
 
+def test_a_rival_of_a_single_round_is_not_called_faster():
+    rows = [made_up("shm", 64, 1000, 10), made_up("pipe", 64, 100, 10)]
+    rows.append(replace(made_up("rival", 64, 9000, 10, group="rival"), rounds=1))
+    assert not any("Faster" in sentence for sentence in recommend(rows))
+
+
 def test_nothing_measured():
     assert recommend([]) == []
