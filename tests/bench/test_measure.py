@@ -147,7 +147,7 @@ class CannotOpenInChild(PipeLink):
 @pytest.mark.parametrize(
     ("link", "says"),
     [
-        (Hangs, "no answer within 2 s"),
+        (Hangs, "no answer within 1 s"),
         (IsKilled, "was killed by SIGKILL"),
         (Exits, "exited with 101: thread 'main' panicked: explained here"),
         (Raises, "RuntimeError: the rival's own words (test_measure.py:"),
@@ -157,7 +157,7 @@ class CannotOpenInChild(PipeLink):
     ],
 )
 def test_a_broken_rival_is_reported_and_the_others_go_on(link, says):
-    plan = Plan(sizes=(64, 4 * KIB), modes=("copy",), repeats=2, round_seconds=0.005, patience=2)
+    plan = Plan(sizes=(64, 4 * KIB), modes=("copy",), repeats=2, round_seconds=0.005, patience=1)
     rows = measure(plan, [Target("broken", "rival", link), Target("sound", "rival", PipeLink)])
     broken = [row for row in rows if row.target == "broken"]
     assert len(broken) == 1, "it is not tried again at the next size"
@@ -215,7 +215,8 @@ def test_a_member_that_cannot_start():
         Crew([broken, member(lambda _: None)])
 
 
-def test_one_that_does_not_leave_is_killed():
+def test_one_that_does_not_leave_is_killed(monkeypatch):
+    monkeypatch.setattr("shmengine.bench.crew.LEAVE_SECONDS", 0.1)
     stays = lambda: (lambda request: request, threading.Event().wait)
     with Crew([stays]) as crew:
         assert crew.ask(1) == [1]
