@@ -38,6 +38,7 @@
 #define PAUSE_NS 1500 /* between two looks, which cost the other side time, too */
 #define MISSES_MAX 3   /* after so many spins in vain: no more spinning */
 #define PROBE_EVERY 32 /* but try again now and then */
+#define LOOK_NS 50000000
 
 /* What has come of a message of one priority. */
 struct incoming {
@@ -49,7 +50,9 @@ struct incoming {
 };
 
 struct shmr_stream {
-    int fd;
+    struct shmr_file file;
+    int64_t looked;          /* when whether it is still ours */
+    shmr_count busy;         /* a call that sends is on its way, perhaps in a thread that the end of the process overtook */
     uint32_t fragment_bytes; /* of a queue: what a message of it may have; 0: a pipe */
     uint32_t turns, misses;  /* of spinning */
 
@@ -71,7 +74,10 @@ shmr_stream *shmr_stream_new(int fd, uint32_t fragment_bytes) {
     uint32_t room = fragment_bytes ? fragment_bytes : AHEAD_BYTES;
     shmr_stream *s = calloc(1, sizeof *s + room);
     if (!s) return NULL;
-    s->fd = fd;
+    if (!shmr_file_keep(&s->file, fd)) {
+        free(s);
+        return NULL;
+    }
     s->fragment_bytes = fragment_bytes;
     s->room = room;
     return s;
@@ -113,7 +119,7 @@ static int until(shmr_stream *s, int (*attempt)(shmr_stream *s, const void *argu
         if (deadline >= 0 && now >= deadline) return SHMR_TIMEOUT;
         if (spinning && s->misses < MISSES_MAX) s->misses++;
         struct timespec left = {(deadline - now) / 1000000000, (deadline - now) % 1000000000};
-        struct pollfd polled = {s->fd, event, 0};
+        struct pollfd polled = {s->file.fd, event, 0};
         int count = ppoll(&polled, 1, deadline < 0 ? NULL : &left, NULL);
         if (count < 0 && errno == EINTR) return SHMR_INTERRUPTED;
         if (count < 0 || polled.revents & POLLNVAL)
@@ -124,6 +130,18 @@ static int until(shmr_stream *s, int (*attempt)(shmr_stream *s, const void *argu
         spinning = s->misses < MISSES_MAX;
         spin_end = spinning ? now + SPIN_NS : now;
     }
+}
+
+/* Code that closes whatever it finds closes ours, too, and the number is soon another file's. To ask each time would cost
+ * as much as a small message. */
+static int look(shmr_stream *s) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+    int64_t now = (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+    if (now - s->looked < LOOK_NS) return SHMR_OK;
+    if (!shmr_file_is_ours(&s->file, NULL)) return shmr_fail(SHMR_SYSTEM, EBADF, "its descriptor was closed by other code");
+    s->looked = now;
+    return SHMR_OK;
 }
 
 /* ---- sending -------------------------------------------------------------------------------------------------------- */
@@ -165,7 +183,7 @@ static uint64_t add_bytes(struct parts *parts, const struct outgoing *m, uint64_
 
 /* A pipe's: write on, once. */
 static int write_parts(shmr_stream *s, const struct parts *parts) {
-    ssize_t count = writev(s->fd, parts->of, parts->count);
+    ssize_t count = writev(s->file.fd, parts->of, parts->count);
     if (count < 0) return failed("write to a pipe");
     s->written += (uint64_t)count;
     return SHMR_OK;
@@ -213,7 +231,7 @@ static int write_message(shmr_stream *s, const struct outgoing *m) {
 static int send_fragment(shmr_stream *s, uint64_t length, uint64_t at, uint32_t bytes, uint32_t priority) {
     memcpy(s->bytes, &length, WORD);
     memcpy(s->bytes + WORD, &at, WORD);
-    if (mq_send(s->fd, s->bytes, FRAGMENT_HEADER + bytes, priority) != 0) return failed("send to a message queue");
+    if (mq_send(s->file.fd, s->bytes, FRAGMENT_HEADER + bytes, priority) != 0) return failed("send to a message queue");
     return SHMR_OK;
 }
 
@@ -237,8 +255,10 @@ static int send_fragments(shmr_stream *s, const struct outgoing *m) {
 
 static int push(shmr_stream *s, const void *argument) {
     const struct outgoing *m = argument;
+    int status = look(s);
+    if (status != SHMR_OK) return status;
     s->priority = m->priority;
-    int status = s->fragment_bytes ? send_fragments(s, m) : write_message(s, m);
+    status = s->fragment_bytes ? send_fragments(s, m) : write_message(s, m);
     if (status != SHMR_OK) return status;
     s->length = s->written = 0;
     s->sent[m->priority]++;
@@ -250,7 +270,10 @@ int shmr_stream_send(shmr_stream *s, const shmr_piece *pieces, uint32_t count, u
     for (uint32_t i = 0; i < count; i++) m.length += pieces[i].length;
     if (!m.length || m.length > MOST_BYTES || priority >= SHMR_PRIORITIES)
         return shmr_fail(SHMR_BAD_ARGUMENT, 0, "length or priority of a message");
-    return until(s, push, &m, POLLOUT, deadline);
+    shmr_count_add(&s->busy, 1);
+    int status = until(s, push, &m, POLLOUT, deadline);
+    shmr_count_add(&s->busy, -1);
+    return status;
 }
 
 /* The header of a frame (shmengine/codec.py). */
@@ -305,7 +328,7 @@ static void look_at_frame(shmr_message *out) {
 }
 
 void shmr_stream_give_up(shmr_stream *s) {
-    if (s->owed_to) return; /* it is that of an earlier one that has been written */
+    if (shmr_count_get(&s->busy) || s->owed_to) return; /* it is that of an earlier one that has been written */
     if (s->fragment_bytes) {
         if (s->written) send_fragment(s, s->length, ABANDONED, 0, s->priority); /* if not: the next one says it, too */
         s->length = s->written = s->end = 0;
@@ -321,6 +344,8 @@ void shmr_stream_give_up(shmr_stream *s) {
 void shmr_stream_goodbye(shmr_stream *s) {
     struct parts parts;
     uint64_t none = 0;
+    s->looked = 0;
+    if (shmr_count_get(&s->busy) || look(s) != SHMR_OK) return;
     if (s->fragment_bytes) {
         send_fragment(s, 0, 0, 0, 0);
     } else if (pay(s) == SHMR_OK && !s->written) {
@@ -404,7 +429,7 @@ static int read_on(shmr_stream *s) {
         parts[count++] = (struct iovec){in->memory + in->received, direct};
     }
     parts[count++] = (struct iovec){s->bytes + s->end, s->room - s->end};
-    ssize_t got = readv(s->fd, parts, count);
+    ssize_t got = readv(s->file.fd, parts, count);
     if (got < 0) return failed("read from a pipe");
     if (got == 0) return shmr_fail(SHMR_SYSTEM, EPIPE, "a pipe has an end that it cannot have");
     direct = least((uint64_t)got, direct);
@@ -434,7 +459,7 @@ static int misfit(shmr_stream *s, struct incoming *in, const char *why) {
 static int receive_fragments(shmr_stream *s) {
     for (;;) {
         if (!s->end) {
-            ssize_t count = mq_receive(s->fd, s->bytes, s->room, &s->priority);
+            ssize_t count = mq_receive(s->file.fd, s->bytes, s->room, &s->priority);
             if (count < 0) return failed("receive from a message queue");
             s->end = (uint32_t)count;
             if (count < FRAGMENT_HEADER || s->priority >= SHMR_PRIORITIES)
@@ -474,6 +499,8 @@ static int pull(shmr_stream *s, const void *unused) {
     (void)unused;
     if (s->ready) return SHMR_OK;
     if (s->broken) return shmr_fail(SHMR_CORRUPT, 0, "what came before made no sense, so nobody knows where a message begins");
+    int status = look(s);
+    if (status != SHMR_OK) return status;
     return s->fragment_bytes ? receive_fragments(s) : read_message(s);
 }
 

@@ -279,6 +279,7 @@ class Ring(Attached):
 
     def _layout(self, shape: Any, dtype: Any) -> Layout:
         """Return the layout of a shape and a dtype that were not asked for before."""
+        self._handle()  # who has the end's own `claim` may come after `close`
         try:
             spec = ArraySpec(np.dtype(dtype), _shape(shape))
             raw = encode_spec(spec)

@@ -492,8 +492,10 @@ class End:
     def _use(self, *, sending: bool) -> Link:
         """Return the link, started in this process."""
         if self._pid != _pid:
-            with _starting:
-                self._start()
+            self._check_open()
+            with InterruptsLater(), _starting:  # half a start would have to be taken back
+                if self._pid != _pid:  # else another thread was faster
+                    self._start()
         if self._closed:
             self._check_open()
         if not (self._sends if sending else self._receives):
@@ -504,15 +506,12 @@ class End:
         return self._link
 
     def _start(self) -> None:
-        self._check_open()
-        if self._pid != _pid:  # else another thread was faster
-            with InterruptsLater():  # half a start would have to be taken back
-                self._link.start()
-            # Once more: this process may be another one, or not have known yet that it was a child.
-            call_at_process_end(self._finalizer)
-            if self._pid:
-                self._begin()  # the locks may be held by threads that this forked child does not have
-            self._pid = _pid
+        self._link.start()
+        # Once more: this process may be another one, or not have known yet that it was a child.
+        call_at_process_end(self._finalizer)
+        if self._pid:
+            self._begin()  # the locks may be held by threads that this forked child does not have
+        self._pid = _pid
 
     def _check_open(self) -> None:
         if self._closed:

@@ -14,6 +14,7 @@ call sees whether something is claimed, or leased, and goes on there.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -42,6 +43,7 @@ from shmengine.config import format_bytes
 from shmengine.errors import (
     ArrayError,
     Closed,
+    Corrupt,
     EndOfStream,
     MemoryBudgetExceeded,
     PeerLost,
@@ -72,6 +74,12 @@ class _Direction(Ring):
         self._presence = presence
         self._options = options
         self._setup(region, options.check)
+
+    def _handle(self) -> Any:
+        self._check_open()
+        if self._region.pid != os.getpid():
+            self._give_up_on(FORKED, "claim or lease")
+        return self._h
 
     def _check_open(self) -> None:
         if self._closed or self._region.closed or self._region.exiting:
@@ -274,7 +282,8 @@ class Receiver(_Direction):
                 self._give_up_on(status, "receive")
         try:
             obj = self._decode(message, block)
-        except (ShmError, MemoryError):
+        except (ShmError, MemoryError) as error:
+            self.corrupt += isinstance(error, Corrupt)
             self._leased = self._nothing_leased()
             raise
         self._current.append(obj)
@@ -311,6 +320,7 @@ class Receiver(_Direction):
 
     def _lease_slowly(self, address: int, timeout: float | None, status: int) -> None:
         if status in (CORRUPT, FORKED):
+            self.corrupt += status == CORRUPT
             self._give_up_on(status, "lease")
         block = ffi.cast("shmr_block *", address)
         block.state = 0
@@ -354,7 +364,11 @@ class Receiver(_Direction):
         if block.kind == KIND_BYTES or block.kind == KIND_FRAME:
             self._keep(block)
             raise ArrayError("lease: the oldest message is no array; receive() takes it")
-        return super()._read(address)
+        try:
+            return super()._read(address)
+        except Corrupt:
+            self.corrupt += 1
+            raise
 
 
 def _to_next_look(deadline: int) -> int:

@@ -97,19 +97,19 @@ class FrameLink(Link):
 
     def receive(self, deadline: int) -> Any:
         """Return the next message, `NOTHING` or `END`; the same one again until `settle`."""
-        if self._current is None:
-            wire: Any = self.read(deadline)
-            if wire is NOTHING:
-                return NOTHING
-            if wire is GOODBYE:
-                return END
-            try:
-                self._open(wire)
-            except ShmError:
-                if self._current is None:
-                    self.taken()
-                raise
-        return self._current[0]  # type: ignore[index]
+        if self._current is not None:
+            return self._current[0]
+        wire: Any = self.read(deadline)
+        if wire is NOTHING:
+            return NOTHING
+        if wire is GOODBYE:
+            return END
+        try:
+            return self._open(wire)
+        except ShmError:
+            if self._current is None:
+                self.taken()
+            raise
 
     def settle(self) -> None:
         """Let go of the message that `receive` has returned."""
@@ -120,7 +120,7 @@ class FrameLink(Link):
             self.taken()
             self._current = None
 
-    def _open(self, wire: Bytes) -> None:
+    def _open(self, wire: Bytes) -> Any:
         """Check a message and make it the current one. One that follows a gap is so, too, for the next call."""
         frame = wire
         counts = self.counts
@@ -138,6 +138,7 @@ class FrameLink(Link):
             raise
         number, priority = number_of(frame)
         self._accept(obj, number, priority, len(frame), len(wire))
+        return obj
 
     def _accept(self, obj: Any, number: int, priority: int, nbytes: int, wire_bytes: int) -> None:
         """Make an object the current one, if it is the next of its sender and priority, or follows a gap."""

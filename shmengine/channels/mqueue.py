@@ -7,7 +7,6 @@ by a process killed in between can be found and removed (``shmengine clean``).
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import resource
 import secrets
@@ -29,6 +28,10 @@ __all__ = ["abandoned_queues", "are_listed", "pair", "remove_queue"]
 PREFIX = "shmengine-"
 LIMITS = "/proc/sys/fs/mqueue"
 LEAST_FRAGMENT_BYTES = 512
+
+
+class _TooMuchError(Exception):
+    """The kernel has no room for another queue so large."""
 
 
 class MessageQueueLink(StreamLink):
@@ -55,28 +58,30 @@ def pair(options: Options) -> tuple[Link, Link]:
     """
     fragment_bytes = _limit("msgsize_max")
     while True:
-        made: list[Descriptor | None] = []
         try:
-            for _ in range(2 if options.duplex else 1):
-                made += _queue(options.buffer_bytes, fragment_bytes)
-            if not options.duplex:
-                made += (None, None)
-            left, right = Presence.pair()
-            break
-        except BaseException as error:
-            for descriptor in made:
-                if descriptor is not None:
-                    descriptor.close()
-            # All queues of a user share a number of bytes: a smaller one may still be had.
-            if not isinstance(error, OSError) or error.errno != errno.EMFILE:
-                raise
-            if fragment_bytes // 2 < LEAST_FRAGMENT_BYTES:
-                _explain(error)
+            return _pair(options, fragment_bytes)
+        except _TooMuchError as refusal:
+            # All queues of a user have a number of bytes together: smaller ones may still be had.
             fragment_bytes //= 2
-    there, away, back, home = made
+            if fragment_bytes < LEAST_FRAGMENT_BYTES:
+                _explain(refusal.__cause__)
+
+
+def _pair(options: Options, fragment_bytes: int) -> tuple[Link, Link]:
+    made: list[Descriptor | None] = []
+    try:
+        made += _queue(options.buffer_bytes, fragment_bytes)
+        made += _queue(options.buffer_bytes, fragment_bytes) if options.duplex else (None, None)
+        left, right = Presence.pair()
+    except BaseException:
+        for descriptor in made:
+            if descriptor is not None:
+                descriptor.close()
+        raise
+    to_right, from_left, to_left, from_right = made
     return (
-        MessageQueueLink(options, left, home, away, fragment_bytes),
-        MessageQueueLink(options, right, there, back, fragment_bytes),
+        MessageQueueLink(options, left, to_left, from_left, fragment_bytes),
+        MessageQueueLink(options, right, to_right, from_right, fragment_bytes),
     )
 
 
@@ -89,10 +94,8 @@ def _queue(buffer_bytes: int, fragment_bytes: int) -> tuple[Descriptor, Descript
         queue = posix_ipc.MessageQueue(
             name, posix_ipc.O_CREX, mode=0o600, max_messages=count, max_message_size=fragment_bytes
         )
-    except OSError as error:
-        if error.errno == errno.EMFILE:
-            raise
-        _explain(error)
+    except OSError as error:  # without an errno, which would tell what there is too much of
+        raise _TooMuchError from error
     except (posix_ipc.Error, ValueError) as error:
         _explain(error)
     try:
@@ -115,7 +118,7 @@ def _limit(name: str) -> int:
         raise ShmError("this kernel has no POSIX message queues: use another mechanism") from None
 
 
-def _explain(error: Exception) -> NoReturn:
+def _explain(error: BaseException | None) -> NoReturn:
     """Raise what says which limits there are."""
     together = resource.getrlimit(resource.RLIMIT_MSGQUEUE)[0]
     raise ShmError(

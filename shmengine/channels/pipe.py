@@ -13,7 +13,6 @@ from shmengine.region import Descriptor
 
 __all__ = ["pair"]
 
-F_SETPIPE_SZ = 1031
 SMALLEST_BYTES = 1 << 16  # what a pipe has anyway
 
 
@@ -43,8 +42,8 @@ def pair(options: Options) -> tuple[Link, Link]:
             if descriptor is not None:
                 descriptor.close()
         raise
-    there, away, back, home = made
-    return PipeLink(options, left, home, away), PipeLink(options, right, there, back)
+    to_right, from_left, to_left, from_right = made
+    return PipeLink(options, left, to_left, from_left), PipeLink(options, right, to_right, from_right)
 
 
 def _pipe(buffer_bytes: int) -> tuple[Descriptor, Descriptor]:
@@ -66,7 +65,7 @@ def _enlarge(fd: int, nbytes: int) -> None:
         nbytes = min(nbytes, int(file.read()))
     while nbytes > SMALLEST_BYTES:
         try:
-            fcntl.fcntl(fd, F_SETPIPE_SZ, nbytes)
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, nbytes)
         except OSError:  # the user's pipes together have too much (pipe-user-pages-soft)
             nbytes //= 2
         else:

@@ -37,7 +37,7 @@ from shmengine.stats import ChannelStats
 
 __all__ = ["RingLink", "ShmEnd", "pair"]
 
-MOST_SLOTS = 1024  # so many small messages stay in a core's cache, with their records
+MOST_SLOTS = 64  # more of them leave the caches of a core: 1024 take three times as long for 4 KiB each
 LEAST_SLOTS = 16
 BYTES_PER_SLOT = 256
 COPIES = 64  # of an end, at once

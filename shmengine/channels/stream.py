@@ -6,7 +6,6 @@ signal's handler raises leaves no half of one.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import struct
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from shmengine._native.status import CLOSED, CORRUPT, INTERRUPTED, NO_MEMORY, OK
 from shmengine.arrays import Bytes, address_of
 from shmengine.channels.base import END, NOTHING, Options
 from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
-from shmengine.channels.small import UNKNOWN, decode_small, encode_small
 from shmengine.channels.presence import Fate, Presence, PresenceToken
+from shmengine.channels.small import UNKNOWN, decode_small, encode_small
 from shmengine.channels.tokens import DescriptorToken, lend
 from shmengine.codec import KIND_PICKLE
 from shmengine.config import format_bytes
@@ -46,8 +45,10 @@ class _Token:
     def __call__(self) -> StreamLink:
         opened: list[Descriptor | None] = []
         try:
-            for token in self.descriptors:
-                opened.append(None if token is None else Descriptor(token.open(os.O_RDWR)))
+            opened.extend(
+                None if token is None else Descriptor(token.open(os.O_RDWR | os.O_NONBLOCK))
+                for token in self.descriptors
+            )
             presence = Presence.from_token(self.presence)
         except BaseException:
             for descriptor in opened:
@@ -99,10 +100,6 @@ class StreamLink(FrameLink):
         self._check(self._incoming)
         self._check(self._outgoing)
         self._presence.use()
-        for descriptor in (self._incoming, self._outgoing):
-            if descriptor is not None:
-                flags = fcntl.fcntl(descriptor.fd, fcntl.F_GETFL)
-                fcntl.fcntl(descriptor.fd, fcntl.F_SETFL, flags | os.O_NONBLOCK)
         if self._incoming is not None and self._source is None:
             self._source = self._stream(self._incoming)
             self.read_fd = self._incoming.fd
@@ -146,7 +143,7 @@ class StreamLink(FrameLink):
         counts.wire_bytes_sent += nbytes
         return True
 
-    def write(self, pieces: list[Any], nbytes: int, priority: int, deadline: int) -> bool:
+    def write(self, pieces: list[Any], nbytes: int, priority: int, deadline: int) -> bool:  # noqa: ARG002  the core adds them up
         """Write a message, or go on with it; True: it is written wholly."""
         if self._writing is not pieces:
             self._begin(pieces)
@@ -166,9 +163,9 @@ class StreamLink(FrameLink):
         self._writing = message
 
     def _unsent(self, status: int) -> bool:
-        if status in (TIMEOUT, WOULD_BLOCK):
-            return False
-        self._refuse(status, self._outgoing, "send")
+        if status not in (TIMEOUT, WOULD_BLOCK):
+            self._refuse(status, self._outgoing, "send")
+        return False
 
     def give_up(self) -> None:
         """Take back a message of which only a part was sent."""
@@ -257,22 +254,24 @@ class StreamLink(FrameLink):
 
     def token(self) -> _Token:
         """Return what another process needs."""
-        incoming, outgoing = (
-            None if descriptor is None else lend(descriptor.fd, "this end of a channel")
-            for descriptor in (self._incoming, self._outgoing)
-        )
         return _Token(
-            type(self), self.options, self._presence.token(), (incoming, outgoing), self._fragment_bytes
+            type(self),
+            self.options,
+            self._presence.token(),
+            (self._lend(self._incoming), self._lend(self._outgoing)),
+            self._fragment_bytes,
         )
+
+    def _lend(self, descriptor: Descriptor | None) -> DescriptorToken | None:
+        self._check(descriptor)
+        return None if descriptor is None else lend(descriptor.fd, "this end of a channel")
 
     def close(self) -> None:
         """Say goodbye, if this process uses this end, and let all go."""
-        if self._presence.in_use and self._target is not None and self._outgoing is not None:
-            if self._outgoing.is_ours():
-                self.give_up()
-                lib.shmr_stream_goodbye(self._target)
-            self._target = None
-        self._source = None
+        target, self._target, self._source = self._target, None, None
+        if target is not None and self._presence.in_use:
+            lib.shmr_stream_give_up(target)
+            lib.shmr_stream_goodbye(target)
         self._presence.close()
         for descriptor in (self._incoming, self._outgoing):
             if descriptor is not None:
