@@ -12,7 +12,7 @@ from shmengine.arrays import Bytes, address_of
 from shmengine.channels.base import END, NOTHING, Counts, Link, Options
 from shmengine.channels.compression import Compressor, decompress, is_compressed
 from shmengine.codec import FRAME_ALIGNMENT, decode, encode, number_of
-from shmengine.errors import Corrupt, ShmError
+from shmengine.errors import Corrupt, ShmError, StaleReference
 
 __all__ = ["GOODBYE", "FrameLink", "aligned_empty"]
 
@@ -132,9 +132,12 @@ class FrameLink(Link):
             counts.corrupt += 1
             self._number_unknown = True  # so that it is not said to be missing, too
             raise
-        except ShmError:
+        except ShmError as error:
             number, priority = number_of(frame)
             self._expected[priority] = number + 1
+            if isinstance(error, StaleReference):
+                counts.corrupt += 1
+                raise Corrupt(f"a message refers to what no channel carries: {error}", "parts") from error
             raise
         number, priority = number_of(frame)
         self._accept(obj, number, priority, len(frame), len(wire))
