@@ -70,6 +70,7 @@ def test_many_channels_in_one_loop(mechanism, make_channel):
     async def serve(end):
         async for obj in end:
             await end.asend(obj)
+        end.close()
 
     async def ask(end, number):
         for i in range(5):
