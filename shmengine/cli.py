@@ -1,4 +1,4 @@
-"""The command line: ``shmengine doctor`` and ``shmengine clean``, also as ``python -m shmengine``."""
+"""The command line: ``shmengine doctor``, ``clean`` and ``keys``, also as ``python -m shmengine``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, text in (
         ("doctor", "say what this machine allows, and what stands in the way"),
         ("clean", "remove named regions that nobody uses any more"),
+        ("keys", "make keys for channels between machines (listen and connect, auth=)"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--json", action="store_true", help="for programs")
+        if name == "keys":
+            command.add_argument(
+                "path",
+                help="file for the pair, which only its owner can read; the public key goes to PATH.pub, for others",
+            )
     options = parser.parse_args(arguments)
-    report = {"doctor": _doctor, "clean": _clean}[options.command]()
+    if options.command == "keys":
+        report = _keys(options.path)
+    else:
+        report = {"doctor": _doctor, "clean": _clean}[options.command]()
     if options.json:
         json.dump(report, sys.stdout, indent=1)
         print()
@@ -82,3 +91,14 @@ def _clean() -> dict[str, Any]:
         remove_name(name)
         removed.append(name)
     return {"removed": removed or ["nothing"]}
+
+
+def _keys(path: str) -> dict[str, Any]:
+    from shmengine.channels.keys import generate_keys
+
+    keys = generate_keys()
+    try:
+        keys.save(path)
+    except OSError as error:
+        return {"trouble": [f"the keys cannot be written: {error}"]}
+    return {"secret": path, "public": f"{path}.pub", "public key": keys.public}

@@ -13,8 +13,7 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-import zmq
-
+from shmengine.channels.zeromq import zmq
 from shmengine.region import call_at_process_end
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class Hub:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._zap = self.context.socket(zmq.REP)
         self._zap.bind(ZAP)
-        self._zap_fd: int = self._zap.fd
+        self._zap_fd = int(self._zap.fd)
         self._epoll = select.epoll()
         self._epoll.register(self._event, select.EPOLLIN)
         self._epoll.register(self._zap_fd, select.EPOLLIN)
@@ -63,7 +62,7 @@ class Hub:
 
     def watch(self, port: Port) -> None:
         """See from now on what happens to the connections of a port."""
-        fd: int = port.monitor.fd
+        fd = int(port.monitor.fd)
         self._ports[fd] = port
         self._epoll.register(fd, select.EPOLLIN)
         self._new.append(port)
@@ -127,7 +126,9 @@ class Hub:
                         port.read_events()
             while self._new:
                 port = self._new.popleft()
-                with port.lock:  # the descriptor of its monitor tells nothing before somebody has looked in vain
+                with (
+                    port.lock
+                ):  # the descriptor of its monitor tells nothing before somebody has looked in vain
                     port.read_events()
             for port in list(self._ports.values()):
                 # Who has the lock does what is to be done, or the next round will.

@@ -36,7 +36,7 @@ class Keys:
 
     def __post_init__(self) -> None:
         for key in (self.public, self.secret, *self.known):
-            if not isinstance(key, str) or len(key) != _Z85 or not key.isascii():
+            if len(key) != _Z85 or not key.isascii():
                 raise ValueError(f"a key has {_Z85} ASCII characters (Z85), unlike this one")
         if not self.known:
             object.__setattr__(self, "known", (self.public,))
@@ -83,11 +83,9 @@ class Keys:
         _write(name, f"{_FIRST_LINE}: keep this file to yourself\n{public}secret = {self.secret}\n")
         _write(f"{name}.pub", f"{_FIRST_LINE}: for the others\n{public}")
 
-    def apply(
-        self, socket: Any, *, serves: bool, allow: Callable[[bytes, frozenset[bytes]], None]
-    ) -> None:
+    def apply(self, socket: Any, *, serves: bool, allow: Callable[[bytes, frozenset[bytes]], None]) -> None:
         """Make a ZeroMQ socket use them."""
-        import zmq.utils.z85 as z85
+        from zmq.utils import z85
 
         socket.curve_publickey = self.public.encode()
         socket.curve_secretkey = self.secret.encode()
@@ -108,7 +106,7 @@ def generate_keys() -> Keys:
     ModuleNotFoundError
         ZeroMQ is not installed.
     """
-    import zmq
+    from shmengine.channels.zeromq import zmq
 
     public, secret = zmq.curve_keypair()
     return Keys(public.decode(), secret.decode())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import select
+import struct
 import threading
 import time
 from collections import deque
@@ -17,12 +18,10 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import zmq
-from zmq.utils.monitor import parse_monitor_message
-
 from shmengine.channels import hub
 from shmengine.channels.keys import Keys
 from shmengine.channels.sessions import PREFIX_BYTES, Greeting, Kind, Proof, Session, refusal
+from shmengine.channels.zeromq import zmq
 
 if TYPE_CHECKING:
     from shmengine.channels.socket import SocketLink
@@ -42,6 +41,7 @@ _EVENTS = (
     | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
     | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
 )
+_EVENT = struct.Struct("=Hi")  # what it is, and for some of them the connection's descriptor
 _MORE = zmq.SNDMORE | zmq.DONTWAIT
 
 
@@ -111,9 +111,9 @@ class Port:
         if auth is not None:
             auth.apply(socket, serves=serves, allow=self.hub.allow)
         self.monitor = socket.get_monitor_socket(int(_EVENTS))
-        self.fd: int = socket.fd
+        self.fd = int(socket.fd)
         # Called from C, so that no signal's handler comes between taking a part and putting it somewhere.
-        receive = partial(socket.recv, zmq.DONTWAIT, False, False)
+        receive: Any = partial(socket.recv, zmq.DONTWAIT, False, False)
         self._incoming: Iterator[zmq.Frame] = iter(receive, None)
         self._send: Callable[..., Any] = super(zmq.Socket, socket).send
 
@@ -161,14 +161,16 @@ class Port:
     def _sort(self) -> None:
         raise NotImplementedError
 
-    def _feed(self, session: Session, part: Any) -> None:
-        more, room = session.feed(part)
+    def _feed(self, session: Session, part: Any) -> int:
+        """Give a session what has come for it, and wake who waits for that; return of which kind it is."""
+        kind, more, room = session.feed(part)
         if more or room:
             reader, writer = self.waiters[session.key]
             if more:
                 reader.wake()
             if room:
                 writer.wake()
+        return kind
 
     def on_event(self, event: int, fd: int) -> None:
         """Note what has happened to a connection."""
@@ -183,8 +185,8 @@ class Port:
                 message = self.monitor.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
-            event = parse_monitor_message(message)
-            self.on_event(int(event["event"]), int(event["value"]))
+            event, value = _EVENT.unpack_from(message[0])
+            self.on_event(event, value)
 
     @property
     def busy(self) -> bool:
@@ -259,7 +261,7 @@ class DialPort(Port):
         self._socket.connect(address)
         self.hub.watch(self)
 
-    def on_event(self, event: int, fd: int) -> None:
+    def on_event(self, event: int, fd: int) -> None:  # noqa: ARG002  there is one connection
         session = self._session
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
             self._nonce = os.urandom(16)
@@ -276,7 +278,7 @@ class DialPort(Port):
             self.answered.set()
             self.wake_all()
 
-    def post(self, peer: bytes, part: Any) -> bool:
+    def post(self, peer: bytes, part: Any) -> bool:  # noqa: ARG002  there is one
         self._send(part, zmq.DONTWAIT, False)
         return True
 
@@ -344,7 +346,7 @@ class ListenPort(Port):
         except zmq.ZMQError:
             self.close()
             raise
-        self.address: str = self._socket.last_endpoint.decode().rstrip("\0")
+        self.address = bytes(self._socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
         self.hub.watch(self)
 
     def finish(self, *, hurry: bool) -> bool:  # noqa: ARG002  as of a link
@@ -429,9 +431,10 @@ class ListenPort(Port):
 
     def _receive(self, peer: bytes, part: zmq.Frame) -> None:
         session = self._peers.get(peer)
-        if session is not None and part.buffer[:1] != b"\x01":
-            self._feed(session, part)
-        elif len(part) >= PREFIX_BYTES and part.buffer[0] == Kind.HELLO:
+        kind = part.buffer[0] if session is None and len(part) >= PREFIX_BYTES else 0
+        if session is not None:
+            kind = self._feed(session, part)
+        if kind == Kind.HELLO:
             self._greet(peer, part)
 
     def _greet(self, peer: bytes, part: zmq.Frame) -> None:
@@ -467,4 +470,3 @@ class ListenPort(Port):
                 self.arrived.append(session)
                 self.news.set()
         return session
-

@@ -25,7 +25,16 @@ from typing import Any
 from shmengine.channels.base import Counts
 from shmengine.channels.tokens import start_time
 
-__all__ = ["PREFIX_BYTES", "SESSION_BYTES", "Greeting", "Kind", "Proof", "Session", "identity_of_this_process", "is_gone", "refusal"]
+__all__ = [
+    "PREFIX_BYTES",
+    "SESSION_BYTES",
+    "Greeting",
+    "Kind",
+    "Proof",
+    "Session",
+    "is_gone",
+    "refusal",
+]
 
 PREFIX = struct.Struct("<B7xQQ")
 PREFIX_BYTES = PREFIX.size
@@ -52,7 +61,7 @@ class Kind(enum.IntEnum):
     ACKNOWLEDGE = 6
 
 
-_DATA, _GOODBYE, _ACKNOWLEDGE = int(Kind.DATA), int(Kind.GOODBYE), int(Kind.ACKNOWLEDGE)
+_HELLO, _DATA, _GOODBYE = int(Kind.HELLO), int(Kind.DATA), int(Kind.GOODBYE)
 
 
 class Session:
@@ -166,25 +175,27 @@ class Session:
 
     # --- receiving ---------------------------------------------------------------------------------
 
-    def feed(self, part: Any) -> tuple[bool, bool]:
-        """Take in a part that has come: whether there is more to take now, and whether there is more room."""
+    def feed(self, part: Any) -> tuple[int, bool, bool]:
+        """Take in a part that has come: its kind, whether there is more to take now, whether there is more room."""
         try:
             kind, number, count = PREFIX.unpack_from(part)
         except struct.error:
             self.counts.corrupt += 1
-            return False, False
+            return 0, False, False
+        if kind == _HELLO:
+            return kind, False, False
         room = self._acknowledge(count)
-        if kind not in (_DATA, _GOODBYE):
-            return False, room
+        if kind != _DATA and kind != _GOODBYE:
+            return kind, False, room
         inbox = self._inbox
         expected = inbox[-1][0] + 1 if inbox else self._taken
         if number < expected or self.goodbye:
             self.counts.duplicates += 1
-            return False, room
+            return kind, False, room
         inbox.append((number, kind == _GOODBYE, part))
         if kind == _GOODBYE:
             self.goodbye = True
-        return True, room
+        return kind, True, room
 
     def next_message(self) -> tuple[bool, Any] | None:
         """Return whether the first message that was not taken is the goodbye, and its part; None: there is none."""
