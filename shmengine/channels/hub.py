@@ -24,6 +24,7 @@ __all__ = ["EXIT_SECONDS", "THREAD", "Hub", "enter"]
 
 THREAD = "shmengine-sockets"
 PAUSE_SECONDS = (1e-3, 50e-3)  # between two looks while something is left to do; growing
+REST_LOOKS = 20  # in vain, before it sleeps: waking it costs more than these
 EXIT_SECONDS = 5.0  # that the end of the process waits for the other ends to take what was sent
 HURRY_SECONDS = 3.0
 MOST_SOCKETS = 1 << 16
@@ -109,12 +110,16 @@ class Hub:
     def _serve(self) -> None:
         finishing: list[SocketLink | ListenPort] = []
         first, longest = PAUSE_SECONDS
-        pause = first
+        pause, idle = first, 0
         while not self._is_over(finishing):
             self._awake = False
             busy = bool(finishing or self._closing or any(port.busy for port in list(self._ports.values())))
-            self._awake = self._awake or busy
-            ready = self._epoll.poll(pause if busy else -1.0)
+            idle = 0 if busy else idle + 1
+            self._awake = self._awake or idle < REST_LOOKS
+            if idle == REST_LOOKS:
+                for port in list(self._ports.values()):
+                    port.rest()
+            ready = self._epoll.poll(pause if self._awake else -1.0)
             pause = first if ready else min(longest, pause * 1.5)
             for fd, _ in ready:
                 if fd == self._event:

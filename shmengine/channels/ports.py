@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["DialPort", "ListenPort", "Port", "Waiter"]
 
 BATCH = 64  # parts that are taken from a socket at once
+FEW = 8
 RECONNECT_MS = (5, 200)  # first and longest pause between two attempts
 LINGER_MS = 500  # for what was handed over when a socket is closed
 GREETING_SECONDS = 5.0  # within which a connection is expected to say who it is
@@ -42,7 +43,10 @@ _EVENTS = (
     | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
 )
 _EVENT = struct.Struct("=Hi")  # what it is, and for some of them the connection's descriptor
-_MORE = zmq.SNDMORE | zmq.DONTWAIT
+_EVENTS_OPTION = int(zmq.EVENTS)
+_POLLIN = int(zmq.POLLIN)
+_MORE = int(zmq.SNDMORE | zmq.DONTWAIT)
+_NOW = int(zmq.DONTWAIT)
 
 
 class Waiter:
@@ -113,23 +117,30 @@ class Port:
         self.monitor = socket.get_monitor_socket(int(_EVENTS))
         self.fd = int(socket.fd)
         # Called from C, so that no signal's handler comes between taking a part and putting it somewhere.
-        receive: Any = partial(socket.recv, zmq.DONTWAIT, False, False)
+        receive: Any = partial(super(zmq.Socket, socket).recv, _NOW, False, False)
         self._incoming: Iterator[zmq.Frame] = iter(receive, None)
+        self._step = 2 if kind == zmq.ROUTER else 1  # parts of a message
         self._send: Callable[..., Any] = super(zmq.Socket, socket).send
+        self._poll: Callable[[int], Any] = super(zmq.Socket, socket).get
 
     # --- under the lock ------------------------------------------------------------------------------
 
-    def pump(self, batches: int = 1) -> bool:
-        """Take in what has come: so many batches of parts, -1: all. True: there may be more."""
-        raw = self._raw
-        while batches:
-            batches -= 1
+    def pump(self, most: int = 2 * BATCH) -> bool:
+        """Take in what has come: about so many parts, -1: all. True: there may be more."""
+        raw, step = self._raw, self._step
+        taken = 0
+        while most < 0 or taken < most:
+            if not self._poll(_EVENTS_OPTION) & _POLLIN:
+                return False
+            # Not to find anything is an exception, and slow: few parts are better taken one by one.
+            count = step if taken < FEW else BATCH
             try:
-                raw.extend(islice(self._incoming, BATCH))
+                raw.extend(islice(self._incoming, count))
             except zmq.Again:
                 self._sort()
                 return False
             self._sort()
+            taken += count
         return True
 
     def hand_over(self, session: Session) -> None:
@@ -200,6 +211,11 @@ class Port:
             self.hand_over(session)
         if 0 < self.greeting_until < time.monotonic():
             self.greeting_until = 0.0
+
+    def rest(self) -> None:
+        """Note that nothing has happened here for a while."""
+        for session in list(self.sessions.values()):
+            session.drop_spare()
 
     def add(self, session: Session) -> tuple[Waiter, Waiter]:
         """Have a session here; return who waits to read, and who waits to write."""
@@ -279,7 +295,7 @@ class DialPort(Port):
             self.wake_all()
 
     def post(self, peer: bytes, part: Any) -> bool:  # noqa: ARG002  there is one
-        self._send(part, zmq.DONTWAIT, False)
+        self._send(part, _NOW, False)
         return True
 
     def _sort(self) -> None:
@@ -391,10 +407,10 @@ class ListenPort(Port):
     def post(self, peer: bytes, part: Any) -> bool:
         try:
             if self._alone:
-                self._send(part, zmq.DONTWAIT, False)
+                self._send(part, _NOW, False)
                 return True
             # Both or none: a signal's handler does not come between, as this is one call to C.
-            deque(map(self._send, (peer, part), (_MORE, zmq.DONTWAIT), (False, False)), 0)
+            deque(map(self._send, (peer, part), (_MORE, _NOW), (False, False)), 0)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise

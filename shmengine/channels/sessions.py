@@ -39,7 +39,8 @@ __all__ = [
 PREFIX = struct.Struct("<B7xQQ")
 PREFIX_BYTES = PREFIX.size
 MESSAGE_COST = 256  # bytes of memory that a small message takes beside its own
-ACKNOWLEDGE_MESSAGES = 256
+ACKNOWLEDGE_MESSAGES = 1024
+ACKNOWLEDGE_BYTES = 2 << 20
 VERSION = 1
 SESSION_BYTES = 16
 _GREETING = struct.Struct("<4sI16s16s32s")
@@ -103,8 +104,9 @@ class Session:
         self._taken_bytes = 0
         self._told_bytes = 0
         self._shown = -1
+        self.answers = False  # the other end has been taking messages lately
+        self._acknowledge_bytes = min(ACKNOWLEDGE_BYTES, window // 8)
         self._spare: list[Any] = []  # parts whose memory can be used again, all of one size
-        self._spare_bytes = 0
 
     # --- sending -----------------------------------------------------------------------------------
 
@@ -118,10 +120,10 @@ class Session:
         """Whether the other end has not yet taken all."""
         return bool(self._kept)
 
-    def has_room(self, nbytes: int) -> bool:
-        """Whether a message of this size may be sent now. One alone always may."""
+    def has_room(self, nbytes: int, window: int) -> bool:
+        """Whether a message of this size may be sent now, with so many bytes on their way. One alone always may."""
         kept = self._kept
-        return not kept or kept[-1][1] - self._released + nbytes + MESSAGE_COST <= self.window
+        return not kept or kept[-1][1] - self._released + nbytes + MESSAGE_COST <= window
 
     def keep(self, part: Any) -> None:
         """Take over a message: from here on it is sent."""
@@ -153,6 +155,10 @@ class Session:
             return spare.pop()
         return None
 
+    def drop_spare(self) -> None:
+        """Keep no memory for later parts."""
+        self._spare.clear()
+
     def _acknowledge(self, count: int) -> bool:
         """Let go of the first `count` messages of all; tell whether there were any left of them."""
         kept = self._kept
@@ -164,13 +170,14 @@ class Session:
             kept.popleft()
             if type(part) is not bytes:
                 self._put_aside(part)
+        self.answers = True
         return True
 
     def _put_aside(self, part: Any) -> None:
         spare = self._spare
         if spare and len(spare[0]) != len(part):
             spare.clear()
-        if len(part) * (len(spare) + 1) <= self.window // 4:
+        if len(part) * (len(spare) + 1) <= self.window:
             spare.append(part)
 
     # --- receiving ---------------------------------------------------------------------------------
@@ -222,7 +229,7 @@ class Session:
         """Whether enough has been taken for the other end to be told."""
         return (
             self._taken - self._told >= ACKNOWLEDGE_MESSAGES
-            or self._taken_bytes - self._told_bytes >= self.window >> 3
+            or self._taken_bytes - self._told_bytes >= self._acknowledge_bytes
         )
 
     def acknowledgement(self) -> bytes | None:
