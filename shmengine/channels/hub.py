@@ -126,9 +126,9 @@ class Hub:
                     os.eventfd_read(fd)
                 elif fd == self._zap_fd:
                     self._say_who_may_come_in()
-                elif (port := self._ports.get(fd)) is not None:
-                    with port.lock:
-                        port.read_events()
+                elif (watched := self._ports.get(fd)) is not None:
+                    with watched.lock:
+                        watched.read_events()
             while self._new:
                 port = self._new.popleft()
                 with (
@@ -169,7 +169,7 @@ class Hub:
                 question: list[bytes] = self._zap.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
-            version, number, domain, _, _, mechanism, *credentials = [*question, *[b""] * 6][: len(question)]
+            version, number, domain, _, _, mechanism, *credentials = question
             known = (
                 mechanism == b"CURVE"
                 and len(credentials) == 1

@@ -32,7 +32,7 @@ BATCH = 64  # parts that are taken from a socket at once
 FEW = 8
 RECONNECT_MS = (5, 200)  # first and longest pause between two attempts
 LINGER_MS = 500  # for what was handed over when a socket is closed
-GREETING_SECONDS = 5.0  # within which a connection is expected to say who it is
+GREETING_SECONDS = 2.0  # within which a connection is expected to say who it is
 MOST_UNKNOWN = 1024  # sessions that wait for `accept`
 
 _EVENTS = (
@@ -64,15 +64,18 @@ class Waiter:
     def arm(self) -> None:
         """Be woken from here on. Under the port's lock, and when its socket has nothing more."""
         if self._woken:
-            os.eventfd_read(self._event)
+            try:
+                os.eventfd_read(self._event)
+            except BlockingIOError:
+                pass
             self._woken = False
         self._port.armed.add(self)
 
     def wake(self) -> None:
         """Wake who waits, or is about to. Under the port's lock."""
         if not self._woken:
-            os.eventfd_write(self._event, 1)
             self._woken = True
+            os.eventfd_write(self._event, 1)
 
     def wait(self, deadline: int) -> None:
         """Wait, after `arm`, until it may be time to look again; until the deadline at the latest."""
@@ -116,7 +119,8 @@ class Port:
             auth.apply(socket, serves=serves, allow=self.hub.allow)
         self.monitor = socket.get_monitor_socket(int(_EVENTS))
         self.fd = int(socket.fd)
-        # Called from C, so that no signal's handler comes between taking a part and putting it somewhere.
+        self._may_have_lost = False
+        # Called from C, so that there is no bytecode between taking a part and putting it somewhere.
         receive: Any = partial(super(zmq.Socket, socket).recv, _NOW, False, False)
         self._incoming: Iterator[zmq.Frame] = iter(receive, None)
         self._step = 2 if kind == zmq.ROUTER else 1  # parts of a message
@@ -128,20 +132,31 @@ class Port:
     def pump(self, most: int = 2 * BATCH) -> bool:
         """Take in what has come: about so many parts, -1: all. True: there may be more."""
         raw, step = self._raw, self._step
+        if self._may_have_lost:
+            self._ask_again()
         taken = 0
         while most < 0 or taken < most:
             if not self._poll(_EVENTS_OPTION) & _POLLIN:
                 return False
             # Not to find anything is an exception, and slow: few parts are better taken one by one.
             count = step if taken < FEW else BATCH
+            self._may_have_lost = True  # if a signal's handler, which pyzmq calls, raises
             try:
                 raw.extend(islice(self._incoming, count))
             except zmq.Again:
+                self._may_have_lost = False
                 self._sort()
                 return False
+            self._may_have_lost = False
             self._sort()
             taken += count
         return True
+
+    def _ask_again(self) -> None:
+        for session in self.sessions.values():
+            if session.peer is not None:
+                self.post(session.peer, session.request())
+        self._may_have_lost = False
 
     def hand_over(self, session: Session) -> None:
         """Give the connection of a session all that was kept for it."""
@@ -181,6 +196,12 @@ class Port:
                 reader.wake()
             if room:
                 writer.wake()
+        if session.peer is not None:
+            if session.misses:
+                self.post(session.peer, session.request())
+            elif kind == Kind.REPEAT:
+                self._hand_over(session)
+                self.post(session.peer, session.prefix(Kind.ACKNOWLEDGE))
         return kind
 
     def on_event(self, event: int, fd: int) -> None:
@@ -274,16 +295,14 @@ class DialPort(Port):
         self._nonce = b""
         self.answered = threading.Event()
         self._socket.ipv6 = "[" in address
+        self.add(session)
         self._socket.connect(address)
         self.hub.watch(self)
 
     def on_event(self, event: int, fd: int) -> None:  # noqa: ARG002  there is one connection
         session = self._session
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
-            self._nonce = os.urandom(16)
-            greeting = self._proof.greeting(Kind.HELLO, session.key, self._nonce)
-            self.post(b"", session.greet(Kind.HELLO, greeting))
-            self.greeting_until = time.monotonic() + GREETING_SECONDS
+            self._greet()
         elif event == zmq.Event.DISCONNECTED:
             self.pump(-1)  # what the old connection has brought
             self._nonce = b""
@@ -293,6 +312,17 @@ class DialPort(Port):
             session.refusal = "it does not know the key of this end"
             self.answered.set()
             self.wake_all()
+
+    def serve(self) -> None:
+        super().serve()
+        if self._nonce and self.greeting_until == 0 and self._session.peer is None:
+            self._greet()  # the answer, or the question, was lost on arrival
+
+    def _greet(self) -> None:
+        self._nonce = os.urandom(16)
+        greeting = self._proof.greeting(Kind.HELLO, self._session.key, self._nonce)
+        self.post(b"", self._session.greet(Kind.HELLO, greeting))
+        self.greeting_until = time.monotonic() + GREETING_SECONDS
 
     def post(self, peer: bytes, part: Any) -> bool:  # noqa: ARG002  there is one
         self._send(part, _NOW, False)
@@ -315,7 +345,7 @@ class DialPort(Port):
             return
         if not self._proof.holds(Kind(kind), greeting) or kind not in (Kind.WELCOME, Kind.REFUSAL):
             return
-        self.greeting_until = 0.0
+        self._nonce, self.greeting_until = b"", 0.0
         if kind == Kind.REFUSAL:
             session.refusal = greeting.text
         else:
@@ -348,11 +378,14 @@ class ListenPort(Port):
         self._alone = alone
         self._make = make
         self._proof = proof
+        self._may_be_half = False
         self._peers: dict[bytes, Session] = {}
         self._by_fd: dict[int, Session] = {}
         self.arrived: deque[Session] = deque()
         self.news = threading.Event()
-        if not alone:
+        if alone:
+            self.add(alone)
+        else:
             self._socket.router_mandatory = True
         if address.startswith("ipc:"):
             self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
@@ -409,13 +442,25 @@ class ListenPort(Port):
             if self._alone:
                 self._send(part, _NOW, False)
                 return True
-            # Both or none: a signal's handler does not come between, as this is one call to C.
+            if self._may_be_half:
+                self._end_half()
+            self._may_be_half = True  # if a signal's handler, which pyzmq calls, raises
             deque(map(self._send, (peer, part), (_MORE, _NOW), (False, False)), 0)
+            self._may_be_half = False
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
+            self._may_be_half = False
             return False
         return True
+
+    def _end_half(self) -> None:
+        """End a message of which only the address was sent, if there is one: nobody is called like this."""
+        try:
+            self._send(b"", _NOW, False)
+        except zmq.ZMQError:
+            pass
+        self._may_be_half = False
 
     def _sort(self) -> None:
         raw = self._raw

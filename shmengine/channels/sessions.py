@@ -60,9 +60,11 @@ class Kind(enum.IntEnum):
     GOODBYE = 5
     """The last message."""
     ACKNOWLEDGE = 6
+    REPEAT = 7
+    """All from this number on is to be sent again, and what was taken to be told: something was lost on arrival."""
 
 
-_HELLO, _DATA, _GOODBYE = int(Kind.HELLO), int(Kind.DATA), int(Kind.GOODBYE)
+_HELLO, _DATA, _GOODBYE, _REPEAT = int(Kind.HELLO), int(Kind.DATA), int(Kind.GOODBYE), int(Kind.REPEAT)
 
 
 class Session:
@@ -99,6 +101,9 @@ class Session:
         self._handed_over_most = 0
         # (number, whether it is the goodbye, part) of what has come and was not taken
         self._inbox: deque[tuple[int, bool, Any]] = deque()
+        self._received = 0  # the number of the next message to come
+        self._asked = -1  # the one that was asked for last
+        self.misses = False  # something came that should have come after something else
         self._taken = 0
         self._told = 0
         self._taken_bytes = 0
@@ -134,11 +139,11 @@ class Session:
     def to_hand_over(self) -> Iterator[tuple[int, Any]]:
         """Return (number, part) of all that the connection has not got; say `handed_over` after each."""
         kept = self._kept
-        count = self.next_number - self._handed_over
+        count = min(self.next_number - self._handed_over, len(kept))
         if count == 1:  # as always but after a new connection
             number, _, part = kept[-1]
             return iter(((number, part),))
-        return ((number, part) for number, _, part in list(islice(kept, max(0, len(kept) - count), None)))
+        return ((number, part) for number, _, part in list(islice(kept, len(kept) - count, None)))
 
     def handed_over(self, number: int) -> None:
         """Note that the connection has got this message."""
@@ -192,14 +197,18 @@ class Session:
         if kind == _HELLO:
             return kind, False, False
         room = self._acknowledge(count)
+        if kind == _REPEAT:
+            self._handed_over = max(self._acknowledged, min(number, self._handed_over))
         if kind != _DATA and kind != _GOODBYE:
             return kind, False, room
-        inbox = self._inbox
-        expected = inbox[-1][0] + 1 if inbox else self._taken
-        if number < expected or self.goodbye:
+        if number > self._received:
+            self.misses = self._asked != self._received
+            return kind, False, room
+        if number < self._received:
             self.counts.duplicates += 1
             return kind, False, room
-        inbox.append((number, kind == _GOODBYE, part))
+        self._inbox.append((number, kind == _GOODBYE, part))
+        self._received = number + 1
         if kind == _GOODBYE:
             self.goodbye = True
         return kind, True, room
@@ -245,8 +254,13 @@ class Session:
 
     def greet(self, kind: Kind, body: bytes) -> bytes:
         """Return a greeting with what this end has received."""
-        inbox = self._inbox
-        return self.prefix(kind, inbox[-1][0] + 1 if inbox else self._taken) + body
+        return self.prefix(kind, self._received) + body
+
+    def request(self) -> bytes:
+        """Return the part that asks for all that this end has not received, if it was sent."""
+        self._asked = self._received
+        self.misses = False
+        return self.prefix(_REPEAT, self._received)
 
     def connected(self, peer: bytes, part: Any, other: str) -> None:
         """Go on over a new connection, from where the other end's greeting says."""
