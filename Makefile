@@ -46,6 +46,7 @@ quick: $(stamp) ## The Python tests that take no more than a few seconds each
 	@$(python) -m pytest -q -m 'not slow' $(TESTS)
 
 bench: $(stamp) ## Speed, as ratios against rivals in one run
+	@$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[bench,rivals]'
 	@$(python) -m pytest benches --check-targets
 
 soak: $(stamp) ## Kills, stops and load for MINUTES=5 in all, with SEED=... or a random one; one report

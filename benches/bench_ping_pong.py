@@ -3,32 +3,120 @@
     ping ── there ──► pong
          ◄── back ──
 
-Needs 2 cores; each process is pinned to one, so that the kernel cannot put both on the same.
+Needs 2 cores; each process is pinned to one, so that the kernel cannot put both on the same. Expected: each answer
+carries the number of its question. With pauses both sides compute for a while before they send, so that the other one
+is asleep; the pauses are taken off.
 """
 
 from __future__ import annotations
 
+import mmap
+import statistics
 import time
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
+
 import shmengine as shm
-from benches.measure import cpu_seconds, two_cpus
-from benches.rivals import Pair, PipePingPong, RingPingPong
+from benches.measure import cpu_seconds
+from benches.rivals import PATIENCE, PipeOfBytes, compiled, known, round_trips
+from shmengine.bench.crew import Crew, cores
 
 IDLE_SECONDS = 2.0
+PAUSE_NS = 200_000  # four times as long as anybody of ours spins
 
 
 def test_ping_pong(compare: Any, targets: Any) -> None:
-    """The default adaptive wait against a pipe."""
+    """The default adaptive wait against a pipe, and against those that never sleep."""
+    spinning = known("kickmsg (spinning)", "iceoryx2 (polling)")
     with ExitStack() as stack:
-        ours = stack.enter_context(Pair(RingPingPong(64), two_cpus()))
-        pipe = stack.enter_context(Pair(PipePingPong(64), two_cpus()))
         result = compare(
-            {"shmengine.Ring": lambda: ours.run(20_000), "multiprocessing.Pipe": lambda: pipe.run(2_000)},
+            {
+                **{
+                    name: round_trips(stack, link, 64, "block", 20_000)
+                    for name, link in (known("Ring", "shm") | spinning).items()
+                },
+                "multiprocessing.Pipe": round_trips(stack, PipeOfBytes, 64, "copy", 2_000),
+            },
             unit="a round trip",
         )
-    targets.at_least("ping-pong, Ring to Pipe", result.ratio("shmengine.Ring", "multiprocessing.Pipe"), 10)
+    targets.at_least("ping-pong, Ring to Pipe", result.ratio("Ring", "multiprocessing.Pipe"), 10)
+    if "kickmsg (spinning)" in spinning:
+        ratio = result.ratio("shm", "kickmsg (spinning)")
+        targets.at_least("ping-pong, shm to kickmsg spinning", ratio, 1.0)
+
+
+def test_ping_pong_asleep(compare: Any, targets: Any) -> None:
+    """Both sides asleep: against bare semaphores in C."""
+    count = 300
+    with ExitStack() as stack:
+
+        def contestant(left: Any, right: Any) -> Any:
+            crew = stack.enter_context(Crew((left, right), cores(2), PATIENCE))
+
+            def run() -> float:
+                assert crew.ask(count, count) == [count, count], "wrong answers"
+                return count
+
+            return run
+
+        result = compare(
+            {
+                "shm": contestant(*_ring_with_pauses()),
+                "sem_t in C": contestant(*_semaphores_with_pauses()),
+            },
+            unit="a round trip",
+        )
+    pauses = 2 * PAUSE_NS / 1e9
+    ours, bare = (
+        statistics.median(cost - pauses for cost in result.costs(name)) for name in ("shm", "sem_t in C")
+    )
+    targets.at_most("ping-pong of sleepers, shm to sem_t in C, time", ours / bare, 1.15, "x")
+    targets.note("the same, less the pauses", f"{ours * 1e6:.1f} us to {bare * 1e6:.1f} us")
+
+
+def _semaphores_with_pauses() -> Any:
+    rival = compiled()
+    memory = np.frombuffer(mmap.mmap(-1, 4096), np.uint8)
+    rival.rival_trip_init(memory.ctypes.data)
+
+    def member(function: Any) -> Any:
+        return lambda: (lambda count: function(memory.ctypes.data, count, PAUSE_NS), lambda: None)
+
+    return member(rival.rival_ping), member(rival.rival_pong)
+
+
+def _ring_with_pauses() -> Any:
+    think = compiled().rival_think
+    there, back = (shm.Ring(capacity=4, arena_bytes=1 << 20) for _ in range(2))
+
+    def ping() -> Any:
+        def run(count: int) -> int:
+            right = 0
+            for number in range(count):
+                think(PAUSE_NS)
+                with there.claim(64, "u1") as frame:
+                    frame.fill(number & 127)
+                with back.lease() as frame:
+                    right += int(frame[63]) == (number & 127) + 1
+            return right
+
+        return run, there.close
+
+    def pong() -> Any:
+        def run(count: int) -> int:
+            for _ in range(count):
+                with there.lease() as frame:
+                    value = int(frame[63])
+                think(PAUSE_NS)
+                with back.claim(64, "u1") as frame:
+                    frame.fill(value + 1)
+            return count
+
+        return run, back.close
+
+    return ping, pong
 
 
 def _wait_for_one(ring: shm.Ring) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import threading
 import time
@@ -144,9 +143,3 @@ class PeakMemory:
 
     def _pids(self) -> list[int]:
         return [self._main.pid, *(child.pid for child in self._main.children(recursive=True))]
-
-
-def two_cpus() -> tuple[int, int] | None:
-    """Two processors that this process may use, or None if there is only one."""
-    cpus = sorted(os.sched_getaffinity(0))
-    return (cpus[0], cpus[1]) if len(cpus) > 1 else None

@@ -1,4 +1,4 @@
-"""The command line: ``shmengine doctor``, ``clean`` and ``keys``, also as ``python -m shmengine``."""
+"""The command line: ``shmengine doctor``, ``clean``, ``keys`` and ``bench``, also as ``python -m shmengine``."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "path",
                 help="file for the pair, which only its owner can read; the public key goes to PATH.pub, for others",
             )
+    text = "measure the ways from one process to another, and say which one to take"
+    _add_bench(commands.add_parser("bench", help=text, description=text), arguments)
     options = parser.parse_args(arguments)
-    if options.command == "keys":
-        report = _keys(options.path)
-    else:
-        report = {"doctor": _doctor, "clean": _clean}[options.command]()
+    if options.command == "bench":
+        from shmengine.bench.command import run
+
+        return run(options)
+    report = _keys(options.path) if options.command == "keys" else {"doctor": _doctor, "clean": _clean}[options.command]()
     if options.json:
         json.dump(report, sys.stdout, indent=1)
         print()
@@ -43,6 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{key:<{width}}  {line}")
                 key = ""
     return 1 if report.get("trouble") else 0
+
+
+def _add_bench(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> None:
+    """Give the verb its options, if it is the one that is asked for: others do not load its modules."""
+    if "bench" in (sys.argv[1:] if arguments is None else arguments)[:1]:
+        from shmengine.bench.command import add_arguments
+
+        add_arguments(parser)
 
 
 def _doctor() -> dict[str, Any]:

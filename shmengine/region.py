@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,12 +122,14 @@ class Region:
 
     def __init__(self, handle: Any, fd: int, name: str | None, *, creator: bool) -> None:
         self.handle = handle
-        self._fd = _Descriptor(fd)
+        self._fd = Descriptor(fd)
         self.name = name
         self.creator = creator
         self.pid = os.getpid()
         self.closed = False
         self.exiting = False
+        self._passed_to: Callable[[], Any] = lambda: None
+        self._duplicate: Any = None
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # rings and queues of this process that share it
         device, self.inode = self._fd.identity
         self.number = (self.inode * 0x9E3779B97F4A7C15 ^ device) & (1 << 63) - 1
@@ -265,8 +268,12 @@ class Region:
         from multiprocessing import context, reduction
 
         duplicate = None
-        if context.get_spawning_popen() is not None:
-            duplicate = reduction.DupFd(self.fd)
+        child: Any = context.get_spawning_popen()
+        if child is not None:
+            # Once a child, who may get several things in this region: a descriptor cannot be passed on twice.
+            if self._passed_to() is not child:
+                self._passed_to, self._duplicate = weakref.ref(child), reduction.DupFd(self.fd)
+            duplicate = self._duplicate
         pid = os.getpid()
         return RegionToken(self.number, pid, _start_time(pid), self.fd, self.inode, self.name, duplicate)
 
@@ -365,7 +372,7 @@ class _Unfinished(FileNotFoundError):
     pass
 
 
-class _Descriptor:
+class Descriptor:
     """A descriptor that is closed once; not if other code has closed it, and its number is another file's by now."""
 
     def __init__(self, fd: int) -> None:
@@ -389,7 +396,7 @@ def _identity(fd: int) -> tuple[int, int]:
     return info.st_dev, info.st_ino
 
 
-def _end(region: weakref.ref[Region], handle: Any, fd: _Descriptor, names: list[str], pid: int) -> None:
+def _end(region: weakref.ref[Region], handle: Any, fd: Descriptor, names: list[str], pid: int) -> None:
     """Finalize a region: when it is collected, or at exit."""
     if pid != os.getpid():
         fd.close()

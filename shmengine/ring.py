@@ -15,6 +15,7 @@ import os
 import threading
 import weakref
 from collections import deque
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,7 +33,7 @@ from shmengine._native.status import (
     deadline_of,
     fail,
 )
-from shmengine.arrays import ArraySpec, decode_spec, encode_spec
+from shmengine.arrays import ArraySpec, Bytes, decode_spec, encode_spec
 from shmengine.config import format_bytes, parse_bytes
 from shmengine.errors import ArrayError, Closed, Corrupt, LayoutMismatch, LeaseError, ShmError, WouldBlock
 from shmengine.leases import Claim, End, Layout, Lease, new_block, release_with
@@ -48,6 +49,7 @@ KIND_ARRAY_PREFIX = 2  # the spec is longer than a descriptor holds: it begins t
 SPEC_BYTES = 128
 MAX_CACHED = 1024
 NO_REFS = ffi.NULL
+BLOCK_BYTES = ffi.sizeof("shmr_block")
 
 
 class Attached:
@@ -110,17 +112,20 @@ class Attached:
             self._puts_back = True
             # After the region's own finalizer, so that it runs before that one at exit.
             call_at_process_end(weakref.finalize(self, put_back, self._region, self._kept), 1)
-        copy = new_block()
-        copy[0] = block[0]
+        # A second signal may come at any of these steps, and its exception lead here again.
+        if not any(kept.block == block.block and kept.state == block.state for kept in self._kept):
+            copy = new_block()
+            copy[0] = block[0]
+            self._kept.append(copy)
         block.state = 0
-        self._kept.append(copy)
 
     def _take_kept(self, block: Any) -> bool:
         """Take the oldest message that was kept, if there is one."""
         if not self._kept or self._region.pid != os.getpid():
             return False
         try:
-            block[0] = self._kept.popleft()[0]
+            # One call of C, in which no signal's handler runs: the message is never nowhere.
+            next(map(partial(ffi.memmove, block, n=BLOCK_BYTES), iter(self._kept.popleft, None)))
         except IndexError:
             return False
         return True
@@ -274,6 +279,7 @@ class Ring(Attached):
 
     def _layout(self, shape: Any, dtype: Any) -> Layout:
         """Return the layout of a shape and a dtype that were not asked for before."""
+        self._handle()  # who has the end's own `claim` may come after `close`
         try:
             spec = ArraySpec(np.dtype(dtype), _shape(shape))
             raw = encode_spec(spec)
@@ -398,22 +404,24 @@ class Ring(Attached):
         """Return the root and the array of a leased message; a message that is no array is given back."""
         block = ffi.cast("shmr_block *", address)
         try:
-            raw = ffi.buffer(block.spec, block.spec_bytes)[:]
             root = self._region.root(block.offset, block.length)
-            start = 0
-            if block.kind == KIND_ARRAY_PREFIX and block.length >= 4:
-                length = int.from_bytes(root[:4].tobytes(), "little")
-                raw = root[4 : 4 + length].tobytes()
-                start = -(-(4 + length) // 64) * 64
-            elif block.kind != KIND_ARRAY:
-                raise Corrupt(f"a message of kind {block.kind} is no array", "kind")
-            return root, arrays.view(root, decode_spec(raw), start)
+            return root, self._array(root, block)
         except (ShmError, MemoryError):
             lib.shmr_release(self._region.handle, block)
             raise
         except BaseException:  # a signal's handler
             self._keep(block)
             raise
+
+    def _array(self, root: Bytes, block: Any) -> Array:
+        """Return the array whose message these bytes are."""
+        if block.kind == KIND_ARRAY:
+            return arrays.view(root, decode_spec(ffi.buffer(block.spec, block.spec_bytes)[:]))
+        if block.kind == KIND_ARRAY_PREFIX and block.length >= 4:
+            length = int.from_bytes(root[:4].tobytes(), "little")
+            spec = decode_spec(root[4 : 4 + length].tobytes())
+            return arrays.view(root, spec, -(-(4 + length) // 64) * 64)
+        raise Corrupt(f"a message of kind {block.kind} is no array", "kind")
 
     def receive(self, timeout: float | None = None) -> Array:
         """Take the oldest message as an array; the lease ends when the last view of it dies.

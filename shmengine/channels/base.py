@@ -26,8 +26,10 @@ from typing import Any, ClassVar, Final, NamedTuple, Self
 
 from shmengine._native.status import deadline_of
 from shmengine.channels.presence import Fate
+from shmengine.channels.turns import Turn
 from shmengine.channels.waiting import Pause
 from shmengine.errors import Closed, EndOfStream, PeerLost, SerializationError, Timeout, WouldBlock
+from shmengine.interrupts import InterruptsLater
 from shmengine.region import call_at_process_end
 from shmengine.stats import ChannelStats
 
@@ -149,6 +151,10 @@ class Link(ABC):
     def fate(self) -> Fate:
         """Say what has become of the other end. Not called often."""
 
+    def end(self, options: Options, *, sends: bool = True, receives: bool = True) -> End:
+        """Return the end over this link."""
+        return End(self, options, sends=sends, receives=receives)
+
     @abstractmethod
     def token(self) -> Any:
         """Return what another process needs: something that, called there, returns a link that is not started."""
@@ -175,15 +181,17 @@ class End:
         self._pid = 0
         self._begin()
         # Who ends in an orderly way closes his ends, as a file would be.
-        call_at_process_end(weakref.finalize(self, link.close))
+        self._finalizer = weakref.finalize(self, link.close)
+        call_at_process_end(self._finalizer)
 
     def _begin(self) -> None:
-        self._ready: deque[Any] = (
-            deque()
-        )  # received, and not yet handed out: at most one, after an interruption
-        self._sending = threading.Lock()
-        self._receiving = threading.Lock()
-        self._ended: Exception | None = None
+        # Received, and not yet handed out (at most one, after an interruption): each in a list of its own, so that it
+        # can be told from an equal one.
+        self._ready: deque[list[Any]] = deque()
+        self._sending = Turn()
+        self._receiving = Turn()
+        self._closing = threading.RLock()
+        self._ended = False
         self._looked = 0
 
     # --- sending ---------------------------------------------------------------------------------
@@ -222,12 +230,13 @@ class End:
         if priority:
             self._check_priority(priority)
         message = link.encode(obj)
-        lock = self._sending
-        self._acquire(lock, deadline, "send", timeout)
+        turn = self._sending
         try:
+            if not turn.take(0):
+                self._wait_for(turn, deadline, "send", timeout)
             self._push(link, message, priority, deadline, timeout)
         finally:
-            self._release(lock)
+            self._leave(turn)
 
     def try_send(self, obj: Any, *, priority: int = 0) -> None:
         """Send without waiting: `WouldBlock` if the channel is full."""
@@ -270,10 +279,12 @@ class End:
         if priority:
             self._check_priority(priority)
         message = link.encode(obj)
-        await self._acquire_async(self._sending, deadline, "send", timeout)
+        await self._wait_async(self._sending, deadline, "send", timeout)
         sent = False
         try:
             pause = Pause(link.write_fd, writing=True)
+            if time.monotonic_ns() - self._looked > LOOK_NS:
+                self._look_before_sending(link)
             while not self._closed and not (sent := link.send(message, priority, 0)):
                 self._look_before_sending(link)
                 await pause.wait(self._time_left(deadline, "send", timeout))
@@ -281,7 +292,7 @@ class End:
         finally:
             if not sent:
                 link.give_up()
-            self._release(self._sending)
+            self._leave_async(self._sending)
 
     def _push(self, link: Link, message: Any, priority: int, deadline: int, timeout: float | None) -> None:
         sent = False
@@ -299,12 +310,13 @@ class End:
                 link.give_up()
 
     def _look_before_sending(self, link: Link) -> None:
-        self._looked = time.monotonic_ns()
+        """Raise if nobody would receive a message; then the next call looks again."""
         fate = link.fate()
-        if fate is Fate.CLOSED:
+        if self._ended or fate is Fate.CLOSED:
             raise EndOfStream("send: the other end was closed, nobody would receive this")
         if fate is Fate.LOST:
             raise PeerLost("send: the process of the other end died, nobody would receive this")
+        self._looked = time.monotonic_ns()
 
     # --- receiving -------------------------------------------------------------------------------
 
@@ -339,18 +351,22 @@ class End:
         """
         deadline = deadline_of(timeout)
         link = self._use(sending=False)
-        lock = self._receiving
-        self._acquire(lock, deadline, "receive", timeout)
-        got: list[Any] = []
+        turn = self._receiving
+        box: list[Any] = []
         try:
-            self._pull(link, deadline, timeout)
-            got.append(self._ready.popleft())
-            self._release(lock)
-            return got[0]
+            try:
+                if not turn.take(0):
+                    self._wait_for(turn, deadline, "receive", timeout)
+                self._pull(link, deadline, timeout)
+                box = self._ready[0]
+                self._ready.popleft()
+            finally:
+                self._leave(turn)
+            return box[0]
         except BaseException:
-            self._ready.extendleft(got)  # a signal's handler has raised: for the next call
-            if lock.locked():
-                self._release(lock)
+            # Perhaps a signal's handler: what it keeps from being returned is for the next call.
+            if box and not (self._ready and self._ready[0] is box):
+                self._ready.appendleft(box)
             raise
 
     def try_receive(self) -> Any:
@@ -361,14 +377,14 @@ class End:
         """Like `receive`, for asyncio: only this coroutine waits. If it is cancelled nothing was taken."""
         deadline = deadline_of(timeout)
         link = self._use(sending=False)
-        await self._acquire_async(self._receiving, deadline, "receive", timeout)
+        await self._wait_async(self._receiving, deadline, "receive", timeout)
         try:
             pause = Pause(link.read_fd)
             while not self._fetch(link, 0):
                 await pause.wait(self._time_left(deadline, "receive", timeout))
-            return self._ready.popleft()
+            return self._ready.popleft()[0]
         finally:
-            self._release(self._receiving)
+            self._leave_async(self._receiving)
 
     def _pull(self, link: Link, deadline: int, timeout: float | None) -> None:
         """Wait until a message is ready."""
@@ -382,23 +398,25 @@ class End:
         if self._ready:
             link.settle()
             return True
-        if self._ended is not None:
-            raise self._ended
+        if self._ended:
+            raise EndOfStream("receive: the other end was closed, and nothing more of it waits")
         got = link.receive(until)
         if got is NOTHING:
             self._check_open()
             fate = link.fate()
             if fate is Fate.UNUSED or fate is Fate.ALIVE:
                 return False
+            self._looked = 0  # nor shall anything more be sent
             got = link.receive(0)  # it may have sent until the look
             if got is NOTHING:
                 if fate is Fate.LOST:
                     raise PeerLost("receive: the process of the other end died, and nothing more of it waits")
                 got = END
         if got is END:
-            self._ended = EndOfStream("receive: the other end was closed, and nothing more of it waits")
-            raise self._ended
-        self._ready.append(got)
+            self._ended = True
+            self._looked = 0
+            return self._fetch(link, 0)
+        self._ready.append([got])
         link.settle()
         return True
 
@@ -439,18 +457,20 @@ class End:
     def close(self) -> None:
         """Use this end no more; the other one receives what was sent, and then `EndOfStream`. Never waits."""
         self._closed = True
-        # Who is inside of a call, in another thread, notices soon, and does it when he leaves.
-        if self._pid not in (0, os.getpid()):
-            self._link.close()
-        elif self._sending.acquire(blocking=False):
-            try:
-                if self._receiving.acquire(blocking=False):
-                    try:
-                        self._link.close()
-                    finally:
-                        self._receiving.release()
-            finally:
-                self._sending.release()
+        # Whoever is inside of a call, another thread or one that a signal's handler interrupted here, notices soon,
+        # and lets the link go when he leaves.
+        with self._closing:
+            if self._pid not in (0, _pid):
+                self._link.close()  # a forked child's copy
+            elif self._sending.take_idle():
+                try:
+                    if self._receiving.take_idle():
+                        try:
+                            self._link.close()
+                        finally:
+                            self._receiving.leave()
+                finally:
+                    self._sending.leave()
 
     def __enter__(self) -> Self:
         return self
@@ -463,7 +483,7 @@ class End:
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._check_open()
-        if self._pid == os.getpid():
+        if self._pid == _pid:
             raise SerializationError(
                 "this end of a channel is in use by this process: pass it on before its first use"
             )
@@ -471,12 +491,11 @@ class End:
 
     def _use(self, *, sending: bool) -> Link:
         """Return the link, started in this process."""
-        if self._pid != os.getpid():
+        if self._pid != _pid:
             self._check_open()
-            self._link.start()
-            if self._pid:
-                self._begin()  # the locks may be held by threads that this forked child does not have
-            self._pid = os.getpid()
+            with InterruptsLater(), _starting:  # half a start would have to be taken back
+                if self._pid != _pid:  # else another thread was faster
+                    self._start()
         if self._closed:
             self._check_open()
         if not (self._sends if sending else self._receives):
@@ -485,6 +504,14 @@ class End:
                 f"this end only {other}: make the channel with duplex=True for one that {verb}, too"
             )
         return self._link
+
+    def _start(self) -> None:
+        self._link.start()
+        # Once more: this process may be another one, or not have known yet that it was a child.
+        call_at_process_end(self._finalizer)
+        if self._pid:
+            self._begin()  # the locks may be held by threads that this forked child does not have
+        self._pid = _pid
 
     def _check_open(self) -> None:
         if self._closed:
@@ -499,22 +526,25 @@ class End:
                 else f"a channel of kind {self.capabilities.mechanism!r} has no priorities; 'mqueue' has"
             )
 
-    def _acquire(self, lock: threading.Lock, deadline: int, what: str, timeout: float | None) -> None:
+    def _wait_for(self, turn: Turn, deadline: int, what: str, timeout: float | None) -> None:
         """Wait until no other thread is sending (or receiving)."""
-        while not lock.acquire(timeout=_seconds_until(deadline)):
+        while not turn.take(_seconds_until(deadline)):
             self._check_open()
             self._check_time(deadline, time.monotonic_ns(), what, timeout)
 
-    async def _acquire_async(
-        self, lock: threading.Lock, deadline: int, what: str, timeout: float | None
-    ) -> None:
+    async def _wait_async(self, turn: Turn, deadline: int, what: str, timeout: float | None) -> None:
         pause = Pause(None)
-        while not lock.acquire(blocking=False):
+        while not turn.take_async():
             self._check_open()
             await pause.wait(self._time_left(deadline, what, timeout))
 
-    def _release(self, lock: threading.Lock) -> None:
-        lock.release()
+    def _leave(self, turn: Turn) -> None:
+        turn.leave()
+        if self._closed:
+            self.close()
+
+    def _leave_async(self, turn: Turn) -> None:
+        turn.leave_async()
         if self._closed:
             self.close()
 
@@ -529,6 +559,19 @@ class End:
         """Return for how many seconds to wait now; raise if it is past the deadline."""
         self._check_time(deadline, time.monotonic_ns(), what, timeout)
         return _seconds_until(deadline)
+
+
+_pid = os.getpid()  # asking each time costs as much as several steps of a small message
+_starting = threading.RLock()  # two threads may be the first to use an end
+
+
+def _after_fork() -> None:
+    global _pid, _starting
+    _pid = os.getpid()
+    _starting = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _earlier(deadline: int, other: int) -> int:

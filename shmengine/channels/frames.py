@@ -32,7 +32,8 @@ class FrameLink(Link):
         self.counts = Counts()
         self._compressor = Compressor(options.compression) if options.compression else None
         self._expected: defaultdict[int, int] = defaultdict(int)  # the next number, by priority
-        self._current: list[Any] = []  # the object that was received and is not settled
+        # The object that was received and is not settled; its priority, and the number that is expected then.
+        self._current: tuple[Any, int, int] | None = None
         self._number_unknown = False
 
     # --- what a mechanism does -------------------------------------------------------------------
@@ -98,27 +99,30 @@ class FrameLink(Link):
 
     def receive(self, deadline: int) -> Any:
         """Return the next message, `NOTHING` or `END`; the same one again until `settle`."""
-        if not self._current:
-            wire: Any = self.read(deadline)
-            if wire is NOTHING:
-                return NOTHING
-            if wire is GOODBYE:
-                return END
-            try:
-                self._open(wire)
-            except ShmError:
-                if not self._current:
-                    self.taken()
-                raise
-        return self._current[0]
+        if self._current is not None:
+            return self._current[0]
+        wire: Any = self.read(deadline)
+        if wire is NOTHING:
+            return NOTHING
+        if wire is GOODBYE:
+            return END
+        try:
+            return self._open(wire)
+        except ShmError:
+            if self._current is None:
+                self.taken()
+            raise
 
     def settle(self) -> None:
         """Let go of the message that `receive` has returned."""
-        if self._current:
+        if self._current is not None:
+            _, priority, following = self._current
+            self._expected[priority] = following
+            self._number_unknown = False
             self.taken()
-            self._current.clear()
+            self._current = None
 
-    def _open(self, wire: Bytes) -> None:
+    def _open(self, wire: Bytes) -> Any:
         """Check a message and make it the current one. One that follows a gap is so, too, for the next call."""
         frame = wire
         counts = self.counts
@@ -135,9 +139,14 @@ class FrameLink(Link):
             self._expected[priority] = number + 1
             raise
         number, priority = number_of(frame)
+        self._accept(obj, number, priority, len(frame), len(wire))
+        return obj
+
+    def _accept(self, obj: Any, number: int, priority: int, nbytes: int, wire_bytes: int) -> None:
+        """Make an object the current one, if it is the next of its sender and priority, or follows a gap."""
+        counts = self.counts
         expected = self._expected[priority]
         if self._number_unknown:
-            self._number_unknown = False
             expected = max(expected, number)
         if number < expected:
             counts.duplicates += 1
@@ -145,12 +154,12 @@ class FrameLink(Link):
                 f"message {number} came again, or late: {expected} was next; it is dropped", "sequence"
             )
         counts.messages_received += 1
-        counts.bytes_received += len(frame)
-        counts.wire_bytes_received += len(wire)
-        self._expected[priority] = number + 1
-        self._current.append(obj)
+        counts.bytes_received += nbytes
+        counts.wire_bytes_received += wire_bytes
         if number > expected:
             counts.gaps += number - expected
+        self._current = (obj, priority, number + 1)
+        if number > expected:
             raise Corrupt(f"messages {expected} to {number - 1} of the other end are missing", "sequence")
 
 

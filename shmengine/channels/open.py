@@ -85,7 +85,7 @@ def channel(
         raise ValueError(
             f"mechanism must be 'auto' or one of {', '.join(map(repr, MECHANISMS))}, not {mechanism!r}"
         )
-    return End(left, options, receives=duplex), End(right, options, sends=duplex)
+    return left.end(options, receives=duplex), right.end(options, sends=duplex)
 
 
 def check_options(

@@ -20,7 +20,8 @@ import weakref
 from dataclasses import dataclass
 
 from shmengine.channels.tokens import DescriptorToken, lend
-from shmengine.errors import UseAfterFork
+from shmengine.errors import ShmError, UseAfterFork
+from shmengine.region import Descriptor
 
 __all__ = ["Fate", "Presence", "PresenceToken"]
 
@@ -60,8 +61,9 @@ class Presence:
     def __init__(self, side: int, fd: int) -> None:
         self.side = side
         self.closed = False
-        self._holding = fd  # children may share this open file description, and the lock with it
-        self._using = -1
+        self._holding = Descriptor(fd)  # children may share this open file description, and the lock with it
+        self._using: Descriptor | None = None
+        self._beginning = False
         self._user = 0
         self._passed_on = False
         _lock(fd, fcntl.F_RDLCK, _HOLDERS + side)
@@ -80,7 +82,7 @@ class Presence:
     def token(self) -> PresenceToken:
         """Return what another process needs to have a copy of this end."""
         self._passed_on = True
-        return PresenceToken(self.side, lend(self._holding, "this end of a channel"))
+        return PresenceToken(self.side, lend(self._open(), "this end of a channel"))
 
     @classmethod
     def from_token(cls, token: PresenceToken) -> Presence:
@@ -106,49 +108,71 @@ class Presence:
             return
         if self._user:
             raise UseAfterFork("this end of a channel is used by the parent of this forked process")
-        fd = _reopen(self._holding)
+        # Once more after a signal's handler has raised in here: the lock is that of this description.
+        if self._using is None:
+            self._using = Descriptor(_reopen(self._open()))
+        fd = self._using.fd
         try:
             _lock(fd, fcntl.F_WRLCK, self.side)
+            before = os.pread(fd, 1, self.side)[0]
         except OSError as error:
-            os.close(fd)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
+            before = _USED
+        if before and not self._beginning:
+            self._stop_using()
             raise UseAfterFork(
-                "this end of a channel is used by another process. An end is for one process at a time: pass it"
-                " on before its first use, and make one channel for each two that talk"
-            ) from None
+                "this end of a channel is used by another process, or was. An end is for one process: pass it on before"
+                " its first use, and make one channel for each two that talk"
+            )
+        self._beginning = True
         os.pwrite(fd, bytes([_USED]), self.side)
-        self._using = fd
         self._user = os.getpid()
 
     def close(self) -> None:
         """Use this copy no more; if it was in use, or is the last one, then the other end sees an orderly end."""
         if self.closed:
             return
+        if self._holding.is_ours():
+            fd = _reopen(self._holding.fd)
+            try:
+                if self.in_use:
+                    os.pwrite(fd, bytes([_CLOSED]), self.side)
+                self._stop_using()
+                self._holding.close()
+                if not self._user and not self._passed_on and not _is_locked(fd, _HOLDERS + self.side):
+                    os.pwrite(fd, bytes([_CLOSED]), self.side)
+            finally:
+                os.close(fd)
+        self._stop_using()
         self.closed = True
-        fd = _reopen(self._holding)
-        try:
-            if self.in_use:
-                os.pwrite(fd, bytes([_CLOSED]), self.side)
-                os.close(self._using)
-            os.close(self._holding)
-            if not self._user and not self._passed_on and not _is_locked(fd, _HOLDERS + self.side):
-                os.pwrite(fd, bytes([_CLOSED]), self.side)
-        finally:
-            os.close(fd)
 
-    def _after_fork(self) -> None:
-        """In a forked child: not the child uses the end."""
-        if self._using >= 0 and not self.closed:
-            os.close(self._using)
-            self._using = -1
+    def _stop_using(self) -> None:
+        """Give up the lock: after a fork, the child its share in it."""
+        if self._using is not None:
+            self._using.close()
+            self._using = None
+
+    def _open(self) -> int:
+        """Return the descriptor of the file.
+
+        Raises
+        ------
+        ShmError
+            Other code has closed it.
+        """
+        if not self._holding.is_ours():
+            raise ShmError(
+                "a descriptor of this end of a channel was closed by other code of this process: make a new channel"
+            )
+        return self._holding.fd
 
     # --- the other one -------------------------------------------------------------------------------
 
     def fate(self) -> Fate:
         """Say what has become of the other end; nothing is sent by it once that is `CLOSED` or `LOST`."""
         other = 1 - self.side
-        fd = self._holding
+        fd = self._open()
         held = _is_locked(fd, other)
         state = os.pread(fd, 1, other)[0]
         if state == _CLOSED:
@@ -164,7 +188,7 @@ class Presence:
 
     def _unheld(self) -> Fate:
         """Nobody has a copy of the other end: unless that has changed meanwhile, it is closed or lost."""
-        state = os.pread(self._holding, 1, 1 - self.side)[0]
+        state = os.pread(self._open(), 1, 1 - self.side)[0]
         return {0: Fate.LOST, _CLOSED: Fate.CLOSED}.get(state) or self.fate()
 
 
@@ -173,7 +197,7 @@ _all: weakref.WeakSet[Presence] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for presence in list(_all):
-        presence._after_fork()
+        presence._stop_using()
 
 
 os.register_at_fork(after_in_child=_after_fork)

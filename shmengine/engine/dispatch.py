@@ -44,10 +44,10 @@ from shmengine.engine.backend import CLOSED_TEXT
 from shmengine.engine.deaths import Deaths
 from shmengine.engine.futures import Futures
 from shmengine.engine.inflight import Batch, InFlight, Job, Task, always
-from shmengine.engine.interrupts import InterruptsLater
 from shmengine.engine.shortage import LOOK_NS, Patience, Shortage
 from shmengine.errors import ArrayError, Closed, Corrupt, RemoteError, ShmError
 from shmengine.filemap import forget_files
+from shmengine.interrupts import InterruptsLater
 from shmengine.leases import release_with
 from shmengine.region import EXTENT_BYTES, Region
 from shmengine.stats import EngineStats

@@ -17,7 +17,7 @@ LAYERS = {
     3: ("leases", "ring", "codec", "pickling", "filemap", "plain", "stats"),
     2: ("region", "arena", "arrays"),
     1: ("_native",),
-    0: ("errors", "config"),
+    0: ("errors", "config", "interrupts"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 TOP = "__init__"  # re-exports; imported by nobody inside
