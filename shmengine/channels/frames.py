@@ -85,10 +85,12 @@ class FrameLink(Link):
             )
             nbytes = frame.nbytes
             if self._compressor is not None:
-                pieces, nbytes = self._compressor.compress(pieces, nbytes)
+                pieces, nbytes = self._compressor.compress(pieces, nbytes, frame.item_bytes())
             message[1:] = pieces, nbytes
         if not self.write(pieces, nbytes, priority, deadline):
             return False
+        if self._compressor is not None:
+            self._compressor.written(nbytes)
         counts = self.counts
         counts.messages_sent += 1
         counts.bytes_sent += frame.nbytes
@@ -126,7 +128,7 @@ class FrameLink(Link):
         counts = self.counts
         try:
             if is_compressed(wire):
-                frame = decompress(wire)
+                frame = decompress(wire, aligned_empty)
             obj = decode(frame, allow_pickle=self.options.allow_pickle)
         except Corrupt:
             counts.corrupt += 1
