@@ -35,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from shmengine.bench.command import run
 
         return run(options)
-    report = _keys(options.path) if options.command == "keys" else {"doctor": _doctor, "clean": _clean}[options.command]()
+    report = (
+        _keys(options.path)
+        if options.command == "keys"
+        else {"doctor": _doctor, "clean": _clean}[options.command]()
+    )
     if options.json:
         json.dump(report, sys.stdout, indent=1)
         print()
