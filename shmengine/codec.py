@@ -341,6 +341,14 @@ class Encoded:
         pieces[0] = bytes(header)
         return pieces
 
+    def item_bytes(self) -> dict[int, int]:
+        """Return the size of the numbers that each array part consists of, by where it begins in the frame."""
+        return {
+            offset: source.itemsize // 2 if source.dtype.kind == "c" else source.itemsize
+            for offset, nbytes, source, _ in self._copies
+            if nbytes and type(source) is not memoryview
+        }
+
     def to_bytes(self) -> bytes:
         """Return the frame as bytes."""
         memory = np.empty(self.nbytes, np.uint8)
