@@ -111,7 +111,7 @@ class Port:
         socket = self._socket = self.hub.context.socket(kind)
         socket.sndhwm = socket.rcvhwm = 0  # the window of each session is the limit
         socket.linger = LINGER_MS
-        beat = max(1, int(peer_timeout * 100))
+        beat = max(1, int(peer_timeout * 250))
         socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = beat, 2 * beat, 0
         socket.handshake_ivl = socket.connect_timeout = max(50, int(peer_timeout * 500))
         socket.reconnect_ivl, socket.reconnect_ivl_max = RECONNECT_MS
@@ -404,7 +404,7 @@ class ListenPort(Port):
             self._make = None
             while self.arrived:
                 session = self.arrived.popleft()
-                session.keep(session.prefix(Kind.GOODBYE, session.next_number))
+                session.keep([session.prefix(Kind.GOODBYE, session.next_number)])
                 self._hand_over(session)
                 self.remove(session)
             self.news.set()
