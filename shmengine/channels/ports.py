@@ -155,8 +155,12 @@ class Port:
     def _ask_again(self) -> None:
         for session in self.sessions.values():
             if session.peer is not None:
-                self.post(session.peer, session.request())
+                self._request(session, session.peer)
         self._may_have_lost = False
+
+    def _request(self, session: Session, peer: bytes) -> None:
+        self.post(peer, session.request())
+        session.requested()
 
     def hand_over(self, session: Session) -> None:
         """Give the connection of a session all that was kept for it."""
@@ -168,6 +172,7 @@ class Port:
         """Tell the other end what was taken, if it does not know."""
         if session.peer is not None and (part := session.acknowledgement()) is not None:
             self.post(session.peer, part)
+            session.told()
             if self.armed:
                 self.pump(-1)
 
@@ -198,7 +203,7 @@ class Port:
                 writer.wake()
         if session.peer is not None:
             if session.misses:
-                self.post(session.peer, session.request())
+                self._request(session, session.peer)
             elif kind == Kind.REPEAT:
                 self._hand_over(session)
                 self.post(session.peer, session.prefix(Kind.ACKNOWLEDGE))

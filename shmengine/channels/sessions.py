@@ -112,6 +112,7 @@ class Session:
         self.misses = False  # something came that should have come after something else
         self._taken = 0
         self._told = 0
+        self._telling = (0, 0)
         self._taken_bytes = 0
         self._told_bytes = 0
         self._shown = -1
@@ -284,9 +285,13 @@ class Session:
         return self.prefix(Kind.ACKNOWLEDGE) if self._told < self._taken else None
 
     def prefix(self, kind: int, number: int = 0) -> bytes:
-        """Return the beginning of a part, which tells what was taken, too."""
-        self._told, self._told_bytes = self._taken, self._taken_bytes
-        return PREFIX.pack(kind, number, self._taken)
+        """Return the beginning of a part, which tells what was taken, too; say `told` when it has gone."""
+        self._telling = taken, _ = self._taken, self._taken_bytes
+        return PREFIX.pack(kind, number, taken)
+
+    def told(self) -> None:
+        """Note that the last part has gone that tells what was taken."""
+        self._told, self._told_bytes = self._telling
 
     # --- connections ---------------------------------------------------------------------------------
 
@@ -295,10 +300,13 @@ class Session:
         return self.prefix(kind, self._received) + body
 
     def request(self) -> bytes:
-        """Return the part that asks for all that this end has not received, if it was sent."""
+        """Return the part that asks for all that this end has not received; say `requested` when it has gone."""
+        return self.prefix(_REPEAT, self._received)
+
+    def requested(self) -> None:
+        """Note that the other end was asked."""
         self._asked = self._received
         self.misses = False
-        return self.prefix(_REPEAT, self._received)
 
     def connected(self, peer: bytes, part: Any, other: str) -> None:
         """Go on over a new connection, from where the other end's greeting says."""

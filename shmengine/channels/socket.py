@@ -88,9 +88,10 @@ class SocketLink(FrameLink):
                     if number % LOOK_EVERY == 0 or not session.has_room(nbytes, limit):
                         port.pump(-1)
                     if session.has_room(nbytes, limit):
+                        port.hub.notice()  # which goes on with it if a signal's handler raises here
                         session.keep(self._parts(number, pieces, nbytes))
                         port.hand_over(session)
-                        port.hub.notice()
+                        session.told()
                         return True
                     self._writer.arm()
                     port.acknowledge(session)
