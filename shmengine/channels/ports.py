@@ -217,14 +217,16 @@ class Port:
 
     # --- of the service --------------------------------------------------------------------------------
 
-    def read_events(self) -> None:
-        """Note all that has happened to connections. Under the lock."""
+    def read_events(self, *, pumps: bool = True) -> None:
+        """Note all that has happened to connections, after what they have brought. Under the lock."""
         while not self.closed:
             try:
                 message = self.monitor.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
             event, value = _EVENT.unpack_from(message[0])
+            if pumps and event == zmq.Event.DISCONNECTED:
+                self.pump(-1)
             self.on_event(event, value)
 
     @property
@@ -311,7 +313,6 @@ class DialPort(Port):
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
             self._greet()
         elif event == zmq.Event.DISCONNECTED:
-            self.pump(-1)  # what the old connection has brought
             self._nonce = b""
             session.disconnected()
             self.wake_all()
@@ -432,7 +433,6 @@ class ListenPort(Port):
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
             self.greeting_until = time.monotonic() + GREETING_SECONDS
         elif event == zmq.Event.DISCONNECTED and (session := self._by_fd.pop(fd, None)) is not None:
-            self.pump(-1)
             if session.peer is not None:
                 self._peers.pop(session.peer, None)
             session.disconnected()
@@ -509,7 +509,9 @@ class ListenPort(Port):
         greeting = Greeting.unpack(part)
         if greeting is None or not self._proof.holds(Kind.HELLO, greeting):
             return
-        self.read_events()  # so that none of an earlier connection with this descriptor comes later
+        self.read_events(
+            pumps=False
+        )  # so that none of an earlier connection with this descriptor comes later
         session = self._session_of(greeting, part)
         if session is None:
             why = "it does not know this session any more, or takes no new ones"
