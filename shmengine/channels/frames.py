@@ -58,7 +58,7 @@ class FrameLink(Link):
         """
 
     @abstractmethod
-    def read(self, deadline: int) -> Bytes | object:
+    def read(self, deadline: int) -> Bytes | bytes | object:
         """Return the next message, in memory of its own (see `aligned_empty`), `NOTHING` or `GOODBYE`.
 
         The same one is returned again until `taken`.

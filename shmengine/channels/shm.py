@@ -37,9 +37,11 @@ from shmengine.stats import ChannelStats
 
 __all__ = ["RingLink", "ShmEnd", "pair"]
 
-MOST_SLOTS = 64  # more of them leave the caches of a core: 1024 take three times as long for 4 KiB each
+# As many slots as there is room for messages of a middling size, but not so many that small ones leave a core's cache:
+# those of 4 KiB take three times as long if a thousand may wait.
+BYTES_PER_SLOT = 64 << 10
 LEAST_SLOTS = 16
-BYTES_PER_SLOT = 256
+MOST_SLOTS = 256
 COPIES = 64  # of an end, at once
 SLEEPERS = 64  # threads that wait at once
 
@@ -226,8 +228,6 @@ class ShmEnd(End):
             No array of this dtype can be carried.
         """
         self._use(sending=True)
-        # From now on without a Python frame, which costs as much as the rest of a message.
-        vars(self)["claim"] = self._link.sender.claim
         return self._link.sender.claim(shape, dtype, timeout)
 
     def try_claim(self, shape: int | tuple[int, ...], dtype: Any = float) -> Claim | None:
@@ -262,7 +262,6 @@ class ShmEnd(End):
             The message is no array: it waits for `receive`.
         """
         self._use(sending=False)
-        vars(self)["lease"] = self._link.receiver.lease
         return self._link.receiver.lease(timeout)
 
     def try_lease(self) -> Lease | None:
@@ -276,6 +275,14 @@ class ShmEnd(End):
         """Return what this end has done so far, in this process."""
         self._link.count()
         return super().stats()
+
+    def _start(self) -> None:
+        super()._start()
+        # From here on without a Python frame, which costs as much as the rest of a message.
+        if self._sends:
+            vars(self)["claim"] = self._link.sender.claim
+        if self._receives:
+            vars(self)["lease"] = self._link.receiver.lease
 
     def close(self) -> None:
         """Use this end no more; the other one receives what was sent, and then `EndOfStream`. Never waits."""
