@@ -39,6 +39,7 @@ _CAPABILITIES = Capabilities(
     priorities=1,
     reconnects=True,
     writable=True,
+    outlives_sender=False,
 )
 
 

