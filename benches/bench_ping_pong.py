@@ -11,15 +11,15 @@ is asleep; the pauses are taken off.
 from __future__ import annotations
 
 import mmap
-import statistics
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 import shmengine as shm
-from benches.measure import cpu_seconds
+from benches.measure import Each, cpu_seconds
 from benches.rivals import PATIENCE, PipeOfBytes, compiled, known, round_trips
 from shmengine.bench.crew import Crew, cores
 
@@ -53,70 +53,76 @@ def test_ping_pong_asleep(compare: Any, targets: Any) -> None:
     with ExitStack() as stack:
 
         def contestant(left: Any, right: Any) -> Any:
-            crew = stack.enter_context(Crew((left, right), cores(2), PATIENCE))
+            crew = stack.enter_context(Crew((_member(left), _member(right)), cores(2), PATIENCE))
 
-            def run() -> float:
-                assert crew.ask(count, count) == [count, count], "wrong answers"
-                return count
+            def run() -> Each:
+                trips, right = crew.ask(count, count)
+                assert right == count == len(trips), "wrong answers"
+                return Each(float(np.median(trips)) - PAUSE_NS / 1e9)
 
             return run
 
+        left, right = shm.channel("shm")
+        stack.callback(left.close)
+        stack.callback(right.close)
+        there, back = (stack.enter_context(shm.Ring(capacity=4, arena_bytes=1 << 20)) for _ in range(2))
         result = compare(
             {
-                "shm": contestant(*_ring_with_pauses()),
-                "sem_t in C": contestant(*_semaphores_with_pauses()),
+                "shm": contestant(partial(_ping, left, left), partial(_pong, right, right)),
+                "Ring": contestant(partial(_ping, there, back), partial(_pong, back, there)),
+                "sem_t in C": contestant(*_semaphores()),
             },
-            unit="a round trip",
+            unit="a round trip, less the pause",
         )
-    pauses = 2 * PAUSE_NS / 1e9
-    ours, bare = (
-        statistics.median(cost - pauses for cost in result.costs(name)) for name in ("shm", "sem_t in C")
-    )
-    targets.at_most("ping-pong of sleepers, shm to sem_t in C, time", ours / bare, 1.15, "x")
-    targets.note("the same, less the pauses", f"{ours * 1e6:.1f} us to {bare * 1e6:.1f} us")
+    for name in ("shm", "Ring"):
+        ratio = 1 / result.ratio(name, "sem_t in C")
+        targets.at_most(f"ping-pong of sleepers, {name} to sem_t in C, time", ratio, 1.15, "x")
 
 
-def _semaphores_with_pauses() -> Any:
+def _member(part: Any) -> Any:
+    return lambda: (part, lambda: None)
+
+
+def _ping(out: Any, back: Any, count: int) -> list[float]:
+    think, clock, trips = compiled().rival_think, time.perf_counter, []
+    for number in range(count):
+        think(PAUSE_NS)
+        start = clock()
+        frame = out.claim(64, "u1")
+        frame.array.fill(number & 127)
+        frame.commit()
+        frame = back.lease()
+        answer = int(frame.array[63])
+        frame.release()
+        trips.append(clock() - start)
+        assert answer == (number & 127) + 1
+    return trips
+
+
+def _pong(out: Any, back: Any, count: int) -> int:
+    think = compiled().rival_think
+    for _ in range(count):
+        frame = back.lease()
+        value = int(frame.array[63])
+        frame.release()
+        think(PAUSE_NS)
+        frame = out.claim(64, "u1")
+        frame.array.fill(value + 1)
+        frame.commit()
+    return count
+
+
+def _semaphores() -> Any:
     rival = compiled()
     memory = np.frombuffer(mmap.mmap(-1, 4096), np.uint8)
     rival.rival_trip_init(memory.ctypes.data)
 
-    def member(function: Any) -> Any:
-        return lambda: (lambda count: function(memory.ctypes.data, count, PAUSE_NS), lambda: None)
+    def ping(count: int) -> list[float]:
+        times = np.zeros(count, np.uint64)
+        assert rival.rival_ping(memory.ctypes.data, count, PAUSE_NS, times.ctypes.data) == count
+        return list(times / 1e9)
 
-    return member(rival.rival_ping), member(rival.rival_pong)
-
-
-def _ring_with_pauses() -> Any:
-    think = compiled().rival_think
-    there, back = (shm.Ring(capacity=4, arena_bytes=1 << 20) for _ in range(2))
-
-    def ping() -> Any:
-        def run(count: int) -> int:
-            right = 0
-            for number in range(count):
-                think(PAUSE_NS)
-                with there.claim(64, "u1") as frame:
-                    frame.fill(number & 127)
-                with back.lease() as frame:
-                    right += int(frame[63]) == (number & 127) + 1
-            return right
-
-        return run, there.close
-
-    def pong() -> Any:
-        def run(count: int) -> int:
-            for _ in range(count):
-                with there.lease() as frame:
-                    value = int(frame[63])
-                think(PAUSE_NS)
-                with back.claim(64, "u1") as frame:
-                    frame.fill(value + 1)
-            return count
-
-        return run, back.close
-
-    return ping, pong
+    return ping, lambda count: rival.rival_pong(memory.ctypes.data, count, PAUSE_NS)
 
 
 def _wait_for_one(ring: shm.Ring) -> None:

@@ -84,15 +84,18 @@ void rival_trip_init(struct trip *trip)
     sem_init(&trip->back, 1, 0);
 }
 
-/* Both sides think before they send, so that the other one is asleep. Returns how many answers were right. */
-unsigned rival_ping(struct trip *trip, unsigned count, uint64_t think_ns)
+/* Both sides think before they send, so that the other one is asleep. `times` gets what each round trip took, with the
+ * other side's thinking. Returns how many answers were right. */
+unsigned rival_ping(struct trip *trip, unsigned count, uint64_t think_ns, uint64_t *times)
 {
     unsigned right = 0;
     for (unsigned number = 0; number < count; number++) {
         rival_think(think_ns);
+        uint64_t start = now();
         memset(trip->message, (int)(number & 127), sizeof trip->message);
         sem_post(&trip->there);
         wait_for(&trip->back);
+        times[number] = now() - start;
         right += trip->message[63] == (number & 127) + 1;
     }
     return right;

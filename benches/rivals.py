@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import posix_ipc
 
+from benches.measure import Each
 from shmengine.bench import registry
 from shmengine.bench.measure import Pair
 from shmengine.bench.ours import RingWay
@@ -30,26 +31,18 @@ PATIENCE = 120.0  # seconds until a bench that hangs fails
 fork = multiprocessing.get_context("fork")
 
 
-def pairs(stack: ExitStack, links: dict[str, Callable[[int, int], Link]], nbytes: int) -> dict[str, Pair]:
-    """Open a pair of processes for each link; `stack` closes them."""
-    return {
-        name: stack.enter_context(Pair(link(nbytes, SLOTS), patience=PATIENCE))
-        for name, link in links.items()
-    }
-
-
 def one_way(stack: ExitStack, link: Callable[[int, int], Link], nbytes: int, mode: Mode, count: int) -> Any:
     """Return a contestant that sends `count` messages through."""
-    pair = pairs(stack, {"": link}, nbytes)[""]
+    pair = stack.enter_context(Pair(link(nbytes, SLOTS), patience=PATIENCE))
     return lambda: pair.one_way(mode, count)
 
 
 def round_trips(
     stack: ExitStack, link: Callable[[int, int], Link], nbytes: int, mode: Mode, count: int
 ) -> Any:
-    """Return a contestant that sends `count` messages there and back."""
-    pair = pairs(stack, {"": link}, nbytes)[""]
-    return lambda: pair.round_trips(mode, count)
+    """Return a contestant that sends `count` messages there and back; the median of them counts."""
+    pair = stack.enter_context(Pair(link(nbytes, SLOTS), patience=PATIENCE))
+    return lambda: Each(float(np.median(pair.run("round trip", mode, count).trips)))
 
 
 def known(*names: str) -> dict[str, Callable[[int, int], Link]]:
@@ -198,7 +191,7 @@ def compiled() -> ctypes.CDLL:
         "ring_receive": [pointer, number],
         "ring_release": [pointer],
         "trip_init": [pointer],
-        "ping": [pointer, number, ns],
+        "ping": [pointer, number, ns, pointer],
         "pong": [pointer, number, ns],
         "think": [ns],
     }.items():

@@ -256,7 +256,6 @@ typedef struct {
     uint32_t kind; /* of the frame that `bytes` are, if its header and checksum are sound; 0: not looked at, or not sound */
     uint32_t parts, prefix, in_band, producer; /* what the header says, within `length` */
     uint64_t sequence;
-    const char *body; /* what follows the header and the prefix */
 } shmr_message;
 
 /* Over a descriptor that does not block and stays the caller's. `fragment_bytes`: of a queue, what a message of it may
@@ -282,6 +281,18 @@ int shmr_stream_receive(shmr_stream *s, uint64_t taken, int64_t deadline, shmr_m
 /* Memory for the message that was last announced, good until the next one is received or another one is announced. NULL:
  * there is none, and the message is dropped as it comes. */
 void shmr_stream_give_memory(shmr_stream *s, void *memory);
+/* ---- descriptors that are kept --------------------------------------------------------------------------------- */
+
+/* A descriptor, and what tells its file from another one that came to be under that number. */
+typedef struct {
+    int fd;       /* -1: none */
+    uint32_t pid; /* of a pidfd whose inode tells nothing; else 0 */
+    uint64_t device, inode;
+} shmr_file;
+
+int shmr_file_keep(shmr_file *file, int fd);                   /* 0: it is not open */
+int shmr_file_is_ours(const shmr_file *file, uint64_t *bytes); /* *bytes (if any): its length, if it is */
+void shmr_file_close(shmr_file *file);                         /* unless it is another one's by now */
 
 /* ---- bytes ---------------------------------------------------------------------------------------------------- */
 

@@ -97,6 +97,11 @@ typedef struct {
     int64_t arrived;
     uint64_t bytes_sent, bytes_copied;
 } shmr_scatter;
+typedef struct {
+    int fd;
+    uint32_t pid;
+    uint64_t device, inode;
+} shmr_file;
 uint64_t shmr_region_bytes(const shmr_config *config);
 int shmr_create(int fd, const shmr_config *config, shmr **out);
 int shmr_attach(int fd, shmr **out);
@@ -167,7 +172,6 @@ typedef struct {
     uint32_t in_band;
     uint32_t producer;
     uint64_t sequence;
-    const char *body;
 } shmr_message;
 shmr_stream *shmr_stream_new(int fd, uint32_t fragment_bytes);
 void shmr_stream_free(shmr_stream *s);
@@ -179,6 +183,9 @@ uint64_t shmr_stream_sent(const shmr_stream *s, uint32_t priority);
 void shmr_stream_goodbye(shmr_stream *s);
 int shmr_stream_receive(shmr_stream *s, uint64_t taken, int64_t deadline, shmr_message *out);
 void shmr_stream_give_memory(shmr_stream *s, void *memory);
+int shmr_file_keep(shmr_file *file, int fd);
+int shmr_file_is_ours(const shmr_file *file, uint64_t *bytes);
+void shmr_file_close(shmr_file *file);
 uint32_t shmr_crc32c(uint32_t crc, const void *bytes, uint64_t length);
 void shmr_copy(void *target, const void *source, uint64_t length);
 void shmr_copy_near(void *target, const void *source, uint64_t length);

@@ -50,7 +50,7 @@ struct incoming {
 };
 
 struct shmr_stream {
-    struct shmr_file file;
+    shmr_file file;
     int64_t looked;          /* when whether it is still ours */
     shmr_count busy;         /* a call that sends is on its way, perhaps in a thread that the end of the process overtook */
     uint32_t fragment_bytes; /* of a queue: what a message of it may have; 0: a pipe */
@@ -122,8 +122,7 @@ static int until(shmr_stream *s, int (*attempt)(shmr_stream *s, const void *argu
         struct pollfd polled = {s->file.fd, event, 0};
         int count = ppoll(&polled, 1, deadline < 0 ? NULL : &left, NULL);
         if (count < 0 && errno == EINTR) return SHMR_INTERRUPTED;
-        if (count < 0 || polled.revents & POLLNVAL)
-            return shmr_fail(SHMR_SYSTEM, count < 0 ? errno : EBADF, "ppoll of a channel");
+        if (count < 0) return shmr_fail(SHMR_SYSTEM, errno, "ppoll of a channel");
         status = attempt(s, argument);
         if (status != SHMR_WOULD_BLOCK) return status;
         now = shmr_now();
@@ -199,7 +198,7 @@ static int pay(shmr_stream *s) {
         struct parts parts;
         begin_parts(s, &parts, &s->length);
         uint64_t at = s->written < WORD ? WORD : s->written;
-        while (at < s->owed_to && parts.count < PARTS_MAX) at += add(&parts, zeros, least(sizeof zeros, s->owed_to - at));
+        while (at < s->owed_to) at += add(&parts, zeros, least(sizeof zeros, s->owed_to - at)); /* a stretch at most */
         int status = write_parts(s, &parts);
         if (status != SHMR_OK) return status;
         if (s->written == s->owed_to) s->length = s->written = s->owed_to = 0;
@@ -323,7 +322,6 @@ static void look_at_frame(shmr_message *out) {
     out->prefix = frame.prefix;
     out->in_band = (uint32_t)frame.in_band;
     out->sequence = frame.sequence;
-    out->body = out->bytes + sizeof frame + frame.prefix;
     out->producer = frame.producer;
 }
 

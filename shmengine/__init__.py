@@ -38,7 +38,12 @@ from shmengine.errors import (
 
 if TYPE_CHECKING:
     from shmengine.channels.base import End as End
+    from shmengine.channels.keys import Keys as Keys
+    from shmengine.channels.keys import generate_keys as generate_keys
     from shmengine.channels.open import channel as channel
+    from shmengine.channels.servers import Server as Server
+    from shmengine.channels.servers import connect as connect
+    from shmengine.channels.servers import listen as listen
     from shmengine.engine import Engine as Engine
     from shmengine.engine.default import map as map
     from shmengine.engine.default import map_blocks as map_blocks
@@ -67,6 +72,7 @@ __all__ = [
     "EngineStats",
     "Full",
     "JoinableQueue",
+    "Keys",
     "LayoutMismatch",
     "LeaseError",
     "MemoryBudgetExceeded",
@@ -77,6 +83,7 @@ __all__ = [
     "Ring",
     "RingStats",
     "SerializationError",
+    "Server",
     "ShmError",
     "StaleReference",
     "Stall",
@@ -88,6 +95,9 @@ __all__ = [
     "WouldBlock",
     "__version__",
     "channel",
+    "connect",
+    "generate_keys",
+    "listen",
     "map",
     "map_blocks",
     "reduce",
@@ -102,11 +112,16 @@ _HOMES = {
     "Full": "shmengine.errors",
     "JoinableQueue": "shmengine.queues",
     "Queue": "shmengine.queues",
+    "Keys": "shmengine.channels.keys",
     "Ring": "shmengine.ring",
     "RingStats": "shmengine.stats",
+    "Server": "shmengine.channels.servers",
     "Stall": "shmengine.engine.stalls",
     "Stalls": "shmengine.engine.stalls",
     "channel": "shmengine.channels.open",
+    "connect": "shmengine.channels.servers",
+    "generate_keys": "shmengine.channels.keys",
+    "listen": "shmengine.channels.servers",
     "map": "shmengine.engine.default",
     "map_blocks": "shmengine.engine.default",
     "reduce": "shmengine.engine.default",

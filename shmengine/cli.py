@@ -1,4 +1,4 @@
-"""The command line: ``shmengine doctor``, ``clean`` and ``bench``, also as ``python -m shmengine``."""
+"""The command line: ``shmengine doctor``, ``clean``, ``keys`` and ``bench``, also as ``python -m shmengine``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, text in (
         ("doctor", "say what this machine allows, and what stands in the way"),
         ("clean", "remove named regions that nobody uses any more"),
+        ("keys", "make keys for channels between machines (listen and connect, auth=)"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--json", action="store_true", help="for programs")
+        if name == "keys":
+            command.add_argument(
+                "path",
+                help="file for the pair, which only its owner can read; the public key goes to PATH.pub, for others",
+            )
     text = "measure the ways from one process to another, and say which one to take"
     _add_bench(commands.add_parser("bench", help=text, description=text), arguments)
     options = parser.parse_args(arguments)
@@ -29,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from shmengine.bench.command import run
 
         return run(options)
-    report = {"doctor": _doctor, "clean": _clean}[options.command]()
+    report = (
+        _keys(options.path)
+        if options.command == "keys"
+        else {"doctor": _doctor, "clean": _clean}[options.command]()
+    )
     if options.json:
         json.dump(report, sys.stdout, indent=1)
         print()
@@ -96,3 +106,14 @@ def _clean() -> dict[str, Any]:
         remove_name(name)
         removed.append(name)
     return {"removed": removed or ["nothing"]}
+
+
+def _keys(path: str) -> dict[str, Any]:
+    from shmengine.channels.keys import generate_keys
+
+    keys = generate_keys()
+    try:
+        keys.save(path)
+    except OSError as error:
+        return {"trouble": [f"the keys cannot be written: {error}"]}
+    return {"secret": path, "public": f"{path}.pub", "public key": keys.public}

@@ -59,6 +59,12 @@ class ShmrCounters(CData):
     deaths: int
     joins: int
 
+class ShmrFile(CData):
+    fd: int
+    pid: int
+    device: int
+    inode: int
+
 class ShmrScatterSource(CData):
     address: CData
     pitch: int
@@ -107,7 +113,6 @@ class ShmrMessage(CData):
     in_band: int
     producer: int
     sequence: int
-    body: CData
 
 class FFI:
     NULL: Any
@@ -224,6 +229,9 @@ class Lib:
     def shmr_stream_goodbye(self, s: ShmrStream, /) -> None: ...
     def shmr_stream_receive(self, s: ShmrStream, taken: int, deadline: int, out: ShmrMessage, /) -> int: ...
     def shmr_stream_give_memory(self, s: ShmrStream, memory: CData, /) -> None: ...
+    def shmr_file_keep(self, file: ShmrFile, fd: int, /) -> int: ...
+    def shmr_file_is_ours(self, file: ShmrFile, nbytes: CData, /) -> int: ...
+    def shmr_file_close(self, file: ShmrFile, /) -> None: ...
     def shmr_crc32c(self, crc: int, data: object, length: int, /) -> int: ...
     def shmr_copy(self, target: CData, source: CData, length: int, /) -> None: ...
     def shmr_copy_near(self, target: CData, source: CData, length: int, /) -> None: ...

@@ -101,7 +101,7 @@ class Crew:
         try:
             for commands, request in zip(self._commands, requests, strict=True):
                 try:
-                    commands.send(request)
+                    commands.send((True, request))
                 except OSError:
                     pass  # it is dead, as will be noticed
             return self._replies()
@@ -154,7 +154,7 @@ class Crew:
         """Let all members leave in an orderly way; kill those that do not."""
         for commands in self._commands:
             try:
-                commands.send(None)
+                commands.send((False, None))
             except OSError:
                 pass  # killed before
         deadline = time.monotonic() + LEAVE_SECONDS
@@ -194,7 +194,10 @@ def _serve(member: Member, commands: Connection[Any, Any], cpu: int | None, erro
     try:
         answer, leave = member()
         commands.send((None, None))
-        while (request := commands.recv()) is not None:
+        while True:
+            goes_on, request = commands.recv()
+            if not goes_on:
+                break
             commands.send((None, answer(request)))
         leave()
     except Exception as error:

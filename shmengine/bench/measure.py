@@ -7,6 +7,7 @@ round trip    left: put take put take ...    right: take put take put ...     ea
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ KINDS: Final[tuple[Kind, ...]] = ("one way", "round trip")
 MAX_COUNT: Final = 1 << 20
 MAX_GROWTH: Final = 16  # of a count, from what a shorter run suggests
 CALIBRATIONS: Final = 5
+PATIENT: Final = 1.3  # times the time that a run should take; then what is left is left out
 OUT_OF_TIME: Final = "there was no time left"
 ENOUGH_TRIPS: Final = 100  # below, no 99th percentile is told
 
@@ -203,10 +205,27 @@ class _Cell:
             cpu=_spread(each.cpu_seconds / each.count for each in ways),
             latency=_spread(float(np.median(each.trips)) for each in trips),
             p99=float(np.quantile(all_trips, 0.99)) if len(all_trips) >= ENOUGH_TRIPS else None,
+            rounds=len(ways),
             messages=sum(each.count for each in ways),
             trips=len(all_trips),
             error=self.error,
         )
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Until when a size should be done, and when the whole run must be."""
+
+    share: float
+    end: float
+
+    def is_late(self) -> bool:
+        """Whether only the least is still done."""
+        return time.monotonic() > self.share
+
+    def is_over(self) -> bool:
+        """Whether nothing more is begun."""
+        return time.monotonic() > self.end
 
 
 def _spread(values: Iterator[float]) -> Spread | None:
@@ -232,22 +251,22 @@ def measure(
         One for each target, mode and size that goes together, in this order of the sizes. What failed has an error.
     """
     start = time.monotonic()
+    end = start + PATIENT * (plan.total_seconds or math.inf)
     rows: list[Row] = []
     steps = len(plan.sizes) * (plan.repeats + 1)
     given_up: set[str] = set()  # targets that hung or crashed are not tried again
     for number, nbytes in enumerate(plan.sizes):
-        deadline = None
+        share = math.inf
         if plan.total_seconds is not None:
             left = plan.total_seconds - (time.monotonic() - start)
-            deadline = time.monotonic() + left / (len(plan.sizes) - number)
+            share = time.monotonic() + left / (len(plan.sizes) - number)
         done = number * (plan.repeats + 1)
 
         def report(repeat: int, text: str, done: int = done) -> None:
             progress(done + repeat, steps, text)
 
-        measured = _measure_size(
-            plan, [t for t in targets if t.name not in given_up], nbytes, deadline, report
-        )
+        tried = [target for target in targets if target.name not in given_up]
+        measured = _measure_size(plan, tried, nbytes, _Clock(share, end), report)
         given_up |= {row.target for row in measured if row.error not in (None, OUT_OF_TIME)}
         rows += measured
     progress(steps, steps, "done")
@@ -258,18 +277,18 @@ def _measure_size(
     plan: Plan,
     targets: Sequence[Target],
     nbytes: int,
-    deadline: float | None,
+    clock: _Clock,
     report: Callable[[int, str], None],
 ) -> list[Row]:
     with _open(plan, targets, nbytes, report) as cells:
         for cell in cells:
             for kind in KINDS:
                 report(0, f"{cell.target.name}: warming up")
-                if deadline is not None and time.monotonic() > deadline and cell.error is None:
+                if clock.is_over() and cell.error is None:
                     cell.error = OUT_OF_TIME
-                _calibrate(cell, kind, plan.round_seconds)
+                _calibrate(cell, kind, 0.0 if clock.is_late() else plan.round_seconds)
         for repeat in range(plan.repeats):
-            if repeat and deadline is not None and time.monotonic() > deadline:
+            if repeat and clock.is_late():
                 break
             for cell in cells:
                 for kind in KINDS:

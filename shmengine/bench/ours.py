@@ -33,24 +33,24 @@ def memory_for(nbytes: int, slots: int) -> int:
     return (slots + SPARE_BLOCKS) * max(nbytes, MIN_BLOCK)
 
 
-def filling(claim: Any, nbytes: int) -> Put:
+def filling(end: Any, nbytes: int) -> Put:
     """Fill messages in place; each claim is ended by a call."""
     shape = (nbytes,)
 
     def put(number: int) -> None:
-        frame = claim(shape, "u1")
+        frame = end.claim(shape, "u1")
         frame.array.fill(number % PRIME)
         frame.commit()
 
     return put
 
 
-def reading(lease: Any, nbytes: int) -> Take:
+def reading(end: Any, nbytes: int) -> Take:
     """Read messages in place; each lease is ended by a call."""
     where, expected = checks(nbytes)
 
     def take(number: int) -> bool:
-        frame = lease()
+        frame = end.lease()
         # No name for the array: while it lived its block would not be free again.
         right: bool = frame.array[where].tobytes() == expected[number % PRIME]
         frame.release()
@@ -67,15 +67,13 @@ class RingWay(OneWay):
         self.ring = Ring(capacity=slots, arena_bytes=memory_for(nbytes, slots))
 
     def sender(self) -> dict[Mode, Put]:
-        self.ring.approx_fill()  # joins: from then on `claim` and `lease` are this process's own
         return {
             "copy": putting_copies(self.nbytes, self.ring.send),
-            "block": filling(self.ring.claim, self.nbytes),
+            "block": filling(self.ring, self.nbytes),
         }
 
     def receiver(self) -> dict[Mode, Take]:
-        self.ring.approx_fill()
-        take = reading(self.ring.lease, self.nbytes)
+        take = reading(self.ring, self.nbytes)
         return {"copy": take, "block": take}
 
     def leave(self) -> None:
@@ -143,9 +141,8 @@ class ChannelLink(Link):
             end.close,
         )
         if "block" in self.modes:
-            end.try_lease()  # from the first use on `claim` and `lease` are this process's own
-            opened.put["block"] = filling(end.claim, self.nbytes)
-            opened.take["block"] = reading(end.lease, self.nbytes)
+            opened.put["block"] = filling(end, self.nbytes)
+            opened.take["block"] = reading(end, self.nbytes)
         return opened
 
     def close(self) -> None:

@@ -60,7 +60,7 @@ QUICK: Final = Plan(
     sizes=(64, 4 * KIB, 64 * KIB, MIB, 16 * MIB),
     repeats=3,
     round_seconds=0.015,
-    total_seconds=18.0,
+    total_seconds=16.0,
     patience=3.0,
 )
 

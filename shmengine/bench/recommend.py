@@ -17,6 +17,7 @@ SIMPLEST_FIRST: Final = ("pipe", "mqueue", "socket", "shm")
 ABOUT_AS_GOOD: Final = 1.25
 PAYS: Final = 2.0  # a mechanism stops paying where another one is so many times as fast
 WORTH_SAYING: Final = 1.2
+ENOUGH_ROUNDS: Final = 3  # for quartiles that tell anything
 NOISY: Final = 0.25  # half the distance of the quartiles, as a part of the median
 
 
@@ -191,10 +192,10 @@ def _in_place(rows: Iterable[Row]) -> list[str]:
 
 
 def _rivals(rows: Sequence[Row]) -> list[str]:
-    """Be honest about who is faster; the quartiles must not overlap."""
+    """Be honest about who is faster; the quartiles must not overlap, and there must be some."""
     faster: dict[str, tuple[float, int]] = {}
     for row in rows:
-        if row.group != "rival" or row.rate is None:
+        if row.group != "rival" or row.rate is None or row.rounds < ENOUGH_ROUNDS:
             continue
         ours = [
             r for r in rows if r.group != "rival" and r.nbytes == row.nbytes and r.mode == row.mode and r.rate

@@ -52,8 +52,8 @@ class Row:
         Seconds of a round trip with a message of this size each way; of the medians of the rounds.
     p99 : float or None
         Of all round trips together, if there were enough of them.
-    messages, trips : int
-        How many were sent, and checked.
+    rounds, messages, trips : int
+        How many were measured, one way and round; and checked.
     error : str or None
         Why it was not measured, or not to the end.
     """
@@ -67,6 +67,7 @@ class Row:
     cpu: Spread | None
     latency: Spread | None
     p99: float | None
+    rounds: int
     messages: int
     trips: int
     error: str | None = None
@@ -174,6 +175,7 @@ CSV_COLUMNS: Final = (
     "latency_us_p99",
     "cpu_us_per_message",
     "cpu_seconds_per_gib",
+    "rounds",
     "messages",
     "trips",
     "error",
@@ -197,6 +199,7 @@ def _csv_cells(row: Row) -> list[object]:
         None if row.p99 is None else row.p99 * 1e6,
         parts(row.cpu, 1e6)[0],
         row.cpu_per_gib,
+        row.rounds,
         row.messages,
         row.trips,
         row.error,

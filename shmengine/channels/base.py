@@ -295,6 +295,8 @@ class End:
             self._leave_async(self._sending)
 
     def _push(self, link: Link, message: Any, priority: int, deadline: int, timeout: float | None) -> None:
+        if self._closed:  # while this thread waited for its turn
+            self._check_open()
         sent = False
         try:
             now = time.monotonic_ns()
@@ -395,6 +397,8 @@ class End:
 
     def _fetch(self, link: Link, until: int) -> bool:
         """Tell whether a message is ready by then; raise if none will ever be."""
+        if self._closed:  # while this thread waited for its turn
+            self._check_open()
         if self._ready:
             link.settle()
             return True

@@ -12,7 +12,7 @@ from shmengine.arrays import Bytes, address_of
 from shmengine.channels.base import END, NOTHING, Counts, Link, Options
 from shmengine.channels.compression import Compressor, decompress, is_compressed
 from shmengine.codec import FRAME_ALIGNMENT, decode, encode, number_of
-from shmengine.errors import Corrupt, ShmError
+from shmengine.errors import Corrupt, ShmError, StaleReference
 
 __all__ = ["GOODBYE", "FrameLink", "aligned_empty"]
 
@@ -58,7 +58,7 @@ class FrameLink(Link):
         """
 
     @abstractmethod
-    def read(self, deadline: int) -> Bytes | object:
+    def read(self, deadline: int) -> Bytes | bytes | object:
         """Return the next message, in memory of its own (see `aligned_empty`), `NOTHING` or `GOODBYE`.
 
         The same one is returned again until `taken`.
@@ -85,10 +85,12 @@ class FrameLink(Link):
             )
             nbytes = frame.nbytes
             if self._compressor is not None:
-                pieces, nbytes = self._compressor.compress(pieces, nbytes)
+                pieces, nbytes = self._compressor.compress(pieces, nbytes, frame.item_bytes())
             message[1:] = pieces, nbytes
         if not self.write(pieces, nbytes, priority, deadline):
             return False
+        if self._compressor is not None:
+            self._compressor.written(nbytes)
         counts = self.counts
         counts.messages_sent += 1
         counts.bytes_sent += frame.nbytes
@@ -126,15 +128,18 @@ class FrameLink(Link):
         counts = self.counts
         try:
             if is_compressed(wire):
-                frame = decompress(wire)
+                frame = decompress(wire, aligned_empty)
             obj = decode(frame, allow_pickle=self.options.allow_pickle)
         except Corrupt:
             counts.corrupt += 1
             self._number_unknown = True  # so that it is not said to be missing, too
             raise
-        except ShmError:
+        except ShmError as error:
             number, priority = number_of(frame)
             self._expected[priority] = number + 1
+            if isinstance(error, StaleReference):
+                counts.corrupt += 1
+                raise Corrupt(f"a message refers to what no channel carries: {error}", "parts") from error
             raise
         number, priority = number_of(frame)
         self._accept(obj, number, priority, len(frame), len(wire))

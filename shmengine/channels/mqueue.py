@@ -18,10 +18,10 @@ from shmengine._native import lib
 from shmengine.channels.base import Capabilities, Link, Options
 from shmengine.channels.presence import Presence
 from shmengine.channels.stream import StreamLink, reopened
-from shmengine.channels.tokens import start_time
 from shmengine.config import format_bytes
+from shmengine.descriptors import Descriptor
 from shmengine.errors import ShmError
-from shmengine.region import Descriptor
+from shmengine.region import start_time
 
 __all__ = ["abandoned_queues", "are_listed", "pair", "remove_queue"]
 
@@ -64,7 +64,7 @@ def pair(options: Options) -> tuple[Link, Link]:
             # All queues of a user have a number of bytes together: smaller ones may still be had.
             fragment_bytes //= 2
             if fragment_bytes < LEAST_FRAGMENT_BYTES:
-                _explain(refusal.__cause__)
+                _explain("there is no room for another one", refusal.__cause__)
 
 
 def _pair(options: Options, fragment_bytes: int) -> tuple[Link, Link]:
@@ -97,7 +97,7 @@ def _queue(buffer_bytes: int, fragment_bytes: int) -> tuple[Descriptor, Descript
     except OSError as error:  # without an errno, which would tell what there is too much of
         raise _TooMuchError from error
     except (posix_ipc.Error, ValueError) as error:
-        _explain(error)
+        _explain(str(error), error)
     try:
         posix_ipc.unlink_message_queue(name)
         first = reopened(queue.mqd)
@@ -118,11 +118,11 @@ def _limit(name: str) -> int:
         raise ShmError("this kernel has no POSIX message queues: use another mechanism") from None
 
 
-def _explain(error: BaseException | None) -> NoReturn:
+def _explain(why: str, error: BaseException | None) -> NoReturn:
     """Raise what says which limits there are."""
     together = resource.getrlimit(resource.RLIMIT_MSGQUEUE)[0]
     raise ShmError(
-        f"no message queue can be made: {error}. A user's queues may have"
+        f"no message queue can be made: {why}. A user's queues may have"
         f" {'any number of bytes' if together < 0 else format_bytes(together)} together (RLIMIT_MSGQUEUE: raise it by"
         f" ulimit -q), and there may be {_limit('queues_max')} queues ({LIMITS}/queues_max), each of up to"
         f" {_limit('msg_max')} messages ({LIMITS}/msg_max) of {_limit('msgsize_max')} bytes ({LIMITS}/msgsize_max)."

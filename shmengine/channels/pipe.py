@@ -9,7 +9,7 @@ from typing import ClassVar
 from shmengine.channels.base import Capabilities, Link, Options
 from shmengine.channels.presence import Presence
 from shmengine.channels.stream import StreamLink, reopened
-from shmengine.region import Descriptor
+from shmengine.descriptors import Descriptor
 
 __all__ = ["pair"]
 

@@ -20,14 +20,15 @@ import weakref
 from dataclasses import dataclass
 
 from shmengine.channels.tokens import DescriptorToken, lend
+from shmengine.descriptors import Descriptor
 from shmengine.errors import ShmError, UseAfterFork
-from shmengine.region import Descriptor
 
 __all__ = ["Fate", "Presence", "PresenceToken"]
 
 _LOCK = struct.Struct("hhqqi4x")  # struct flock of a 64-bit Linux
 _USED, _CLOSED = 1, 2  # what the byte of a side in the page says
 _HOLDERS = 2
+_WHAT = "an end of a channel"
 
 
 class Fate(enum.Enum):
@@ -61,7 +62,9 @@ class Presence:
     def __init__(self, side: int, fd: int) -> None:
         self.side = side
         self.closed = False
-        self._holding = Descriptor(fd)  # children may share this open file description, and the lock with it
+        self._holding = Descriptor(
+            fd, _WHAT
+        )  # children may share this open file description, and the lock with it
         self._using: Descriptor | None = None
         self._beginning = False
         self._user = 0
@@ -82,7 +85,7 @@ class Presence:
     def token(self) -> PresenceToken:
         """Return what another process needs to have a copy of this end."""
         self._passed_on = True
-        return PresenceToken(self.side, lend(self._open(), "this end of a channel"))
+        return PresenceToken(self.side, lend(self._open(), _WHAT))
 
     @classmethod
     def from_token(cls, token: PresenceToken) -> Presence:
@@ -110,8 +113,8 @@ class Presence:
             raise UseAfterFork("this end of a channel is used by the parent of this forked process")
         # Once more after a signal's handler has raised in here: the lock is that of this description.
         if self._using is None:
-            self._using = Descriptor(_reopen(self._open()))
-        fd = self._using.fd
+            self._using = Descriptor(_reopen(self._open()), _WHAT)
+        fd = self._using.number
         try:
             _lock(fd, fcntl.F_WRLCK, self.side)
             before = os.pread(fd, 1, self.side)[0]
@@ -134,7 +137,7 @@ class Presence:
         if self.closed:
             return
         if self._holding.is_ours():
-            fd = _reopen(self._holding.fd)
+            fd = _reopen(self._holding.number)
             try:
                 if self.in_use:
                     os.pwrite(fd, bytes([_CLOSED]), self.side)
@@ -165,7 +168,7 @@ class Presence:
             raise ShmError(
                 "a descriptor of this end of a channel was closed by other code of this process: make a new channel"
             )
-        return self._holding.fd
+        return self._holding.number
 
     # --- the other one -------------------------------------------------------------------------------
 

@@ -7,11 +7,11 @@ and checksum as it sends them, and has verified them before they are read here.
 from __future__ import annotations
 
 import pickle
+import struct
 from typing import Any, Final
 
 import numpy as np
 
-from shmengine._native import ffi
 from shmengine.arrays import address_of, is_plain_dtype
 from shmengine.codec import HEADER_BYTES, KIND_ARRAY, KIND_PICKLE, decode, encode
 from shmengine.errors import ShmError
@@ -26,6 +26,7 @@ MOST_BYTES = 3072  # of an array, or of a pickle: with header and spec no more t
 VALUES = frozenset((bytes, str, int, float, complex, bool, type(None)))
 
 _ndarray = np.ndarray
+_fields_of = struct.Struct("PQQ6IQ").unpack  # a shmr_message
 _headers: dict[int, bytes] = {}  # of frames with a pickle of so many bytes and nothing else
 _beginnings: dict[Any, bytes] = {}  # of frames with an array of this dtype and shape: all before its bytes
 _arrays: dict[tuple[bytes, int], tuple[Any, ...]] = {}  # what a frame of such a table and length has
@@ -65,28 +66,36 @@ def _first_value(obj: Any, raw: bytes) -> bytes | None:
     return frame
 
 
-def decode_small(message: Any, kind: int, parts: int, prefix: int, in_band: int) -> Any:
-    """Return the object of a frame that the core has found sound; `UNKNOWN`: `decode` knows more.
+def decode_small(raw: bytes, fields: Any, *, allow_pickle: bool) -> tuple[Any, int, int]:
+    """Return the object of a frame that the core has found sound, its number, and its priority.
 
     Parameters
     ----------
-    message : shmr_message
-    kind, parts, prefix, in_band : int
-        Of its fields; `kind` is not that of a pickle if that is not allowed.
+    raw : bytes
+    fields : memoryview
+        The ``shmr_message`` that says what is in the header.
+    allow_pickle : bool
+
+    Returns
+    -------
+    obj : object
+        `UNKNOWN`: it is none that is known here, or has an error; `decode` says which.
+    sequence, producer : int
     """
-    if kind == KIND_PICKLE and not parts:
+    _, _, _, _, kind, parts, prefix, in_band, producer, sequence = _fields_of(fields)
+    if kind == KIND_PICKLE and allow_pickle and not parts:
+        start = HEADER_BYTES + prefix
         try:
-            return pickle.loads(ffi.unpack(message.body, in_band))
-        except Exception:  # `decode` says what it is
-            return UNKNOWN
+            return pickle.loads(raw[start : start + in_band]), sequence, producer
+        except Exception:
+            return UNKNOWN, sequence, producer
     if kind == KIND_ARRAY and not in_band:
-        raw = ffi.unpack(message.bytes, message.length)
         known = _arrays.get((raw[HEADER_BYTES : HEADER_BYTES + prefix], len(raw)))
         if known is None:
-            return _first_seen(raw, prefix)
+            return _first_seen(raw, prefix), sequence, producer
         shape, dtype, nbytes = known
-        return _ndarray(shape, dtype, bytearray(raw[-nbytes:]))
-    return UNKNOWN
+        return _ndarray(shape, dtype, bytearray(raw[-nbytes:])), sequence, producer
+    return UNKNOWN, sequence, producer
 
 
 def _first_seen(raw: bytes, prefix: int) -> Any:

@@ -7,7 +7,6 @@ signal's handler raises leaves no half of one.
 from __future__ import annotations
 
 import os
-import struct
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,19 +15,18 @@ import numpy as np
 from shmengine._native import ffi, lib
 from shmengine._native.status import CLOSED, CORRUPT, INTERRUPTED, NO_MEMORY, OK, TIMEOUT, WOULD_BLOCK, fail
 from shmengine.arrays import Bytes, address_of
-from shmengine.channels.base import END, NOTHING, Options
+from shmengine.channels.base import NOTHING, Options
 from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.small import UNKNOWN, decode_small, encode_small
 from shmengine.channels.tokens import DescriptorToken, lend
-from shmengine.codec import KIND_PICKLE
 from shmengine.config import format_bytes
-from shmengine.errors import Corrupt, ShmError
-from shmengine.region import Descriptor
+from shmengine.descriptors import Descriptor
+from shmengine.errors import ShmError
 
 __all__ = ["StreamLink", "reopened"]
 
-_unpack = struct.Struct("PQQ6IQP").unpack  # a shmr_message
+WHAT = "an end of a channel"
 _send_frame, _receive = lib.shmr_stream_send_frame, lib.shmr_stream_receive
 
 
@@ -46,7 +44,7 @@ class _Token:
         opened: list[Descriptor | None] = []
         try:
             opened.extend(
-                None if token is None else Descriptor(token.open(os.O_RDWR | os.O_NONBLOCK))
+                None if token is None else Descriptor(token.open(os.O_RDWR | os.O_NONBLOCK), WHAT)
                 for token in self.descriptors
             )
             presence = Presence.from_token(self.presence)
@@ -102,13 +100,13 @@ class StreamLink(FrameLink):
         self._presence.use()
         if self._incoming is not None and self._source is None:
             self._source = self._stream(self._incoming)
-            self.read_fd = self._incoming.fd
+            self.read_fd = self._incoming.number
         if self._outgoing is not None and self._target is None:
             self._target = self._stream(self._outgoing)
-            self.write_fd = self._outgoing.fd
+            self.write_fd = self._outgoing.number
 
     def _stream(self, descriptor: Descriptor) -> Any:
-        stream = lib.shmr_stream_new(descriptor.fd, self._fragment_bytes)
+        stream = lib.shmr_stream_new(descriptor.number, self._fragment_bytes)
         if stream == ffi.NULL:
             raise MemoryError("no memory for a channel")
         return ffi.gc(stream, lib.shmr_stream_free)
@@ -175,36 +173,27 @@ class StreamLink(FrameLink):
 
     # --- receiving ---------------------------------------------------------------------------------
 
-    def receive(self, deadline: int) -> Any:
-        """Return the next message, `NOTHING` or `END`; the same one again until `settle`."""
-        if self._current is not None:
-            return self._current[0]
-        message = self._message
-        status = _receive(self._source, self._taken, deadline, message)
-        if status != OK and (status := self._go_on(status, deadline)) != OK:
-            return END if status == CLOSED else NOTHING
-        _, nbytes, _, _, kind, parts, prefix, in_band, producer, sequence, _ = _unpack(self._fields)
-        if kind and (kind != KIND_PICKLE or self.options.allow_pickle):
-            obj = decode_small(message, kind, parts, prefix, in_band)
-            if obj is not UNKNOWN:
-                try:
-                    self._accept(obj, sequence, producer, nbytes, nbytes)
-                except Corrupt:
-                    if self._current is None:
-                        self.taken()
-                    raise
-                return obj
-        return super().receive(deadline)
-
-    def read(self, deadline: int) -> Bytes | object:
-        """Return the next message, in memory of its own, `NOTHING` or `GOODBYE`."""
+    def read(self, deadline: int) -> Bytes | bytes | object:
+        """Return the next message, `NOTHING` or `GOODBYE`: bytes if it is small, and the core has found it sound."""
         message = self._message
         status = _receive(self._source, self._taken, deadline, message)
         if status != OK and (status := self._go_on(status, deadline)) != OK:
             return GOODBYE if status == CLOSED else NOTHING
+        if message.kind:
+            return ffi.unpack(message.bytes, message.length)
         if message.bytes == ffi.NULL:
             return self._memory[message.priority]
         return np.frombuffer(bytearray(ffi.buffer(message.bytes, message.length)), np.uint8)
+
+    def _open(self, wire: Any) -> Any:
+        """Check a message and make it the current one."""
+        if type(wire) is not bytes:
+            return super()._open(wire)
+        obj, number, priority = decode_small(wire, self._fields, allow_pickle=self.options.allow_pickle)
+        if obj is UNKNOWN:
+            return super()._open(np.frombuffer(bytearray(wire), np.uint8))
+        self._accept(obj, number, priority, len(wire), len(wire))
+        return obj
 
     def _go_on(self, status: int, deadline: int) -> int:
         """Receive until there is a message (OK), or none in time, or none will be (CLOSED)."""
@@ -264,7 +253,7 @@ class StreamLink(FrameLink):
 
     def _lend(self, descriptor: Descriptor | None) -> DescriptorToken | None:
         self._check(descriptor)
-        return None if descriptor is None else lend(descriptor.fd, "this end of a channel")
+        return None if descriptor is None else lend(descriptor.number, WHAT)
 
     def close(self) -> None:
         """Say goodbye, if this process uses this end, and let all go."""
@@ -280,4 +269,4 @@ class StreamLink(FrameLink):
 
 def reopened(fd: int) -> Descriptor:
     """Return a descriptor of its own for the file behind another one: to read and write, without blocking."""
-    return Descriptor(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+    return Descriptor(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC), WHAT)

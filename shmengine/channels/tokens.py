@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shmengine.errors import ShmError
+from shmengine.region import start_time
 
 __all__ = ["DescriptorToken", "lend"]
 
@@ -63,12 +64,6 @@ def lend(fd: int, what: str) -> DescriptorToken:
     duplicate = reduction.DupFd(fd) if context.get_spawning_popen() is not None else None
     pid = os.getpid()
     return DescriptorToken(pid, start_time(pid), fd, identity(fd), what, duplicate)
-
-
-def start_time(pid: int) -> str:
-    """Return when a process started, in ticks since boot: with the pid it names one process for ever."""
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        return file.read().rpartition(b")")[2].split()[19].decode()
 
 
 def identity(fd: int) -> tuple[int, int]:

@@ -46,6 +46,7 @@ from shmengine.engine.futures import Futures
 from shmengine.engine.inflight import Batch, InFlight, Job, Task, always
 from shmengine.engine.shortage import LOOK_NS, Patience, Shortage
 from shmengine.errors import ArrayError, Closed, Corrupt, RemoteError, ShmError
+from shmengine.exceptions import decode_exception
 from shmengine.filemap import forget_files
 from shmengine.interrupts import InterruptsLater
 from shmengine.leases import release_with
@@ -405,7 +406,7 @@ class Dispatcher:
             self.spare.append(block)
         del holder
         if kind == BROKEN:
-            cause = codec.decode_exception(payload) if error is None else error
+            cause = decode_exception(payload) if error is None else error
             self.fail_all(lambda: _initializer_error(cause))
             return
         self.deaths.failed_starts = 0
@@ -436,7 +437,7 @@ class Dispatcher:
                 if good:
                     self.conclude(job, task, value, None)
                 else:
-                    self.conclude(job, task, None, codec.decode_exception(value))
+                    self.conclude(job, task, None, decode_exception(value))
 
     def run_later(self, batch: Batch, payload: Any, error: BaseException | None) -> None:
         """Its results found no room: try again when nothing else is on its way, or give up."""
@@ -444,7 +445,7 @@ class Dispatcher:
         if len(batch.tasks) > 1 or (job.retries and self.in_flight):
             self.later.extend(Batch(job, [task]) for task in batch.tasks)
         else:
-            self.conclude(job, batch.tasks[0], None, error or codec.decode_exception(payload))
+            self.conclude(job, batch.tasks[0], None, error or decode_exception(payload))
 
     def must_copy(self, nbytes: int) -> bool:
         """Tell whether a result has to go to private memory, because what users keep must not stop the flow."""

@@ -28,6 +28,7 @@ from shmengine._native.status import CLOSED, CORRUPT, INTERRUPTED, OK, TIMEOUT, 
 from shmengine.arena import Arena
 from shmengine.arrays import GivenReference, detach, has_views, owner_of
 from shmengine.errors import Corrupt, MemoryBudgetExceeded
+from shmengine.exceptions import encode_exception
 from shmengine.leases import release_with
 from shmengine.region import Region
 from shmengine.workers import logs, messages, stacks
@@ -122,7 +123,7 @@ class Worker:
             try:
                 self.prepare(*codec.decode(self.initializer, copy=True))
             except BaseException as error:
-                self.send(BROKEN, 0, codec.encode(codec.encode_exception(error)), 0)
+                self.send(BROKEN, 0, codec.encode(encode_exception(error)), 0)
                 raise
             self.initializer = None
         lib.shmr_set_progress(self.region.handle, 0, 0)
@@ -151,7 +152,7 @@ class Worker:
                 return
             elif status == CORRUPT and block.kind in (TASK, BLOCK):
                 damage = Corrupt("the task was changed in shared memory, on its way to a worker", detail())
-                self.answer(block.tag, [(False, codec.encode_exception(damage))], 0)
+                self.answer(block.tag, [(False, encode_exception(damage))], 0)
             elif status != INTERRUPTED:
                 fail(status, "lease a task")
 
@@ -212,7 +213,7 @@ class Worker:
                 root, self.resolve_writable if mode == SHARED else self.arena.resolve
             )
         except BaseException as error:
-            results.append((False, codec.encode_exception(error)))
+            results.append((False, encode_exception(error)))
             calls = indices = ()
         fn: Any = None
         several = len(calls) > 1
@@ -230,7 +231,7 @@ class Worker:
                     detach(value, kept=self.comes_from_elsewhere)
                 results.append((True, value.pop()))
             except BaseException as error:
-                results.append((False, codec.encode_exception(error)))
+                results.append((False, encode_exception(error)))
                 _forget_frames(error)
         del calls
         args = kwargs = None
@@ -280,7 +281,7 @@ class Worker:
             runner.used = time.perf_counter_ns()
         except BaseException as caught:
             blocks = kwargs = None
-            error = codec.encode_exception(caught)
+            error = encode_exception(caught)
             _forget_frames(caught)
         if placed is not None:
             self.answer_placed(tag, *placed)
@@ -394,14 +395,14 @@ class Worker:
                     del kept
                 except BaseException as error:
                     kind = BATCH
-                    encoded = codec.encode([(False, codec.encode_exception(error))])
+                    encoded = codec.encode([(False, encode_exception(error))])
             if self.send(kind, tag, encoded, nanoseconds):
                 return
         finally:
             for reference in held:
                 self.arena.drop(reference)
             results.clear()
-        shortage = codec.encode_exception(_no_room(encoded.nbytes, self.region))
+        shortage = encode_exception(_no_room(encoded.nbytes, self.region))
         self.send(SHORT, tag, codec.encode(shortage), nanoseconds)
 
     def comes_from_elsewhere(self, array: Any) -> bool:
@@ -419,7 +420,7 @@ class Worker:
         try:
             codec.encode(result[1], share=self.arena.share, label="result")
         except BaseException as error:
-            return False, codec.encode_exception(error)
+            return False, encode_exception(error)
         return result
 
     def send(self, kind: int, tag: int, encoded: codec.Encoded, nanoseconds: int) -> bool:

@@ -11,9 +11,9 @@ import pytest
 
 from shmengine import Closed, EndOfStream, PeerLost, Timeout, WouldBlock
 from tests.helpers import poll_until
-from tests.helpers.channels import FOREVER, Child, drain, fill, is_message, message, number_of
+from tests.helpers.channels import FOREVER, Child, drain, fill, is_message, message, number_of, sending
 
-BLOCK = np.arange(100_000, dtype="u1")
+BLOCK = (np.arange(20_000) % 251).astype("u1")
 MANY = {"mqueue": 3}  # all queues of a user have to fit into a few hundred KiB of the kernel's
 COUNT = 60
 
@@ -70,6 +70,7 @@ def test_many_channels_in_one_loop(mechanism, make_channel):
     async def serve(end):
         async for obj in end:
             await end.asend(obj)
+        end.close()
 
     async def ask(end, number):
         for i in range(5):
@@ -170,11 +171,11 @@ def test_a_way_out_gather(ends):
     left, right = ends
 
     async def send(end):
-        for _ in range(300):
+        for _ in range(600):
             await end.asend(BLOCK, FOREVER)
 
     async def receive(end):
-        for _ in range(300):
+        for _ in range(600):
             assert np.array_equal(await end.areceive(FOREVER), BLOCK)
 
     async def main():
@@ -277,7 +278,6 @@ def test_a_thread_and_a_coroutine_at_one_end(ends, partners):
         mine = [await right.areceive(FOREVER) for _ in range(20)]
         return mine + job.result()
 
-    for number in range(40):
-        left.send(number)
-    assert sorted(asyncio.run(main())) == list(range(40))
+    with sending(left, range(40)):
+        assert sorted(asyncio.run(main())) == list(range(40))
     poll_until(lambda: right.stats().messages_received == 40)

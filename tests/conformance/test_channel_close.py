@@ -14,9 +14,19 @@ import pytest
 
 from shmengine import Closed, EndOfStream, PeerLost, SerializationError, Timeout, UseAfterFork, WouldBlock
 from tests.helpers import poll_until
-from tests.helpers.channels import FOREVER, Child, drain, fill, is_message, make_pair, message, number_of
+from tests.helpers.channels import (
+    FOREVER,
+    Child,
+    drain,
+    fill,
+    is_message,
+    make_pair,
+    message,
+    number_of,
+    trip,
+)
 
-BLOCK = np.arange(100_000, dtype="u1")
+BLOCK = (np.arange(20_000) % 251).astype("u1")
 
 
 def assert_ended(end):
@@ -63,12 +73,11 @@ def test_before_any_use(ends):
 
 def test_after_sending(ends):
     left, right = ends
-    for number in range(20):
-        left.send(message(number), FOREVER)
-        if number < 17:
-            right.receive(FOREVER)
+    for number in range(22):
+        trip(left, right, message(number))
+    left.send_many(message(number) for number in range(22, 25))
     left.close()
-    for number in range(17, 20):
+    for number in range(22, 25):
         obj = right.receive(FOREVER)
         assert is_message(obj)
         assert number_of(obj) == number
@@ -78,7 +87,7 @@ def test_after_sending(ends):
 
 def test_when_the_other_end_was_never_used(ends):
     left, right = ends
-    left.send_many([1, BLOCK, 2])
+    left.send_many([1, BLOCK, 2], FOREVER)
     left.close()
     assert right.receive(FOREVER) == 1
     assert np.array_equal(right.receive(FOREVER), BLOCK)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.helpers.arrays import DTYPES, LAYOUTS, same, same_bytes
-from tests.helpers.channels import FOREVER, make_pair
+from tests.helpers.channels import make_pair, trip
 
 SCALARS = st.one_of(
     st.none(),
@@ -61,34 +61,29 @@ def check(request):
 
 
 @pytest.fixture
-def trip(mechanism, check):
+def travel(mechanism, check):
     """A function that sends something and returns what comes."""
     options = {"allow_pickle": False} if check == "no pickle" else {"check": check}
     left, right = make_pair(mechanism, **options)
     with left, right:
-
-        def travel(obj):
-            left.send(obj, FOREVER)
-            return right.receive(FOREVER)
-
-        yield travel
+        yield lambda obj: trip(left, right, obj)
         assert right.stats().gaps == right.stats().corrupt == 0
 
 
-def test_nested_objects(trip):
+def test_nested_objects(travel):
     @settings(max_examples=40, deadline=None)
     @given(OBJECTS)
     def one(obj):
-        assert alike(trip(obj), obj)
+        assert alike(travel(obj), obj)
 
     one()
 
 
-def test_arrays(trip):
+def test_arrays(travel):
     @settings(max_examples=60, deadline=None)
     @given(ARRAYS)
     def one(array):
-        got = trip(array)
+        got = travel(array)
         assert got.dtype == array.dtype
         assert same_bytes(got, array)
 

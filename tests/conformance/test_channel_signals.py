@@ -18,7 +18,7 @@ pytestmark = [
     # Python itself swallows what is raised in a callback of the garbage collector.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-BLOCK = np.arange(100_000, dtype="u1")
+BLOCK = (np.arange(20_000) % 251).astype("u1")
 MESSAGES = int(300 * soak_seconds(1))
 
 

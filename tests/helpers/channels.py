@@ -8,8 +8,7 @@ import os
 import signal
 import threading
 import traceback
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,8 @@ __all__ = [
     "make_pair",
     "message",
     "number_of",
+    "sending",
+    "trip",
 ]
 
 FOREVER = 30  # no test waits so long unless it has failed
@@ -93,9 +94,34 @@ def drain(end: Any, count: int) -> list[Any]:
     return [end.receive(FOREVER) for _ in range(count)]
 
 
-def checksum(obj: Any) -> int:
-    """A number that says of bytes and arrays whether they are the same."""
-    return zlib.crc32(np.ascontiguousarray(obj).tobytes() if isinstance(obj, np.ndarray) else obj)
+@contextlib.contextmanager
+def sending(end: Any, objs: Iterable[Any], *, close: bool = False) -> Iterator[None]:
+    """Send in a thread, as a channel may have little room; the end of the block waits until all is sent."""
+    failures: list[BaseException] = []
+
+    def send() -> None:
+        try:
+            for obj in objs:
+                end.send(obj, FOREVER)
+            if close:
+                end.close()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def trip(left: Any, right: Any, obj: Any) -> Any:
+    """Send an object from one end to the other, and return what comes."""
+    with sending(left, [obj]):
+        return right.receive(FOREVER)
 
 
 class Job:

@@ -14,8 +14,8 @@ LAYERS = {
     6: ("engine",),
     5: ("workers",),
     4: ("queues", "channels"),
-    3: ("leases", "ring", "codec", "pickling", "filemap", "plain", "stats"),
-    2: ("region", "arena", "arrays"),
+    3: ("leases", "attached", "ring", "codec", "exceptions", "pickling", "filemap", "plain", "stats"),
+    2: ("region", "arena", "arrays", "descriptors"),
     1: ("_native",),
     0: ("errors", "config", "interrupts"),
 }
