@@ -105,8 +105,8 @@ def _measure(options: argparse.Namespace) -> Any:
     stamp = environment.stamp(pinned=plan.pinned)
     with _progress() as progress:
         rows = measure(plan, [each for each in targets if each.name not in missing], progress)
-    rounds = [row.rounds for row in rows if row.error is None]
-    stamp["rounds"] = f"{min(rounds)} to {max(rounds)} of each" if rounds else "none"
+    rounds = sorted({row.rounds for row in rows if row.error is None})
+    stamp["rounds"] = " to ".join(map(str, dict.fromkeys(rounds[:1] + rounds[-1:]))) or "none"
     return Report(stamp, asdict(plan), missing, rows, recommend(rows, load))
 
 
