@@ -229,8 +229,6 @@ def test_os_exit_is_a_death(ends):
             drain(left, 8)
     for _ in range(2):
         with pytest.raises(PeerLost):
-            while not left.capabilities.outlives_sender:
-                left.receive(FOREVER)
             left.receive(FOREVER)
         with pytest.raises(PeerLost):
             left.send(1, FOREVER)

@@ -87,13 +87,6 @@ def receive_all(end):
     return numbers
 
 
-def assert_nothing_is_wrong(end):
-    stats = end.stats()
-    assert stats.gaps == stats.corrupt == 0
-    # What can go on after an interruption sends again what may have been lost by one.
-    assert not stats.duplicates or end.capabilities.reconnects
-
-
 def test_receive_is_interrupted(ends, alarm):
     left, right = ends
     child = Child(send_all, right, MESSAGES)
