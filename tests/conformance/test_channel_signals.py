@@ -130,7 +130,6 @@ def test_both_are_interrupted(ends, alarm):
     got = []
     for number in range(MESSAGES // 4):
         sent, _ = alarm.attempt(left.send, message(number))
-        until = time.monotonic() + 0.01
         with contextlib.suppress(Timeout):
             while number not in got:  # if it was interrupted it may have been sent or not
                 received, obj = alarm.attempt(left.receive) if sent else (True, left.receive(0.01))
