@@ -49,6 +49,7 @@ class Hub:
         self._closing: deque[SocketLink | ListenPort] = deque()
         self._hurry = False
         self._awake = False
+        self._waking = threading.RLock()  # a finalizer may call `wake` in the middle of it
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._zap = self.context.socket(zmq.REP)
         self._zap.bind(ZAP)
@@ -82,7 +83,9 @@ class Hub:
     def wake(self) -> None:
         """Have the thread look what is to be done. Waits for nothing; any thread may call it at any moment."""
         self._awake = True
-        os.eventfd_write(self._event, 1)
+        with self._waking:
+            if self._event >= 0:
+                os.eventfd_write(self._event, 1)
 
     def notice(self) -> None:
         """See to it that what is left over now will be done."""
@@ -157,7 +160,9 @@ class Hub:
                 _hub = None
         self._finalizer.detach()
         self._epoll.close()
-        os.close(self._event)
+        with self._waking:
+            event, self._event = self._event, -1
+            os.close(event)
         self._zap.close(0)
         self.context.term()
         return True

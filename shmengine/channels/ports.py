@@ -132,6 +132,8 @@ class Port:
     def pump(self, most: int = 2 * BATCH) -> bool:
         """Take in what has come: about so many parts, -1: all. True: there may be more."""
         raw, step = self._raw, self._step
+        if raw:
+            self._sort()  # a signal's handler has kept somebody from it
         if self._may_have_lost:
             self._ask_again()
         taken = 0
