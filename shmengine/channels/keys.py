@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 __all__ = ["Keys", "generate_keys"]
 
 _FIRST_LINE = "# shmengine key"
-_Z85 = 40  # characters
+_Z85 = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Keys:
 
     def __post_init__(self) -> None:
         for key in (self.public, self.secret, *self.known):
-            if len(key) != _Z85 or not key.isascii():
-                raise ValueError(f"a key has {_Z85} ASCII characters (Z85), unlike this one")
+            if not _Z85.fullmatch(key):
+                raise ValueError("a key has 40 characters of the alphabet Z85, unlike this one")
         if not self.known:
             object.__setattr__(self, "known", (self.public,))
 

@@ -111,7 +111,7 @@ class Port:
         socket = self._socket = self.hub.context.socket(kind)
         socket.sndhwm = socket.rcvhwm = 0  # the window of each session is the limit
         socket.linger = LINGER_MS
-        beat = max(1, int(peer_timeout * 100))
+        beat = max(1, int(peer_timeout * 250))
         socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = beat, 2 * beat, 0
         socket.handshake_ivl = socket.connect_timeout = max(50, int(peer_timeout * 500))
         socket.reconnect_ivl, socket.reconnect_ivl_max = RECONNECT_MS
@@ -155,8 +155,12 @@ class Port:
     def _ask_again(self) -> None:
         for session in self.sessions.values():
             if session.peer is not None:
-                self.post(session.peer, session.request())
+                self._request(session, session.peer)
         self._may_have_lost = False
+
+    def _request(self, session: Session, peer: bytes) -> None:
+        self.post(peer, session.request())
+        session.requested()
 
     def hand_over(self, session: Session) -> None:
         """Give the connection of a session all that was kept for it."""
@@ -168,6 +172,7 @@ class Port:
         """Tell the other end what was taken, if it does not know."""
         if session.peer is not None and (part := session.acknowledgement()) is not None:
             self.post(session.peer, part)
+            session.told()
             if self.armed:
                 self.pump(-1)
 
@@ -198,7 +203,7 @@ class Port:
                 writer.wake()
         if session.peer is not None:
             if session.misses:
-                self.post(session.peer, session.request())
+                self._request(session, session.peer)
             elif kind == Kind.REPEAT:
                 self._hand_over(session)
                 self.post(session.peer, session.prefix(Kind.ACKNOWLEDGE))
@@ -404,7 +409,7 @@ class ListenPort(Port):
             self._make = None
             while self.arrived:
                 session = self.arrived.popleft()
-                session.keep(session.prefix(Kind.GOODBYE, session.next_number))
+                session.keep([session.prefix(Kind.GOODBYE, session.next_number)])
                 self._hand_over(session)
                 self.remove(session)
             self.news.set()

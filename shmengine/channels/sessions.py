@@ -57,14 +57,18 @@ class Kind(enum.IntEnum):
     REFUSAL = 3
     """The other answer; a text follows that says why."""
     DATA = 4
+    """A message, or the last part of a large one."""
     GOODBYE = 5
     """The last message."""
     ACKNOWLEDGE = 6
     REPEAT = 7
     """All from this number on is to be sent again, and what was taken to be told: something was lost on arrival."""
+    BEGINNING = 8
+    """A part of a large message, before others of it."""
 
 
-_HELLO, _DATA, _GOODBYE, _REPEAT = int(Kind.HELLO), int(Kind.DATA), int(Kind.GOODBYE), int(Kind.REPEAT)
+_HELLO, _DATA, _GOODBYE = int(Kind.HELLO), int(Kind.DATA), int(Kind.GOODBYE)
+_REPEAT, _BEGINNING = int(Kind.REPEAT), int(Kind.BEGINNING)
 
 
 class Session:
@@ -93,19 +97,22 @@ class Session:
         self.refusal = ""
         self.other = ""
         self.goodbye = False  # of the other end has come
-        # (number, position of its end in the stream, part) of what may have to be sent again
-        self._kept: deque[tuple[int, int, Any]] = deque()
-        self._acknowledged = 0  # messages
+        # (number, position of its end in the stream, part, how many messages end up to it) of what may have to be sent
+        # again
+        self._kept: deque[tuple[int, int, Any, int]] = deque()
+        self._acknowledged = 0  # parts
+        self._messages = 0  # of these
         self._released = 0  # position in the stream
         self._handed_over = 0  # the next message that the connection gets
         self._handed_over_most = 0
-        # (number, whether it is the goodbye, part) of what has come and was not taken
-        self._inbox: deque[tuple[int, bool, Any]] = deque()
+        # (number, kind, part) of what has come and was not taken
+        self._inbox: deque[tuple[int, int, Any]] = deque()
         self._received = 0  # the number of the next message to come
         self._asked = -1  # the one that was asked for last
         self.misses = False  # something came that should have come after something else
         self._taken = 0
         self._told = 0
+        self._telling = (0, 0)
         self._taken_bytes = 0
         self._told_bytes = 0
         self._shown = -1
@@ -121,6 +128,11 @@ class Session:
         return self._kept[-1][0] + 1 if self._kept else self._acknowledged
 
     @property
+    def messages(self) -> int:
+        """How many messages were sent."""
+        return self._kept[-1][3] if self._kept else self._messages
+
+    @property
     def outstanding(self) -> bool:
         """Whether the other end has not yet taken all."""
         return bool(self._kept)
@@ -130,20 +142,31 @@ class Session:
         kept = self._kept
         return not kept or kept[-1][1] - self._released + nbytes + MESSAGE_COST <= window
 
-    def keep(self, part: Any) -> None:
-        """Take over a message: from here on it is sent."""
+    def keep(self, parts: list[Any]) -> None:
+        """Take over the parts of a message: from here on it is sent."""
         kept = self._kept
-        number, start = (kept[-1][0] + 1, kept[-1][1]) if kept else (self._acknowledged, self._released)
-        kept.append((number, start + len(part) + MESSAGE_COST, part))
+        number, end, messages = self._acknowledged, self._released, self._messages
+        if kept:
+            number, end, _, messages = kept[-1]
+            number += 1
+        if len(parts) == 1:
+            kept.append((number, end + len(parts[0]) + MESSAGE_COST, parts[0], messages + 1))
+            return
+        entries: list[tuple[int, int, Any, int]] = []
+        for part in parts:
+            end += len(part) + MESSAGE_COST
+            entries.append((number + len(entries), end, part, messages))
+        entries[-1] = (*entries[-1][:3], messages + 1)
+        kept.extend(entries)  # all at once, whatever a signal's handler raises
 
     def to_hand_over(self) -> Iterator[tuple[int, Any]]:
         """Return (number, part) of all that the connection has not got; say `handed_over` after each."""
         kept = self._kept
         count = min(self.next_number - self._handed_over, len(kept))
         if count == 1:  # as always but after a new connection
-            number, _, part = kept[-1]
-            return iter(((number, part),))
-        return ((number, part) for number, _, part in list(islice(kept, len(kept) - count, None)))
+            entry = kept[-1]
+            return iter(((entry[0], entry[2]),))
+        return ((entry[0], entry[2]) for entry in list(islice(kept, len(kept) - count, None)))
 
     def handed_over(self, number: int) -> None:
         """Note that the connection has got this message."""
@@ -170,8 +193,8 @@ class Session:
         if not kept or kept[0][0] >= count:
             return False
         while kept and kept[0][0] < count:
-            number, end, part = kept[0]
-            self._acknowledged, self._released = number + 1, end
+            number, end, part, messages = kept[0]
+            self._acknowledged, self._released, self._messages = number + 1, end, messages
             kept.popleft()
             if type(part) is not bytes:
                 self._put_aside(part)
@@ -199,7 +222,7 @@ class Session:
         room = self._acknowledge(count)
         if kind == _REPEAT:
             self._handed_over = max(self._acknowledged, min(number, self._handed_over))
-        if kind != _DATA and kind != _GOODBYE:
+        if kind != _DATA and kind != _GOODBYE and kind != _BEGINNING:
             return kind, False, room
         if number > self._received:
             self.misses = self._asked != self._received
@@ -207,21 +230,36 @@ class Session:
         if number < self._received:
             self.counts.duplicates += 1
             return kind, False, room
-        self._inbox.append((number, kind == _GOODBYE, part))
+        self._inbox.append((number, kind, part))
         self._received = number + 1
         if kind == _GOODBYE:
             self.goodbye = True
         return kind, True, room
 
-    def next_message(self) -> tuple[bool, Any] | None:
-        """Return whether the first message that was not taken is the goodbye, and its part; None: there is none."""
+    def next_message(self) -> tuple[bool, list[Any]] | None:
+        """Return the first message that was not taken: whether it is the goodbye, and its parts; None: there is none.
+
+        The same one is returned again until `take`.
+        """
         inbox = self._inbox
         while inbox:
-            number, goodbye, part = inbox[0]
-            if number >= self._taken:
+            number, kind, part = inbox[0]
+            if number < self._taken:
+                inbox.popleft()
+            elif kind != _BEGINNING:
                 self._shown = number
-                return goodbye, part
-            inbox.popleft()
+                return kind == _GOODBYE, [part]
+            else:
+                return self._next_in_parts()
+        return None
+
+    def _next_in_parts(self) -> tuple[bool, list[Any]] | None:
+        parts: list[Any] = []
+        for number, kind, part in list(self._inbox):
+            parts.append(part)
+            if kind != _BEGINNING:
+                self._shown = number
+                return False, parts
         return None
 
     def take(self) -> None:
@@ -229,9 +267,10 @@ class Session:
         number = self._shown
         if number >= self._taken:
             inbox = self._inbox
-            self._taken_bytes += len(inbox[0][2])
             self._taken = number + 1
-            inbox.popleft()
+            while inbox and inbox[0][0] <= number:
+                self._taken_bytes += len(inbox[0][2])
+                inbox.popleft()
 
     @property
     def owes_acknowledgement(self) -> bool:
@@ -246,9 +285,13 @@ class Session:
         return self.prefix(Kind.ACKNOWLEDGE) if self._told < self._taken else None
 
     def prefix(self, kind: int, number: int = 0) -> bytes:
-        """Return the beginning of a part, which tells what was taken, too."""
-        self._told, self._told_bytes = self._taken, self._taken_bytes
-        return PREFIX.pack(kind, number, self._taken)
+        """Return the beginning of a part, which tells what was taken, too; say `told` when it has gone."""
+        self._telling = taken, _ = self._taken, self._taken_bytes
+        return PREFIX.pack(kind, number, taken)
+
+    def told(self) -> None:
+        """Note that the last part has gone that tells what was taken."""
+        self._told, self._told_bytes = self._telling
 
     # --- connections ---------------------------------------------------------------------------------
 
@@ -257,10 +300,13 @@ class Session:
         return self.prefix(kind, self._received) + body
 
     def request(self) -> bytes:
-        """Return the part that asks for all that this end has not received, if it was sent."""
+        """Return the part that asks for all that this end has not received; say `requested` when it has gone."""
+        return self.prefix(_REPEAT, self._received)
+
+    def requested(self) -> None:
+        """Note that the other end was asked."""
         self._asked = self._received
         self.misses = False
-        return self.prefix(_REPEAT, self._received)
 
     def connected(self, peer: bytes, part: Any, other: str) -> None:
         """Go on over a new connection, from where the other end's greeting says."""

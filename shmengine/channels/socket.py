@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from shmengine.arrays import Bytes, address_of
 from shmengine.channels.base import NOTHING, Capabilities, Link, Options
-from shmengine.channels.frames import GOODBYE, FrameLink
+from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
 from shmengine.channels.ports import DialPort, ListenPort, Port, Waiter
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.sessions import PREFIX_BYTES, Kind, Proof, Session
@@ -22,6 +23,7 @@ __all__ = ["SocketLink", "pair"]
 
 PEER_SECONDS = 10.0
 LARGE_BYTES = 1 << 16  # from here on a message is not copied where that can be avoided
+PART_BYTES = 8 << 20  # larger messages are cut: nobody seems dead while a part is on its way
 ALIGNMENT = 16  # of frames that are used where they arrived; malloc gives it
 DRAIN_NS = 500_000_000  # after a death, for what the kernel still has of the dead
 # While the other end keeps taking messages no more than this is on its way, so that the copies stay in the cache; a
@@ -31,6 +33,7 @@ PACE_NS = 10_000_000
 LOOK_EVERY = 64  # messages of a sender, between looks what was acknowledged
 
 _DATA: Final = int(Kind.DATA)
+_BEGINNING: Final = int(Kind.BEGINNING)
 _CAPABILITIES = Capabilities(
     mechanism="socket",
     between_hosts=True,
@@ -70,12 +73,11 @@ class SocketLink(FrameLink):
 
     def next_sequence(self, priority: int) -> int:  # noqa: ARG002  there are none
         """Return the number of the next message."""
-        return self._session.next_number
+        return self._session.messages
 
     def write(self, pieces: list[Any], nbytes: int, priority: int, deadline: int) -> bool:  # noqa: ARG002
         """Keep a copy of a message until the other end has it, and send that; wait while there is no room."""
         session, port = self._session, self._port
-        nbytes += PREFIX_BYTES
         window = self.options.buffer_bytes
         paced_until = time.monotonic_ns() + PACE_NS if deadline and session.answers else 0
         try:
@@ -86,9 +88,10 @@ class SocketLink(FrameLink):
                     if number % LOOK_EVERY == 0 or not session.has_room(nbytes, limit):
                         port.pump(-1)
                     if session.has_room(nbytes, limit):
-                        session.keep(self._part(session.prefix(_DATA, number), pieces, nbytes))
+                        port.hub.notice()  # which goes on with it if a signal's handler raises here
+                        session.keep(self._parts(number, pieces, nbytes))
                         port.hand_over(session)
-                        port.hub.notice()
+                        session.told()
                         return True
                     self._writer.arm()
                     port.acknowledge(session)
@@ -106,19 +109,29 @@ class SocketLink(FrameLink):
             if deadline:
                 self._writer.disarm()
 
-    def _part(self, prefix: bytes, pieces: list[Any], nbytes: int) -> Any:
-        """Return a copy of a message: bytes, or a frame of ZeroMQ, which it can send without another copy."""
+    def _parts(self, number: int, pieces: list[Any], nbytes: int) -> list[Any]:
+        """Return a copy of a message, in one part, or in several if it is large.
+
+        They are bytes, or frames of ZeroMQ, which it sends without another copy.
+        """
+        prefix = self._session.prefix
         if nbytes < LARGE_BYTES:
-            return b"".join((prefix, *pieces))
+            return [b"".join((prefix(_DATA, number), *pieces))]
+        if nbytes <= PART_BYTES:
+            return [self._frame([prefix(_DATA, number), *pieces], nbytes)]
+        parts: list[Any] = []
+        for some in _cut(pieces, PART_BYTES):
+            nbytes -= PART_BYTES
+            kind = _DATA if nbytes <= 0 else _BEGINNING
+            parts.append(self._frame([prefix(kind, number + len(parts)), *some], PART_BYTES + min(nbytes, 0)))
+        return parts
+
+    def _frame(self, pieces: list[Any], nbytes: int) -> Any:
+        nbytes += PREFIX_BYTES
         part = self._session.spare(nbytes)
         if part is None:
             part = zmq.Frame(memoryview(np.empty(nbytes, np.uint8)), copy=True)  # type: ignore[arg-type]
-        target = np.frombuffer(part, np.uint8)
-        at = 0
-        for piece in (prefix, *pieces):
-            end = at + len(piece)
-            target[at:end] = np.frombuffer(piece, np.uint8)
-            at = end
+        _join(pieces, np.frombuffer(part, np.uint8))
         return part
 
     def give_up(self) -> None:
@@ -149,13 +162,18 @@ class SocketLink(FrameLink):
             if deadline:
                 self._reader.disarm()
 
-    def _opened(self, goodbye: bool, part: Any) -> Bytes | object:
+    def _opened(self, goodbye: bool, parts: list[Any]) -> Bytes | object:
         if goodbye:
             self._session.take()
             with self._port.lock:
                 self._port.acknowledge(self._session)
             return GOODBYE
-        message = np.frombuffer(part, np.uint8, -1, PREFIX_BYTES)
+        if len(parts) > 1:
+            pieces = [memoryview(part)[PREFIX_BYTES:] for part in parts]
+            whole = aligned_empty(sum(map(len, pieces)))
+            _join(pieces, whole)
+            return whole
+        message = np.frombuffer(parts[0], np.uint8, -1, PREFIX_BYTES)
         if len(message) < LARGE_BYTES or address_of(message) % ALIGNMENT:
             return message.copy()
         return message
@@ -209,7 +227,7 @@ class SocketLink(FrameLink):
         with port.lock:
             if not self._said_goodbye:
                 self._said_goodbye = True
-                session.keep(session.prefix(Kind.GOODBYE, session.next_number))
+                session.keep([session.prefix(Kind.GOODBYE, session.next_number)])
             port.read_events()
             port.pump(-1)
             port.hand_over(session)
@@ -222,6 +240,31 @@ class SocketLink(FrameLink):
             port.remove(session)
         self._finished(delivered=delivered or not hurry)
         return True
+
+
+def _join(pieces: list[Any], target: Bytes) -> None:
+    at = 0
+    for piece in pieces:
+        end = at + len(piece)
+        target[at:end] = np.frombuffer(piece, np.uint8)
+        at = end
+
+
+def _cut(pieces: list[Any], nbytes: int) -> Iterator[list[Any]]:
+    """Cut into runs of so many bytes; the last one may be shorter."""
+    some: list[Any] = []
+    room = nbytes
+    for piece in pieces:
+        rest = memoryview(piece)
+        while rest:
+            some.append(rest[:room])
+            rest = rest[room:]
+            room -= len(some[-1])
+            if not room:
+                yield some
+                some, room = [], nbytes
+    if some:
+        yield some
 
 
 @dataclass(frozen=True)

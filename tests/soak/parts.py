@@ -29,7 +29,11 @@ PARTS = (
     Part(
         "channels",
         3,
-        python_tests("tests/conformance/test_channel_deaths.py", "tests/conformance/test_channel_signals.py"),
+        python_tests(
+            "tests/conformance/test_channel_deaths.py",
+            "tests/conformance/test_channel_signals.py",
+            "tests/conformance/test_channel_roundtrips.py",
+        ),
     ),
     Part("storms", 3, python_tests("tests/crash/test_storms.py")),
     Part("explorer", 4, command("make", "--silent", "-C", "csrc", "explore-long", "SECONDS={seconds}")),

@@ -27,8 +27,8 @@ from shmengine.channels.sessions import (
     identity_of_this_process,
     is_gone,
 )
-from shmengine.channels.tokens import start_time
 from shmengine.codec import encode
+from shmengine.region import start_time
 from tests.helpers import open_fds, poll_until, run_script
 from tests.helpers.proxy import Proxy
 
@@ -857,7 +857,7 @@ def part(kind, number, taken=0, body=b""):
 def test_a_session_resends_what_the_other_end_has_not_received():
     session = Session(b"k", Counts(), 1 << 20)
     for i in range(5):
-        session.keep(part(Kind.DATA, i))
+        session.keep([part(Kind.DATA, i)])
     session.connected(b"", part(Kind.WELCOME, 0), "")
     for number, _ in session.to_hand_over():
         session.handed_over(number)
@@ -883,7 +883,7 @@ def test_a_session_drops_what_comes_twice():
     got = []
     while (found := session.next_message()) is not None:
         assert session.next_message() == found
-        got.append(found[1][-1:])
+        got.append(found[1][0][-1:])
         session.take()
         session.take()
     assert got == [b"0", b"1", b"2"]
@@ -894,12 +894,12 @@ def test_a_session_drops_what_comes_twice():
 
 def test_acknowledgements_of_what_was_never_sent_do_no_harm():
     session = Session(b"k", Counts(), 1 << 20)
-    session.keep(part(Kind.DATA, 0))
+    session.keep([part(Kind.DATA, 0)])
     session.feed(part(Kind.ACKNOWLEDGE, 0, 1 << 60))
     assert not session.outstanding
     assert session.next_number == 1
     session.connected(b"", part(Kind.WELCOME, 1 << 60, 1 << 60), "")
-    session.keep(part(Kind.DATA, 1))
+    session.keep([part(Kind.DATA, 1)])
     assert [number for number, _ in session.to_hand_over()] == [1]
 
 
