@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("doctor", "say what this machine allows, and what stands in the way"),
-        ("clean", "remove named regions that nobody uses any more"),
+        ("clean", "remove named regions and message queues that nobody uses any more"),
         ("keys", "make keys for channels between machines (listen and connect, auth=)"),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -99,13 +99,20 @@ def _doctor() -> dict[str, Any]:
 
 
 def _clean() -> dict[str, Any]:
+    from shmengine.channels import mqueue
     from shmengine.region import abandoned_names, remove_name
 
     removed = []
     for name in abandoned_names():
         remove_name(name)
         removed.append(name)
-    return {"removed": removed or ["nothing"]}
+    for name in mqueue.abandoned_queues():
+        mqueue.remove_queue(name)
+        removed.append(f"{name} (message queue)")
+    report: dict[str, Any] = {"removed": removed or ["nothing"]}
+    if not mqueue.are_listed():
+        report["not looked for"] = "message queues: `mount -t mqueue none /dev/mqueue` lists them"
+    return report
 
 
 def _keys(path: str) -> dict[str, Any]:

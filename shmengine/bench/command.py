@@ -35,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"interleaved rounds of each (default {FULL.repeats})",
     )
-    add("--seconds", type=_positive(float), metavar="S", help="begin no further repeat after that time")
+    add(
+        "--seconds",
+        type=_positive(float),
+        metavar="S",
+        help=f"for all of it (default {FULL.total_seconds:g})",
+    )
     add("--no-pin", action="store_true", help="let the kernel choose the cores")
     add("--load", metavar="FILE", help="measure nothing: show results that --json has written")
     add(
@@ -100,6 +105,8 @@ def _measure(options: argparse.Namespace) -> Any:
     stamp = environment.stamp(pinned=plan.pinned)
     with _progress() as progress:
         rows = measure(plan, [each for each in targets if each.name not in missing], progress)
+    rounds = sorted({row.rounds for row in rows if row.error is None})
+    stamp["rounds"] = " to ".join(map(str, dict.fromkeys(rounds[:1] + rounds[-1:]))) or "none"
     return Report(stamp, asdict(plan), missing, rows, recommend(rows, load))
 
 

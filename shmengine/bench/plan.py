@@ -37,7 +37,7 @@ class Plan:
     round_seconds : float
         How long a round should last.
     total_seconds : float or None
-        After which no further repeat is begun; there is at least one. None: no limit.
+        Shared among the sizes; when a size's share is over no further repeat is begun. None: no limit.
     patience : float
         Seconds without an answer after which processes are taken to hang, and killed.
     pinned : bool
@@ -55,6 +55,7 @@ class Plan:
 
 FULL: Final = Plan(
     sizes=(64, KIB, 4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 128 * MIB),
+    total_seconds=600.0,
 )
 QUICK: Final = Plan(
     sizes=(64, 4 * KIB, 64 * KIB, MIB, 16 * MIB),

@@ -45,13 +45,15 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
 def show(report: Report) -> None:
     """Print everything to stdout."""
     from rich.console import Console
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
     for table in tables(report):
         for columns in table.columns(console.width):
-            shown = Table(title=table.title, title_justify="left", title_style="bold", row_styles=("", "dim"))
+            console.print(table.title, style="bold", highlight=False)  # as a Table's own it would be folded
+            shown = Table(row_styles=("", "dim"))
             shown.add_column("")
             for column in columns:
                 shown.add_column(table.sizes[column], justify="right", no_wrap=True)
@@ -62,13 +64,10 @@ def show(report: Report) -> None:
                 ]
                 shown.add_row(name, *marked)
             console.print(shown)
-    if lines := failures(report):
-        console.print("Not measured", style="bold")
+    for title, lines in (("Not measured", failures(report)), ("Recommendation", report.recommendation)):
+        if lines:
+            console.print(title, style="bold")
         for line in lines:
-            console.print(f"  {line}", style="yellow", markup=False, highlight=False)
-    if report.recommendation:
-        console.print("\nRecommendation", style="bold")
-        for line in report.recommendation:
-            console.print(f"  {line}", markup=False, highlight=False)
+            console.print(Padding(Text(line), (0, 0, 0, 2)))
     stamp = ", ".join(f"{name} {value}" for name, value in report.environment.items())
     console.print(f"\nMeasured on: {stamp}.", style="dim", markup=False, highlight=False)

@@ -59,8 +59,8 @@ class Capabilities(NamedTuple):
     """Whether the channel outlives an interruption of its connection."""
     writable: bool
     """Whether arrays arrive writable, as the receiver's own."""
-    outlives_sender: bool = True
-    """Whether all that was sent arrives even if the sender is killed right afterwards."""
+    outlives_sender: bool
+    """Whether all that was sent arrives also if its sender is killed right after; else what had left him by then."""
 
 
 @dataclass(frozen=True)

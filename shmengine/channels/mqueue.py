@@ -45,6 +45,7 @@ class MessageQueueLink(StreamLink):
         priorities=lib.SHMR_PRIORITIES,
         reconnects=False,
         writable=True,
+        outlives_sender=True,
     )
 
 

@@ -27,6 +27,7 @@ class PipeLink(StreamLink):
         priorities=1,
         reconnects=False,
         writable=True,
+        outlives_sender=True,
     )
 
 

@@ -85,6 +85,7 @@ class RingLink(Link):
         priorities=1,
         reconnects=False,
         writable=False,
+        outlives_sender=True,
     )
     sender: Sender
     receiver: Receiver

@@ -7,7 +7,6 @@ and checksum as it sends them, and has verified them before they are read here.
 from __future__ import annotations
 
 import pickle
-import struct
 from typing import Any, Final
 
 import numpy as np
@@ -26,7 +25,6 @@ MOST_BYTES = 3072  # of an array, or of a pickle: with header and spec no more t
 VALUES = frozenset((bytes, str, int, float, complex, bool, type(None)))
 
 _ndarray = np.ndarray
-_fields_of = struct.Struct("PQQ6IQ").unpack  # a shmr_message
 _headers: dict[int, bytes] = {}  # of frames with a pickle of so many bytes and nothing else
 _beginnings: dict[Any, bytes] = {}  # of frames with an array of this dtype and shape: all before its bytes
 _arrays: dict[tuple[bytes, int], tuple[Any, ...]] = {}  # what a frame of such a table and length has
@@ -66,36 +64,28 @@ def _first_value(obj: Any, raw: bytes) -> bytes | None:
     return frame
 
 
-def decode_small(raw: bytes, fields: Any, *, allow_pickle: bool) -> tuple[Any, int, int]:
-    """Return the object of a frame that the core has found sound, its number, and its priority.
+def decode_small(raw: bytes, kind: int, parts: int, prefix: int, in_band: int) -> Any:
+    """Return the object of a frame whose header and checksum are sound; `UNKNOWN`: `decode` knows more.
 
     Parameters
     ----------
     raw : bytes
-    fields : memoryview
-        The ``shmr_message`` that says what is in the header.
-    allow_pickle : bool
-
-    Returns
-    -------
-    obj : object
-        `UNKNOWN`: it is none that is known here, or has an error; `decode` says which.
-    sequence, producer : int
+    kind, parts, prefix, in_band : int
+        What the header says; `kind` is not that of a pickle if that is not allowed.
     """
-    _, _, _, _, kind, parts, prefix, in_band, producer, sequence = _fields_of(fields)
-    if kind == KIND_PICKLE and allow_pickle and not parts:
+    if kind == KIND_PICKLE and not parts:
         start = HEADER_BYTES + prefix
         try:
-            return pickle.loads(raw[start : start + in_band]), sequence, producer
+            return pickle.loads(raw[start : start + in_band])
         except Exception:
-            return UNKNOWN, sequence, producer
+            return UNKNOWN
     if kind == KIND_ARRAY and not in_band:
         known = _arrays.get((raw[HEADER_BYTES : HEADER_BYTES + prefix], len(raw)))
         if known is None:
-            return _first_seen(raw, prefix), sequence, producer
+            return _first_seen(raw, prefix)
         shape, dtype, nbytes = known
-        return _ndarray(shape, dtype, bytearray(raw[-nbytes:])), sequence, producer
-    return UNKNOWN, sequence, producer
+        return _ndarray(shape, dtype, bytearray(raw[-nbytes:]))
+    return UNKNOWN
 
 
 def _first_seen(raw: bytes, prefix: int) -> Any:

@@ -7,6 +7,7 @@ signal's handler raises leaves no half of one.
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.small import UNKNOWN, decode_small, encode_small
 from shmengine.channels.tokens import DescriptorToken, lend
+from shmengine.codec import KIND_ARRAY, KIND_PICKLE
 from shmengine.config import format_bytes
 from shmengine.descriptors import Descriptor
 from shmengine.errors import ShmError
@@ -27,6 +29,8 @@ from shmengine.errors import ShmError
 __all__ = ["StreamLink", "reopened"]
 
 WHAT = "an end of a channel"
+_fields_of = struct.Struct("PQQ6IQ").unpack  # a shmr_message
+_unpack = ffi.unpack
 _send_frame, _receive = lib.shmr_stream_send_frame, lib.shmr_stream_receive
 
 
@@ -91,6 +95,7 @@ class StreamLink(FrameLink):
         self._fields = memoryview(ffi.buffer(self._message))  # the same, to be read all at once
         self._memory: dict[int, Bytes] = {}  # of messages that come in parts, by priority
         self._writing: object = None  # the message that the core is at
+        self._known = (KIND_ARRAY, KIND_PICKLE) if options.allow_pickle else (KIND_ARRAY,)
         self._checks_all = options.check == "payload"
 
     def start(self) -> None:
@@ -180,7 +185,7 @@ class StreamLink(FrameLink):
         if status != OK and (status := self._go_on(status, deadline)) != OK:
             return GOODBYE if status == CLOSED else NOTHING
         if message.kind:
-            return ffi.unpack(message.bytes, message.length)
+            return _unpack(message.bytes, message.length)
         if message.bytes == ffi.NULL:
             return self._memory[message.priority]
         return np.frombuffer(bytearray(ffi.buffer(message.bytes, message.length)), np.uint8)
@@ -189,10 +194,12 @@ class StreamLink(FrameLink):
         """Check a message and make it the current one."""
         if type(wire) is not bytes:
             return super()._open(wire)
-        obj, number, priority = decode_small(wire, self._fields, allow_pickle=self.options.allow_pickle)
+        _, _, _, _, kind, parts, prefix, in_band, priority, number = _fields_of(self._fields)
+        obj = decode_small(wire, kind, parts, prefix, in_band) if kind in self._known else UNKNOWN
         if obj is UNKNOWN:
             return super()._open(np.frombuffer(bytearray(wire), np.uint8))
-        self._accept(obj, number, priority, len(wire), len(wire))
+        nbytes = len(wire)
+        self._accept(obj, number, priority, nbytes, nbytes)
         return obj
 
     def _go_on(self, status: int, deadline: int) -> int:

@@ -64,6 +64,7 @@ def test_a_run_prints_tables_and_writes_files(results):
         "/dev/shm",
     } <= set(report.environment)
     assert report.plan["repeats"] == 2
+    assert report.environment["rounds"] in ("1", "1 to 2", "2")  # as many as there was time for
     assert texts["csv"].count("\n") == 7
     assert texts["html"].startswith("<!doctype html>")
     assert "<svg" in texts["svg"]
@@ -76,6 +77,16 @@ def test_a_run_can_be_shown_again(results, capsys):
     assert capsys.readouterr().out == printed
     assert main(["bench", "--load", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(texts["json"])
+
+
+def test_on_a_terminal_it_is_shown_by_rich(results, monkeypatch, capsys):
+    monkeypatch.setattr("shmengine.bench.command._has_rich", lambda _: True)
+    path = results[-1]
+    assert main(["bench", "--load", str(path)]) == 0
+    shown = capsys.readouterr().out
+    for name in ("Ring, in place", "Round trip, microseconds", "Measured on: date"):
+        assert name in shown
+    assert "━" in shown
 
 
 @pytest.mark.parametrize(

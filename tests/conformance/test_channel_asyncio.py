@@ -89,7 +89,7 @@ def test_many_channels_in_one_loop(mechanism, make_channel):
     held, _ = make_channel()
     held.send(1)  # what a process has once for all channels is there from here on
     few = asyncio.run(main([make_channel()]))
-    assert asyncio.run(main([make_channel() for _ in range(count)])) <= few
+    assert asyncio.run(main([make_channel() for _ in range(count)])) <= few + 3  # the process's own may begin
 
 
 def test_timeouts(ends):

@@ -224,10 +224,11 @@ def test_os_exit_is_a_death(ends):
     right.close()
     if left.capabilities.outlives_sender:
         assert [number_of(obj) for obj in drain(left, 7)] == list(range(7))
+    else:
+        with pytest.raises(PeerLost):
+            drain(left, 8)
     for _ in range(2):
         with pytest.raises(PeerLost):
-            while not left.capabilities.outlives_sender:
-                left.receive(FOREVER)
             left.receive(FOREVER)
         with pytest.raises(PeerLost):
             left.send(1, FOREVER)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.helpers.arrays import DTYPES, LAYOUTS, same, same_bytes
-from tests.helpers.channels import make_pair, trip
+from tests.helpers.channels import MECHANISMS, make_pair, trip
+from tests.helpers.fault_points import SOAK
 
 SCALARS = st.one_of(
     st.none(),
@@ -107,6 +108,7 @@ def alike(one, other):
 
 @pytest.mark.slow
 @pytest.mark.watchdog(300)
+@pytest.mark.parametrize("mechanism", MECHANISMS if SOAK else ["pipe", "shm"])
 def test_more_than_two_gigabytes(mechanism):
     """Lengths beyond 31 bits; hardly any of the memory that is sent was ever touched."""
     big = np.zeros(5 << 29, "u1")

@@ -15,12 +15,11 @@ def test_tables_are_those_of_their_results(path):
     assert renewed(text) == text, "run: python -m benches.tables"
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "docs" / "results").glob("*.json")), ids=lambda path: path.stem
-)
-def test_results_can_be_read_and_name_their_machine(path):
-    report = Report.from_json(path.read_text())
-    assert {"processor", "kernel", "python", "numpy", "load", "date"} <= set(report.environment)
+def test_results_can_be_read_and_name_their_machine():
+    for path in (ROOT / "docs" / "results").glob("*.json"):
+        report = Report.from_json(path.read_text())
+        named = {"processor", "kernel", "python", "numpy", "load", "date"}
+        assert named <= set(report.environment), path.name
 
 
 EMPTY = Report({"processor": "made up"}, {}, {"pipe": "not installed"}, [], ["Take shm."]).to_json()

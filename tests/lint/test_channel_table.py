@@ -21,7 +21,7 @@ WORDS = {
     "priorities": "priorities",
     "reconnects": "outlives an interruption of its connection",
     "writable": "arrays arrive writable, as the receiver's own",
-    "outlives_sender": "all that was sent arrives, even if the sender is killed at once",
+    "outlives_sender": "all that was sent arrives although its sender is killed right after",
 }
 
 

@@ -217,7 +217,7 @@ def test_a_token_outlives_its_maker():
     token = right.token()
     right.close()
     with pytest.raises(
-        ShmError, match=r"this end of a channel cannot be reached: the process .* has closed it"
+        ShmError, match=r"an end of a channel cannot be reached: the process .* has closed it"
     ):
         Presence.from_token(token)
     left.close()
