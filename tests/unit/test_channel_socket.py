@@ -611,6 +611,21 @@ def test_a_connection_that_breaks_again_and_again_loses_and_doubles_nothing(serv
         wait_until_finished(left)
 
 
+def test_a_slow_path_changes_nothing_but_the_time(server):
+    with Proxy(server.address, delay=0.005) as proxy:
+        left = shm.connect(proxy.address, timeout=20, buffer_bytes="1 MiB")
+        right = server.accept(20)
+        for i in range(100):
+            left.send([i, np.full(2000, i)], 60)
+        for i in range(100):
+            number, block = right.receive(60)
+            assert number == i
+            assert (block == i).all()
+        left.close()
+        right.close()
+        wait_until_finished(left)
+
+
 def test_a_path_that_is_gone_for_a_while_comes_back(server):
     with Proxy(server.address) as proxy:
         left = shm.connect(proxy.address, timeout=20, peer_timeout=60)
