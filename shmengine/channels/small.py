@@ -1,21 +1,36 @@
 """Small frames in few steps: of a small array, or of one plain value.
 
-They are frames as any others (codec.py), made from what was remembered of the last one alike. The core fills in number
-and checksum as it sends them, and has verified them before they are read here.
+They are frames as any others (codec.py), made from what was remembered of the last one alike. Number and checksum are
+filled in as they are sent, and are verified before they are read, by the core where that sends and receives them; else
+by `seal_small` and `open_small`.
 """
 
 from __future__ import annotations
 
 import pickle
+import struct
 from typing import Any, Final
 
 import numpy as np
 
+from shmengine._native import crc32c
 from shmengine.arrays import address_of, is_plain_dtype
-from shmengine.codec import HEADER_BYTES, KIND_ARRAY, KIND_PICKLE, decode, encode
+from shmengine.codec import (
+    _CHECKED_FROM,
+    _CRC,
+    _CRC_AT,
+    _HEADER,
+    FRAME_MAGIC,
+    FRAME_VERSION,
+    HEADER_BYTES,
+    KIND_ARRAY,
+    KIND_PICKLE,
+    decode,
+    encode,
+)
 from shmengine.errors import ShmError
 
-__all__ = ["UNKNOWN", "decode_small", "encode_small"]
+__all__ = ["UNKNOWN", "decode_small", "encode_small", "open_small", "seal_small"]
 
 UNKNOWN: Final = object()
 """What `decode_small` returns for a frame that is none of these, or that has an error."""
@@ -24,17 +39,21 @@ MOST_REMEMBERED = 4096
 MOST_BYTES = 3072  # of an array, or of a pickle: with header and spec no more than SHMR_SMALL_FRAME
 VALUES = frozenset((bytes, str, int, float, complex, bool, type(None)))
 
+_NUMBER = struct.Struct("<Q")  # in a frame's header
+_CHECKED_AT, _NUMBER_AT = 32, 40
+_CHECKED_AND_NUMBER = struct.Struct("<QQ")
+
 _ndarray = np.ndarray
 _headers: dict[int, bytes] = {}  # of frames with a pickle of so many bytes and nothing else
 _beginnings: dict[Any, bytes] = {}  # of frames with an array of this dtype and shape: all before its bytes
 _arrays: dict[tuple[bytes, int], tuple[Any, ...]] = {}  # what a frame of such a table and length has
 
 
-def encode_small(obj: Any, *, allow_pickle: bool) -> bytes | None:
-    """Return the frame of an object, for `shmr_stream_send_frame`; None: it is none of the small ones."""
+def encode_small(obj: Any, *, allow_pickle: bool, most_bytes: int = MOST_BYTES) -> bytes | None:
+    """Return the frame of an object, for `seal_small` or the core to seal; None: it is none of the small ones."""
     cls = type(obj)
     if cls is _ndarray:
-        if not 0 < obj.nbytes <= MOST_BYTES or not obj.flags.c_contiguous:
+        if not 0 < obj.nbytes <= most_bytes or not obj.flags.c_contiguous:
             return None
         beginning = _beginnings.get((obj.dtype, obj.shape))
         return _first_array(obj) if beginning is None else beginning + obj.tobytes()
@@ -106,3 +125,39 @@ def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
     if len(memory) >= MOST_REMEMBERED:
         memory.clear()
     memory[key] = value
+
+
+def seal_small(frame: bytes, number: int, *, checks_all: bool) -> bytearray:
+    """Return a small frame with its number and checksum, where the core does not do it."""
+    sealed = bytearray(frame)
+    if checks_all:
+        _CHECKED_AND_NUMBER.pack_into(sealed, _CHECKED_AT, len(frame) - HEADER_BYTES, number)
+        checked_end = len(frame)
+    else:
+        _NUMBER.pack_into(sealed, _NUMBER_AT, number)
+        checked_end = HEADER_BYTES + _NUMBER.unpack_from(sealed, _CHECKED_AT)[0]
+    _CRC.pack_into(sealed, _CRC_AT, crc32c(memoryview(sealed)[_CHECKED_FROM:checked_end]))
+    return sealed
+
+
+def open_small(raw: bytes, kinds: tuple[int, ...]) -> tuple[Any, int]:
+    """Return the object of a small frame, and its number; `UNKNOWN`: `decode` knows more.
+
+    Parameters
+    ----------
+    raw : bytes
+        What may be one, and may be damaged.
+    kinds : tuple of int
+        Those that are allowed.
+    """
+    if len(raw) < HEADER_BYTES:
+        return UNKNOWN, 0
+    magic, crc, version, kind, flags, _, in_band, total, checked, number, parts, prefix = _HEADER.unpack_from(
+        raw
+    )
+    if (magic, version, flags, total) != (FRAME_MAGIC, FRAME_VERSION, 0, len(raw)) or kind not in kinds:
+        return UNKNOWN, 0
+    end = HEADER_BYTES + checked
+    if not prefix + in_band <= checked or end > total or crc32c(raw[_CHECKED_FROM:end]) != crc:
+        return UNKNOWN, 0
+    return decode_small(raw, kind, parts, prefix, in_band), number

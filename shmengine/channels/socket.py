@@ -17,11 +17,15 @@ from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
 from shmengine.channels.ports import DialPort, ListenPort, Port, Waiter
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.sessions import PREFIX_BYTES, Kind, Proof, Session
+from shmengine.channels.small import UNKNOWN, encode_small, open_small, seal_small
 from shmengine.channels.zeromq import zmq
+from shmengine.codec import KIND_ARRAY, KIND_PICKLE
 
 __all__ = ["SocketLink", "pair"]
 
 PEER_SECONDS = 10.0
+SMALL_BYTES = 1 << 12  # up to here few steps count, and not few copies
+SMALL_FRAME_BYTES = SMALL_BYTES + 512
 LARGE_BYTES = 1 << 16  # from here on a message is not copied where that can be avoided
 PART_BYTES = 8 << 20  # larger messages are cut: nobody seems dead while a part is on its way
 ALIGNMENT = 16  # of frames that are used where they arrived; malloc gives it
@@ -53,6 +57,8 @@ class SocketLink(FrameLink):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
+        self._checks_all = options.check == "payload"
+        self._known = (KIND_ARRAY, KIND_PICKLE) if options.allow_pickle else (KIND_ARRAY,)
         self._pid = 0
         self._closed = False
         self._said_goodbye = False
@@ -75,23 +81,56 @@ class SocketLink(FrameLink):
         """Return the number of the next message."""
         return self._session.messages
 
+    def encode(self, obj: Any) -> Any:
+        """Make an object ready for `send`: a small frame in one piece, any other as `FrameLink` does."""
+        frame = encode_small(obj, allow_pickle=self.options.allow_pickle, most_bytes=SMALL_BYTES)
+        return super().encode(obj) if frame is None else frame
+
+    def send(self, message: Any, priority: int, deadline: int) -> bool:
+        """Send a message that was encoded."""
+        if type(message) is not bytes:
+            return super().send(message, priority, deadline)
+        nbytes = len(message)
+        frame = seal_small(message, self.next_sequence(priority), checks_all=self._checks_all)
+        if not self.write([frame], nbytes, priority, deadline):
+            return False
+        counts = self.counts
+        counts.messages_sent += 1
+        counts.bytes_sent += nbytes
+        counts.wire_bytes_sent += nbytes
+        return True
+
     def write(self, pieces: list[Any], nbytes: int, priority: int, deadline: int) -> bool:  # noqa: ARG002
         """Keep a copy of a message until the other end has it, and send that; wait while there is no room."""
         session, port = self._session, self._port
         window = self.options.buffer_bytes
-        paced_until = time.monotonic_ns() + PACE_NS if deadline and session.answers else 0
+        paces = session.answers and deadline != 0
+        with port.lock:
+            number = session.next_number
+            if number % LOOK_EVERY == 0:
+                port.pump(-1)
+            if session.has_room(nbytes, min(window, PACE_BYTES) if paces else window):
+                self._keep(number, pieces, nbytes)
+                return True
+        return self._write_later(pieces, nbytes, deadline, time.monotonic_ns() + PACE_NS if paces else 0)
+
+    def _keep(self, number: int, pieces: list[Any], nbytes: int) -> None:
+        session, port = self._session, self._port
+        port.hub.notice()  # which goes on with it if a signal's handler raises here
+        session.keep(self._parts(number, pieces, nbytes))
+        port.hand_over(session)
+        session.told()
+
+    def _write_later(self, pieces: list[Any], nbytes: int, deadline: int, paced_until: int) -> bool:
+        """Write a message when there is room, until `paced_until` more than that."""
+        session, port = self._session, self._port
+        window = self.options.buffer_bytes
         try:
             while True:
                 with port.lock:
-                    number = session.next_number
-                    limit = min(window, PACE_BYTES) if paced_until else window
-                    if number % LOOK_EVERY == 0 or not session.has_room(nbytes, limit):
-                        port.pump(-1)
-                    if session.has_room(nbytes, limit):
-                        port.hub.notice()  # which goes on with it if a signal's handler raises here
-                        session.keep(self._parts(number, pieces, nbytes))
-                        port.hand_over(session)
-                        session.told()
+                    port.pump(-1)
+                    if session.has_room(nbytes, min(window, PACE_BYTES) if paced_until else window):
+                        self._keep(session.next_number, pieces, nbytes)
                         return True
                     self._writer.arm()
                     port.acknowledge(session)
@@ -137,7 +176,7 @@ class SocketLink(FrameLink):
     def give_up(self) -> None:
         """Take back nothing: a message is sent whole, or not at all."""
 
-    def read(self, deadline: int) -> Bytes | object:
+    def read(self, deadline: int) -> Bytes | bytes | object:
         """Return the next message."""
         session, port = self._session, self._port
         try:
@@ -162,7 +201,7 @@ class SocketLink(FrameLink):
             if deadline:
                 self._reader.disarm()
 
-    def _opened(self, goodbye: bool, parts: list[Any]) -> Bytes | object:
+    def _opened(self, goodbye: bool, parts: list[Any]) -> Bytes | bytes | object:
         if goodbye:
             self._session.take()
             with self._port.lock:
@@ -173,10 +212,22 @@ class SocketLink(FrameLink):
             whole = aligned_empty(sum(map(len, pieces)))
             _join(pieces, whole)
             return whole
+        if len(parts[0]) <= SMALL_FRAME_BYTES:
+            return bytes(memoryview(parts[0])[PREFIX_BYTES:])
         message = np.frombuffer(parts[0], np.uint8, -1, PREFIX_BYTES)
         if len(message) < LARGE_BYTES or address_of(message) % ALIGNMENT:
             return message.copy()
         return message
+
+    def _open(self, wire: Any) -> Any:
+        """Check a message and make it the current one."""
+        if type(wire) is not bytes:
+            return super()._open(wire)
+        obj, number = open_small(wire, self._known)
+        if obj is UNKNOWN:
+            return super()._open(np.frombuffer(bytearray(wire), np.uint8))
+        self._accept(obj, number, 0, len(wire), len(wire))
+        return obj
 
     def taken(self) -> None:
         """Forget the message that `read` has returned."""

@@ -613,7 +613,7 @@ def test_a_connection_that_breaks_again_and_again_loses_and_doubles_nothing(serv
 
 def test_a_slow_path_changes_nothing_but_the_time(server):
     with Proxy(server.address, delay=0.005) as proxy:
-        left = shm.connect(proxy.address, timeout=20, buffer_bytes="1 MiB")
+        left = shm.connect(proxy.address, timeout=20)
         right = server.accept(20)
         for i in range(100):
             left.send([i, np.full(2000, i)], 60)
