@@ -63,8 +63,11 @@ static const char CUT[] = "the region's file was cut";
  * it zero, and let nobody take that for messages. Whoever touches it before somebody looks here is lost. */
 int shmr_check_file(shmr *h) {
     uint64_t bytes;
-    if (!shmr_file_is_ours(&h->file, &bytes))
-        return shmr_fail(SHMR_SYSTEM, EBADF, "the region's descriptor was closed by other code");
+    if (!shmr_file_is_ours(&h->file, &bytes)) {
+        int status = shmr_usable(h); /* another thread may have closed the handle, since this call began */
+        return status != SHMR_OK ? status
+                                 : shmr_fail(SHMR_SYSTEM, EBADF, "the region's descriptor was closed by other code");
+    }
     if (bytes >= h->g.total) return SHMR_OK;
     int ignored = ftruncate(h->file.fd, (off_t)h->g.total);
     (void)ignored;

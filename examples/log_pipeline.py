@@ -43,8 +43,8 @@ TICK_SECONDS = 0.5
 # --- reading: files -> batches of whole lines -------------------------------------------------------
 
 
-def log_files(paths: list[str]) -> list[str]:
-    """The files of these paths, folders searched, that can be read and are text; in a fixed order."""
+def log_files(paths: list[str]) -> dict[str, int]:
+    """The files of these paths, folders searched, that can be read and are text, in a fixed order; their bytes now."""
     found = []
     for path in paths:
         if not os.path.isdir(path):
@@ -52,25 +52,28 @@ def log_files(paths: list[str]) -> list[str]:
             continue
         for folder, _, names in sorted(os.walk(path)):
             found += [os.path.join(folder, name) for name in sorted(names)]
-    return [path for path in dict.fromkeys(found) if is_text(path)]
+    return {path: os.path.getsize(path) for path in found if is_text(path)}
 
 
 def is_text(path: str) -> bool:
     """Whether this is a file with something in it, and no zeros, which text has not."""
+    if not os.path.isfile(path):  # to open a pipe would wait for whoever writes to it
+        return False
     try:
         with open(path, "rb") as file:
-            return os.path.isfile(path) and b"\0" not in (start := file.read(4096)) and bool(start)
+            return b"\0" not in (start := file.read(4096)) and bool(start)
     except OSError:
         return False
 
 
-def batches(paths: list[str], times: int, batch_bytes: int) -> Iterator[np.ndarray]:
-    """Cut the files, read so many times, into runs of whole lines of about this size."""
+def batches(files: dict[str, int], times: int, batch_bytes: int) -> Iterator[np.ndarray]:
+    """Cut the files, read so many times and as far as they went, into runs of whole lines of about this size."""
     pending = bytearray()
     for _ in range(times):
-        for path in paths:
+        for path, left in files.items():
             with open(path, "rb") as file:
-                while data := file.read(batch_bytes):
+                while data := file.read(min(batch_bytes, left)):
+                    left -= len(data)
                     pending += data
                     if len(pending) >= batch_bytes and (end := pending.rfind(b"\n") + 1):
                         yield np.frombuffer(bytes(pending[:end]), np.uint8)
@@ -332,7 +335,10 @@ def main() -> None:
     )
     parser.add_argument("--mechanism", default="auto", choices=("pipe", "mqueue", "shm", "socket", "auto"))
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core"
+        "--workers",
+        type=int,
+        default=min(6, len(os.sched_getaffinity(0))),
+        help="default: one a core, up to six",
     )
     parser.add_argument(
         "--bytes", default="64 MiB", help="less than this is read again and again (default: 64 MiB)"
@@ -347,14 +353,16 @@ def main() -> None:
     if options.workers < 1:
         parser.error("--workers must be at least 1")
 
-    paths = log_files(options.paths)
-    size = sum(os.path.getsize(path) for path in paths)
+    files = log_files(options.paths)
+    size = sum(files.values())
     if not size:
         sys.exit(f"no log files with text in {' '.join(options.paths)}: name some")
     wanted, batch_bytes = parse_bytes(options.bytes), parse_bytes(options.batch)
     times = max(1, -(-wanted // size))
     again = f": little, so they are read {times} times" if times > 1 else ""
-    print(f"{len(paths)} log files, {format_bytes(size)}{again}", flush=True)
+    if batch_bytes < 1:
+        parser.error("--batch must be at least one byte")
+    print(f"{len(files)} log files, {format_bytes(size)}{again}", flush=True)
     kill_at = size * times // batch_bytes // 2 if options.kill else None
 
     with open(options.output, "wb") as output:
@@ -362,7 +370,7 @@ def main() -> None:
         mechanism = pipeline.workers[0].end.capabilities.mechanism
         start = time.perf_counter()
         try:
-            pipeline.run(batches(paths, times, batch_bytes), kill_at)
+            pipeline.run(batches(files, times, batch_bytes), kill_at)
         finally:
             pipeline.close()
         seconds = time.perf_counter() - start
@@ -381,7 +389,7 @@ def main() -> None:
         )
     if options.check:
         digest, expected = hashlib.sha256(), Counter[str]()
-        for batch in batches(paths, times, batch_bytes):
+        for batch in batches(files, times, batch_bytes):
             answer = parse_batch(batch)
             digest.update(answer["records"])
             expected.update(answer["counts"])

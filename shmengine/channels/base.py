@@ -35,6 +35,7 @@ from shmengine.stats import ChannelStats
 
 __all__ = ["END", "NOTHING", "Capabilities", "Counts", "End", "Link", "Options"]
 
+FINISH_NS = 4 * 50_000_000
 LOOK_NS = 50_000_000  # how often whoever waits looks what has become of the other end
 
 NOTHING: Final = object()
@@ -181,10 +182,12 @@ class End:
         self._receives = receives
         self._closed = False
         self._pid = 0
+        self._turns: list[Turn] = []
         self._begin()
         # Who ends in an orderly way closes his ends, as a file would be.
-        self._finalizer = weakref.finalize(self, link.close)
+        self._finalizer = weakref.finalize(self, _finish, link, self._turns)
         call_at_process_end(self._finalizer)
+        _ends.add(self)
 
     def _begin(self) -> None:
         # Received, and not yet handed out (at most one, after an interruption): each in a list of its own, so that it
@@ -192,6 +195,7 @@ class End:
         self._ready: deque[list[Any]] = deque()
         self._sending = Turn()
         self._receiving = Turn()
+        self._turns[:] = self._sending, self._receiving
         self._closing = threading.RLock()
         self._ended = False
         self._looked = 0
@@ -465,7 +469,7 @@ class End:
         self._closed = True
         # Whoever is inside of a call, another thread or one that a signal's handler interrupted here, notices soon,
         # and lets the link go when he leaves.
-        with self._closing:
+        with _starting, self._closing:  # nor is anybody just beginning
             if self._pid not in (0, _pid):
                 self._link.close()  # a forked child's copy
             elif self._sending.take_idle():
@@ -515,12 +519,10 @@ class End:
         self._link.start()
         # Once more: this process may be another one, or not have known yet that it was a child.
         call_at_process_end(self._finalizer)
-        if self._pid:
-            self._begin()  # the locks may be held by threads that this forked child does not have
         self._pid = _pid
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._closed or not self._finalizer.alive:
             raise Closed("this end of a channel is closed")
 
     def _check_priority(self, priority: int) -> None:
@@ -548,6 +550,8 @@ class End:
         turn.leave()
         if self._closed:
             self.close()
+        elif not self._finalizer.alive and threading.current_thread().daemon:
+            threading.Event().wait()  # the process ends: a daemon thread does so with it, and not with an error
 
     def _leave_async(self, turn: Turn) -> None:
         turn.leave_async()
@@ -567,7 +571,19 @@ class End:
         return _seconds_until(deadline)
 
 
+def _finish(link: Link, turns: list[Turn]) -> None:
+    """Close an end that is collected; or, at the end of the process, as soon as no thread is inside of a call."""
+    until = time.monotonic_ns() + FINISH_NS
+    for turn in turns:
+        while not turn.take_idle():
+            if time.monotonic_ns() > until:
+                return  # the end of the process does the rest; it looks like a death
+            time.sleep(FINISH_NS / 1e9 / 100)
+    link.close()
+
+
 _pid = os.getpid()  # asking each time costs as much as several steps of a small message
+_ends: weakref.WeakSet[End] = weakref.WeakSet()
 _starting = threading.RLock()  # two threads may be the first to use an end
 
 
@@ -575,6 +591,8 @@ def _after_fork() -> None:
     global _pid, _starting
     _pid = os.getpid()
     _starting = threading.RLock()
+    for end in list(_ends):
+        end._begin()  # its locks may be held by threads that this forked child does not have
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -108,7 +108,7 @@ class FrameLink(Link):
             return END
         try:
             return self._open(wire)
-        except ShmError:
+        except (ShmError, MemoryError):
             if self._current is None:
                 self.taken()
             raise
@@ -133,6 +133,9 @@ class FrameLink(Link):
         except Corrupt:
             counts.corrupt += 1
             self._number_unknown = True  # so that it is not said to be missing, too
+            raise
+        except MemoryError:
+            self._number_unknown = True
             raise
         except ShmError as error:
             number, priority = number_of(frame)

@@ -6,11 +6,14 @@ sleeps while nothing of that is to be done, and both end with the last channel.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import sys
 import threading
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from shmengine.channels.zeromq import zmq
@@ -29,6 +32,20 @@ EXIT_SECONDS = 5.0  # that the end of the process waits for the other ends to ta
 HURRY_SECONDS = 3.0
 MOST_SOCKETS = 1 << 16
 ZAP = "inproc://zeromq.zap.01"  # where ZeroMQ asks who may come in
+
+
+@contextlib.contextmanager
+def _one_alone(port: Port) -> Iterator[None]:
+    """Let an error end one port, and not the thread that serves all. Under the port's lock."""
+    try:
+        yield
+    except Exception:
+        _report()
+        port.close()
+
+
+def _report() -> None:
+    threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), threading.current_thread()]))
 
 
 class Hub:
@@ -130,25 +147,33 @@ class Hub:
                 elif fd == self._zap_fd:
                     self._say_who_may_come_in()
                 elif (watched := self._ports.get(fd)) is not None:
-                    with watched.lock:
+                    with watched.lock, _one_alone(watched):
                         watched.read_events()
             while self._new:
                 port = self._new.popleft()
-                with (
-                    port.lock
-                ):  # the descriptor of its monitor tells nothing before somebody has looked in vain
+                # The descriptor of its monitor tells nothing before somebody has looked in vain.
+                with port.lock, _one_alone(port):
                     port.read_events()
             for port in list(self._ports.values()):
                 # Who has the lock does what is to be done, or the next round will.
                 if port.busy and port.lock.acquire(blocking=False):
                     try:
                         if not port.closed:
-                            port.serve()
+                            with _one_alone(port):
+                                port.serve()
                     finally:
                         port.lock.release()
             while self._closing:
                 finishing.append(self._closing.popleft())
-            finishing = [link for link in finishing if not link.finish(hurry=self._hurry)]
+            finishing = [link for link in finishing if not self._finish(link)]
+
+    def _finish(self, link: SocketLink | ListenPort) -> bool:
+        """Tell whether a link or a server is done with."""
+        try:
+            return link.finish(hurry=self._hurry)
+        except Exception:
+            _report()
+            return True
 
     def _is_over(self, finishing: list[SocketLink | ListenPort]) -> bool:
         """End if nobody is left."""

@@ -7,8 +7,11 @@ puts where that one looks, and wakes him.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
+import socket as unix
+import stat
 import struct
 import threading
 import time
@@ -20,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmengine.channels import hub
 from shmengine.channels.keys import Keys
-from shmengine.channels.sessions import PREFIX_BYTES, Greeting, Kind, Proof, Session, refusal
+from shmengine.channels.sessions import PART_BYTES, PREFIX_BYTES, Greeting, Kind, Proof, Session, refusal
 from shmengine.channels.zeromq import zmq
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ _EVENTS = (
     | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
 )
 _EVENT = struct.Struct("=Hi")  # what it is, and for some of them the connection's descriptor
+_CREDENTIALS = struct.Struct("3i")  # process, user, group
 _EVENTS_OPTION = int(zmq.EVENTS)
 _POLLIN = int(zmq.POLLIN)
 _MORE = int(zmq.SNDMORE | zmq.DONTWAIT)
@@ -111,6 +115,9 @@ class Port:
         socket = self._socket = self.hub.context.socket(kind)
         socket.sndhwm = socket.rcvhwm = 0  # the window of each session is the limit
         socket.linger = LINGER_MS
+        socket.maxmsgsize = PART_BYTES + (
+            1 << 12
+        )  # whoever announces more is cut off, before he has said who he is
         beat = max(1, int(peer_timeout * 250))
         socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = beat, 2 * beat, 0
         socket.handshake_ivl = socket.connect_timeout = max(50, int(peer_timeout * 500))
@@ -299,6 +306,7 @@ class DialPort(Port):
         self, kind: int, address: str, session: Session, proof: Proof, peer_timeout: float, auth: Keys | None
     ) -> None:
         super().__init__(kind, peer_timeout, auth, serves=False)
+        self._is_local = address.startswith("ipc:")
         self._session = session
         self._proof = proof
         self._nonce = b""
@@ -348,13 +356,17 @@ class DialPort(Port):
 
     def _read_answer(self, part: zmq.Frame) -> None:
         session, kind = self._session, part.buffer[0]
+        if kind not in (Kind.WELCOME, Kind.REFUSAL):
+            return
         greeting = Greeting.unpack(part)
         if greeting is None or greeting.key != session.key or greeting.nonce != self._nonce:
             return
-        if not self._proof.holds(Kind(kind), greeting) or kind not in (Kind.WELCOME, Kind.REFUSAL):
+        if not self._proof.holds(Kind(kind), greeting):
             return
         self._nonce, self.greeting_until = b"", 0.0
-        if kind == Kind.REFUSAL:
+        if self._is_local and _user_behind(int(part.get(zmq.SRCFD))) != os.geteuid():
+            session.refusal = "it is a process of another user"
+        elif kind == Kind.REFUSAL:
             session.refusal = greeting.text
         else:
             session.connected(b"", part, greeting.text)
@@ -382,7 +394,8 @@ class ListenPort(Port):
         alone: Session | None = None,
         make: Callable[[bytes], Session] | None = None,
     ) -> None:
-        super().__init__(zmq.PAIR if alone else zmq.ROUTER, peer_timeout, auth, serves=True)
+        if address.startswith("ipc:"):
+            _check_free(address.removeprefix("ipc://"))
         self._alone = alone
         self._make = make
         self._proof = proof
@@ -391,6 +404,7 @@ class ListenPort(Port):
         self._by_fd: dict[int, Session] = {}
         self.arrived: deque[Session] = deque()
         self.news = threading.Event()
+        super().__init__(zmq.PAIR if alone else zmq.ROUTER, peer_timeout, auth, serves=True)
         if alone:
             self.add(alone)
         else:
@@ -536,7 +550,43 @@ class ListenPort(Port):
             number = int.from_bytes(part.buffer[8:PREFIX_BYTES], "little")
             if number == 0 and len(self.arrived) < MOST_UNKNOWN:
                 session = self._make(greeting.key)
-                self.add(session)
+                try:
+                    self.add(session)
+                except OSError:  # no descriptors are left
+                    return None
                 self.arrived.append(session)
                 self.news.set()
         return session
+
+
+def _user_behind(fd: int) -> int:
+    """Return the user of the process that listens at the other side of a Unix connection; -1: it has ended."""
+    try:
+        with unix.socket(fileno=os.dup(fd)) as connection:
+            return int(_CREDENTIALS.unpack(connection.getsockopt(unix.SOL_SOCKET, unix.SO_PEERCRED, 12))[1])
+    except OSError:
+        return -1
+
+
+def _check_free(path: str) -> None:
+    """See that nothing is where a server wants to listen: ZeroMQ would remove it without asking.
+
+    Raises
+    ------
+    FileExistsError
+        A file is there that is no socket.
+    OSError
+        Somebody listens there.
+    """
+    if path.startswith("@"):
+        return
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:  # nothing is there; or what is wrong, `bind` says
+        return
+    if not stat.S_ISSOCK(mode):
+        raise FileExistsError(errno.EEXIST, "a file is there that is no socket", path)
+    with unix.socket(unix.AF_UNIX) as probe:
+        probe.setblocking(False)
+        if probe.connect_ex(path) in (0, errno.EAGAIN):
+            raise OSError(errno.EADDRINUSE, "somebody listens there", path)

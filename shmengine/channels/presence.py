@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from shmengine.channels.tokens import DescriptorToken, lend
 from shmengine.descriptors import Descriptor
-from shmengine.errors import ShmError, UseAfterFork
+from shmengine.errors import Closed, ShmError, UseAfterFork
 
 __all__ = ["Fate", "Presence", "PresenceToken"]
 
@@ -62,6 +62,7 @@ class Presence:
     def __init__(self, side: int, fd: int) -> None:
         self.side = side
         self.closed = False
+        self._closing = False
         self._holding = Descriptor(
             fd, _WHAT
         )  # children may share this open file description, and the lock with it
@@ -78,7 +79,12 @@ class Presence:
         fd = os.memfd_create("shmengine-channel", os.MFD_CLOEXEC)
         try:
             os.truncate(fd, _HOLDERS)
-            return cls(0, _reopen(fd)), cls(1, _reopen(fd))
+            left = cls(0, _reopen(fd))
+            try:
+                return left, cls(1, _reopen(fd))
+            except BaseException:
+                left.close()
+                raise
         finally:
             os.close(fd)
 
@@ -136,19 +142,31 @@ class Presence:
         """Use this copy no more; if it was in use, or is the last one, then the other end sees an orderly end."""
         if self.closed:
             return
+        self._closing = True
         if self._holding.is_ours():
-            fd = _reopen(self._holding.number)
-            try:
-                if self.in_use:
-                    os.pwrite(fd, bytes([_CLOSED]), self.side)
-                self._stop_using()
-                self._holding.close()
-                if not self._user and not self._passed_on and not _is_locked(fd, _HOLDERS + self.side):
-                    os.pwrite(fd, bytes([_CLOSED]), self.side)
-            finally:
-                os.close(fd)
+            number = self._holding.number
+            if self.in_use:
+                os.pwrite(number, bytes([_CLOSED]), self.side)
+            elif not self._user and not self._passed_on:
+                self._close_unused(number)
         self._stop_using()
+        self._holding.close()
         self.closed = True
+
+    def _close_unused(self, number: int) -> None:
+        """Say that nobody will use this end, if this is the last copy of it."""
+        try:
+            fd = _reopen(number)
+        except (
+            OSError
+        ):  # no descriptor is free: then nobody can be asked, and the other end sees that nobody is here
+            return
+        try:
+            self._holding.close()
+            if not _is_locked(fd, _HOLDERS + self.side):
+                os.pwrite(fd, bytes([_CLOSED]), self.side)
+        finally:
+            os.close(fd)
 
     def _stop_using(self) -> None:
         """Give up the lock: after a fork, the child its share in it."""
@@ -164,6 +182,8 @@ class Presence:
         ShmError
             Other code has closed it.
         """
+        if self._closing:
+            raise Closed("this end of a channel is closed")
         if not self._holding.is_ours():
             raise ShmError(
                 "a descriptor of this end of a channel was closed by other code of this process: make a new channel"

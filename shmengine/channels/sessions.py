@@ -26,6 +26,7 @@ from shmengine.channels.base import Counts
 from shmengine.region import start_time
 
 __all__ = [
+    "PART_BYTES",
     "PREFIX_BYTES",
     "SESSION_BYTES",
     "Greeting",
@@ -38,6 +39,8 @@ __all__ = [
 
 PREFIX = struct.Struct("<B7xQQ")
 PREFIX_BYTES = PREFIX.size
+# Larger messages are cut: a part has to pass within half of `peer_timeout`, or nobody seems to be there.
+PART_BYTES = 1 << 19
 MESSAGE_COST = 256  # bytes of memory that a small message takes beside its own
 ACKNOWLEDGE_MESSAGES = 1024
 ACKNOWLEDGE_BYTES = 2 << 20

@@ -16,7 +16,7 @@ from shmengine.channels.base import NOTHING, Capabilities, Link, Options
 from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
 from shmengine.channels.ports import DialPort, ListenPort, Port, Waiter
 from shmengine.channels.presence import Fate, Presence, PresenceToken
-from shmengine.channels.sessions import PREFIX_BYTES, Kind, Proof, Session
+from shmengine.channels.sessions import PART_BYTES, PREFIX_BYTES, Kind, Proof, Session
 from shmengine.channels.small import UNKNOWN, encode_small, open_small, seal_small
 from shmengine.channels.zeromq import zmq
 from shmengine.codec import KIND_ARRAY, KIND_PICKLE
@@ -27,7 +27,6 @@ PEER_SECONDS = 10.0
 SMALL_BYTES = 1 << 12  # up to here few steps count, and not few copies
 SMALL_FRAME_BYTES = SMALL_BYTES + 512
 LARGE_BYTES = 1 << 16  # from here on a message is not copied where that can be avoided
-PART_BYTES = 8 << 20  # larger messages are cut: nobody seems dead while a part is on its way
 ALIGNMENT = 16  # of frames that are used where they arrived; malloc gives it
 DRAIN_NS = 500_000_000  # after a death, for what the kernel still has of the dead
 # While the other end keeps taking messages no more than this is on its way, so that the copies stay in the cache; a

@@ -7,7 +7,8 @@ import asyncio
 __all__ = ["Pause"]
 
 FIRST_SECONDS = 50e-6
-MOST_SECONDS = 2e-3
+MOST_SECONDS = 20e-3
+GROWTH = 1.1  # so that a message waits at most a tenth of what was waited for it
 
 
 class Pause:
@@ -30,7 +31,7 @@ class Pause:
         """Return when it may be time to try again, after `limit` seconds at the latest."""
         if self._fd is None:
             await asyncio.sleep(min(self._seconds, limit))
-            self._seconds = min(MOST_SECONDS, self._seconds * 1.5)
+            self._seconds = min(MOST_SECONDS, self._seconds * GROWTH)
             return
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = loop.create_future()
