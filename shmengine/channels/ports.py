@@ -239,13 +239,16 @@ class Port:
     @property
     def busy(self) -> bool:
         """Whether the service should look here again soon."""
-        return self.greeting_until > 0 or any(session.outstanding for session in self.sessions.values())
+        return self.greeting_until > 0 or any(
+            session.outstanding or session.is_behind for session in self.sessions.values()
+        )
 
     def serve(self) -> None:
         """Do what is left to do. Under the lock."""
         self.pump(-1)
         for session in list(self.sessions.values()):
             self.hand_over(session)
+            self.acknowledge(session)
         if 0 < self.greeting_until < time.monotonic():
             self.greeting_until = 0.0
 

@@ -140,6 +140,17 @@ class Session:
         """Whether the other end has not yet taken all."""
         return bool(self._kept)
 
+    @property
+    def only_goodbye_left(self) -> bool:
+        """Whether the other end has taken all messages, and what says that there are no more is on its way."""
+        kept = self._kept
+        return self.peer is not None and len(kept) == 1 and self._handed_over > kept[-1][0]
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something was taken of which the other end has not been told."""
+        return self._told < self._taken
+
     def has_room(self, nbytes: int, window: int) -> bool:
         """Whether a message of this size may be sent now, with so many bytes on their way. One alone always may."""
         kept = self._kept

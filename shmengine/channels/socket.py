@@ -235,6 +235,8 @@ class SocketLink(FrameLink):
         if session.owes_acknowledgement:
             with self._port.lock:
                 self._port.acknowledge(session)
+        else:
+            self._port.hub.notice()  # it tells the other end soon, whose process may wait for that to end
 
     # --- the other end -----------------------------------------------------------------------------
 
@@ -282,7 +284,7 @@ class SocketLink(FrameLink):
             port.pump(-1)
             port.hand_over(session)
         unheard = session.missed_since == 0 and session.peer is None and session.next_number == 1
-        delivered = not session.outstanding or unheard
+        delivered = not session.outstanding or session.only_goodbye_left or unheard
         if not (delivered or hurry) and self.fate() in (Fate.UNUSED, Fate.ALIVE):
             return False
         with port.lock:
