@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import pickle
+import resource
 import sys
 import threading
 
@@ -385,3 +386,46 @@ def test_threads_that_begin_at_the_same_time(make_channel):
         assert sorted(drain(right, 4)) == [0, 1, 2, 3]
         left.close()
         right.close()
+
+
+def test_close_needs_no_free_descriptor(ends):
+    left, right = ends
+    trip(left, right, BLOCK)
+    taken = []
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        left.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for fd in taken:
+            os.close(fd)
+    assert left.closed
+    assert_ended(right)
+
+
+def test_a_forked_child_closes_what_its_parent_is_just_closing(ends):
+    left, right = ends
+    trip(left, right, BLOCK)
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with left._closing:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    pid = os.fork()
+    if pid == 0:
+        left.close()
+        right.close()
+        os._exit(0)
+    done.set()
+    thread.join()
+    assert os.waitpid(pid, 0)[1] == 0
+    trip(left, right, BLOCK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 import shmengine as shm
+from shmengine.channels import hub, ports
 from shmengine.channels.base import Counts
 from shmengine.channels.hub import THREAD
 from shmengine.channels.sessions import (
@@ -937,3 +939,63 @@ def test_a_process_of_this_machine_is_known_to_be_gone():
     child.join()
     assert is_gone(gone)
     assert is_gone(f"{here.rsplit(' ', 1)[0]} 1")
+
+
+# --- who listens, and who only says so ----------------------------------------------------------------
+
+
+def test_a_server_removes_no_file_and_takes_no_address(tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("of somebody")
+    with pytest.raises(FileExistsError):
+        shm.listen(f"ipc://{kept}")
+    assert kept.read_text() == "of somebody"
+    with shm.listen(f"ipc://{tmp_path}/used") as server:
+        with pytest.raises(OSError, match="somebody listens there"):
+            shm.listen(f"ipc://{tmp_path}/used")
+        mine, theirs = dial(server)
+        mine.send("still here")
+        assert theirs.receive(20) == "still here"
+        mine.close()
+        theirs.close()
+
+
+def test_a_listener_of_another_user_is_refused(tmp_path, monkeypatch):
+    with shm.listen(f"ipc://{tmp_path}/theirs") as server:
+        monkeypatch.setattr(ports, "_user_behind", lambda fd: os.geteuid() + 1)
+        with pytest.raises(shm.PeerLost, match="a process of another user"):
+            shm.connect(server.address, timeout=20)
+
+
+def test_whoever_announces_too_much_is_cut_off(server):
+    """Before he has said who he is: nobody makes room for gigabytes of a stranger."""
+    host, port = server.address.removeprefix("tcp://").rsplit(":", 1)
+    with socket.create_connection((host, int(port))) as stranger:
+        stranger.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16 + 1 + 31))
+        stranger.sendall(b"\x06" + (3 << 30).to_bytes(8, "big") + bytes(1 << 16))
+        with contextlib.suppress(ConnectionError):
+            while stranger.recv(1 << 16):
+                pass
+    mine, theirs = dial(server)
+    mine.send("others come in")
+    assert theirs.receive(20) == "others come in"
+    mine.close()
+    theirs.close()
+
+
+def answer_and_end(end):
+    hub.EXIT_SECONDS = 3600.0  # to wait for somebody who does not ask
+    end.send(end.receive() + 1)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_process_that_has_answered_ends(ends, start):
+    """Although nobody receives any more: what it sent was taken."""
+    left, right = ends
+    child = multiprocessing.get_context(start).Process(target=answer_and_end, args=(right,))
+    child.start()
+    right.close()
+    left.send(1)
+    assert left.receive(60) == 2
+    child.join()
+    assert child.exitcode == 0
