@@ -25,7 +25,7 @@ from shmengine.errors import Closed, PeerLost, SerializationError, Timeout, UseA
 
 __all__ = ["Server", "connect", "listen"]
 
-_LONG = 3600.0  # seconds; "for ever", but in steps
+LOOK_SECONDS = 0.05
 
 Auth = Keys | str | os.PathLike[str] | None
 
@@ -106,8 +106,8 @@ class Server:
             raise UseAfterFork("this server belongs to the parent of this forked process")
         port = self._port
         while True:
-            self._check_open()
             port.news.clear()
+            self._check_open()
             with self._accepting:
                 if port.arrived:
                     session = port.arrived[0]
@@ -120,7 +120,8 @@ class Server:
                 raise WouldBlock("accept: nobody waits to be accepted")
             if 0 < deadline <= now:
                 raise Timeout("accept: nobody has connected", timeout)
-            port.news.wait(_LONG if deadline < 0 else (deadline - now) / 1e9)
+            # Of several who wait, one may clear what was set for another: so look again soon.
+            port.news.wait(LOOK_SECONDS if deadline < 0 else min(LOOK_SECONDS, (deadline - now) / 1e9))
 
     def __iter__(self) -> Iterator[End]:
         """Accept until the server is closed."""
