@@ -242,7 +242,9 @@ def connect(
     link = _RemoteLink(options, port, session, peer_timeout)
     end = End(link, options)
     try:
-        while not port.answered.wait(_LONG if until < 0 else max(0, until - time.monotonic_ns()) / 1e9):
+        while not port.answered.wait(
+            LOOK_SECONDS if until < 0 else max(0, until - time.monotonic_ns()) / 1e9
+        ):
             if until >= 0 and time.monotonic_ns() >= until:
                 hint = "" if place.keys is None else ", with a key that this end knows"
                 raise Timeout(f"connect to {address}: no server answers there{hint}", timeout)
