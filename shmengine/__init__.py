@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from shmengine.engine.stalls import Stall as Stall
     from shmengine.engine.stalls import Stalls as Stalls
     from shmengine.errors import Full as Full
+    from shmengine.futures import Executor as Executor
     from shmengine.queues import JoinableQueue as JoinableQueue
     from shmengine.queues import Queue as Queue
     from shmengine.ring import Ring as Ring
@@ -60,6 +61,7 @@ __all__ = [
     "EndOfStream",
     "Engine",
     "EngineStats",
+    "Executor",
     "Full",
     "JoinableQueue",
     "LayoutMismatch",
@@ -91,6 +93,7 @@ __all__ = [
 _HOMES = {
     "Engine": "shmengine.engine",
     "EngineStats": "shmengine.stats",
+    "Executor": "shmengine.futures",
     "Full": "shmengine.errors",
     "JoinableQueue": "shmengine.queues",
     "Queue": "shmengine.queues",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import subprocess
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -16,9 +18,11 @@ from shmengine._native import ffi, lib
 from shmengine._native.status import PLACES
 from shmengine.arena import Arena
 from shmengine.arrays import address_of
-from shmengine.engine.backend import Call, Outcome, Ref, TaskOptions, block_calls
+from shmengine.engine.backend import Call, Outcome, Ref, Submit, TaskOptions, block_calls
 from shmengine.engine.blocks import Cut
+from shmengine.engine.collector import Collector
 from shmengine.engine.dispatch import RING_CAPACITY, Dispatcher
+from shmengine.engine.policy import Policy
 from shmengine.engine.scatter import TargetOf, scatter_blocks
 from shmengine.engine.stalls import Stall, Stalls, summary_of
 from shmengine.engine.stream import run_stream
@@ -70,7 +74,9 @@ class ProcessBackend:
         initargs: tuple[Any, ...] = (),
         retries: int = 1,
         check: str = "frame",
+        policy: Policy | None = None,
     ) -> None:
+        policy = policy or Policy()
         most = PLACES - 1
         if workers > most:
             raise ValueError(
@@ -109,11 +115,15 @@ class ProcessBackend:
                 int(check == "payload"),
                 encoded_initializer,
                 threads_per_worker or max(1, config.default_workers() // workers),
+                policy,
             )
         except BaseException:
             region.close(force=True)
             raise
-        self._finalizer = weakref.finalize(self, Dispatcher.end, self._core, wait=False)
+        forgotten = (
+            self._core.collector.finish if policy.finishes else functools.partial(self._core.end, wait=False)
+        )
+        self._finalizer = weakref.finalize(self, forgotten)
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -137,11 +147,13 @@ class ProcessBackend:
         scattered = scatter_blocks(self, self._core, fn, cut, target, options, kwargs, ordered)
         return scattered or self.stream(fn, block_calls(cut, kwargs), options, ordered=ordered)
 
-    def submit(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: TaskOptions
-    ) -> Future[Any]:
-        """Run one task."""
-        return self._core.futures.submit(fn, args, kwargs, options)
+    def submitter(self, fn: Callable[..., Any], options: TaskOptions) -> Submit:
+        """Return what runs `fn` once."""
+        return self._core.futures.submitter(fn, options)
+
+    def withdraw(self, future: Future[Any], *, kill: bool) -> None:
+        """Keep the task of a future from running."""
+        self._core.futures.withdraw(future, kill=kill)
 
     # --- memory ----------------------------------------------------------------------------------
 
@@ -201,6 +213,29 @@ class ProcessBackend:
             np.copyto(target, source, casting="same_kind")
         if self._core.arena.contains(source):
             self._core.bytes_copied += nbytes
+
+    @property
+    def service(self) -> Collector:
+        """What lives until the last future has ended."""
+        return self._core.collector
+
+    @property
+    def broken(self) -> BaseException | None:
+        """The error that everything ends with, if it does."""
+        make_error = self._core.broken
+        return None if make_error is None else make_error()
+
+    def cancel_pending(self) -> None:
+        """Cancel the futures that have not begun."""
+        self._core.futures.cancel_pending()
+
+    def provide_workers(self) -> None:
+        """Start a worker for a future that will be submitted, if they start on demand and none is idle."""
+        self._core.provide_workers()
+
+    def processes(self) -> dict[int, subprocess.Popen[bytes]]:
+        """Return the workers by their process ids."""
+        return self._core.pool.processes()
 
     def stats(self) -> EngineStats:
         """Return a snapshot of the counters."""

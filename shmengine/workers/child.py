@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import pickle
 import signal
@@ -29,12 +30,14 @@ from shmengine.arena import Arena
 from shmengine.arrays import GivenReference, detach, has_views, owner_of
 from shmengine.errors import Corrupt, MemoryBudgetExceeded
 from shmengine.leases import release_with
+from shmengine.pickling import original_error
 from shmengine.region import Region
 from shmengine.workers import logs, messages, stacks
 from shmengine.workers.messages import (
     BATCH,
     BLOCK,
     BROKEN,
+    LEAVING,
     PLACED,
     PRIVATE,
     RESULT_RING,
@@ -76,6 +79,10 @@ def main(region_fd: int, parent_pidfd: int, setup_fd: int, stack_pipe: int, log_
     setup = pickle.loads(os.pread(setup_fd, os.fstat(setup_fd).st_size, 0))
     os.close(setup_fd)
     os.set_inheritable(log_pipe, False)
+    if "authkey" in setup:
+        import multiprocessing
+
+        multiprocessing.current_process().authkey = setup["authkey"]
     sys.path[:] = setup["path"]
     sys.argv[:] = setup["argv"]
     with contextlib.suppress(OSError):
@@ -87,6 +94,8 @@ def main(region_fd: int, parent_pidfd: int, setup_fd: int, stack_pipe: int, log_
         worker = Worker(region, setup)
         logs.send_home(log_pipe, setup["log_levels"], worker.current_task)
         worker.serve()
+        if worker.leaves():
+            region.stay()  # so that it is seen why
     except SystemExit:
         raise
     except BaseException:
@@ -105,6 +114,8 @@ class Worker:
         messages.objects_kept_bytes = setup["arena_limit"] // 4
         self.payload_check = int(setup["payload_check"])
         self.initializer: bytes | None = setup["initializer"]
+        self.tasks_left: float = setup["tasks"] or math.inf
+        self.original_errors: bool = setup.get("original_errors", False)
         self.functions: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
         self.prepared: dict[str, Any] = {}
         self.prepared_module = ""
@@ -128,7 +139,7 @@ class Worker:
         lib.shmr_set_progress(self.region.handle, 0, 0)
         lease = lib.shmr_lease
         handle = self.region.handle
-        while True:
+        while not self.leaves():
             block = self.block
             deadline = -1
             if self.plans:
@@ -154,6 +165,10 @@ class Worker:
                 self.answer(block.tag, [(False, codec.encode_exception(damage))], 0)
             elif status != INTERRUPTED:
                 fail(status, "lease a task")
+
+    def leaves(self) -> bool:
+        """Tell whether this worker has done its number of tasks."""
+        return self.tasks_left <= 0
 
     def current_task(self) -> int | None:
         """Return the number, in its call, of the task that is being run; None if that is not known."""
@@ -200,7 +215,7 @@ class Worker:
         tag = block.tag
         handle = self.region.handle
         start = self.tidy()
-        results: list[Any] = []
+        results: list[tuple[bool | None, Any]] = []
         root: Any = None
         function: Any = None
         entropy: Any = None
@@ -212,7 +227,7 @@ class Worker:
                 root, self.resolve_writable if mode == SHARED else self.arena.resolve
             )
         except BaseException as error:
-            results.append((False, codec.encode_exception(error)))
+            results.append((None, codec.encode_exception(error)))
             calls = indices = ()
         fn: Any = None
         several = len(calls) > 1
@@ -230,8 +245,9 @@ class Worker:
                     detach(value, kept=self.comes_from_elsewhere)
                 results.append((True, value.pop()))
             except BaseException as error:
-                results.append((False, codec.encode_exception(error)))
+                results.append((None if fn is None else False, codec.encode_exception(error)))
                 _forget_frames(error)
+        self.tasks_left -= len(calls)
         del calls
         args = kwargs = None
         lib.shmr_set_progress(handle, tag, WHOLE_BATCH)
@@ -251,7 +267,7 @@ class Worker:
             release_with(holder[0], self.region, block)
         else:
             lib.shmr_release(self.region.handle, block)
-        lib.shmr_set_progress(self.region.handle, 0, 0)
+        lib.shmr_set_progress(self.region.handle, LEAVING if self.leaves() else 0, 0)
 
     def run_block(self, block: Any) -> None:
         """Run a block function once; see `shmengine.workers.scatter`."""
@@ -414,12 +430,12 @@ class Worker:
             return False
         return not self.arena.made_here(array, owner)
 
-    def sendable(self, result: tuple[bool, Any]) -> tuple[bool, Any]:
+    def sendable(self, result: tuple[bool | None, Any]) -> tuple[bool | None, Any]:
         """Return the result, or the error that it cannot be sent."""
         try:
             codec.encode(result[1], share=self.arena.share, label="result")
         except BaseException as error:
-            return False, codec.encode_exception(error)
+            return False, codec.encode_exception(original_error(error) if self.original_errors else error)
         return result
 
     def send(self, kind: int, tag: int, encoded: codec.Encoded, nanoseconds: int) -> bool:

@@ -35,6 +35,7 @@ __all__ = [
     "BLOCK",
     "BROKEN",
     "EVENT",
+    "LEAVING",
     "MODES",
     "NUMBER",
     "PLACED",
@@ -61,7 +62,7 @@ RESULT_RING = 1
 
 TASK = 10
 VALUE = 11  # one task, its value bare
-BATCH = 12  # a list of (True, value) or (False, encoded exception)
+BATCH = 12  # a list of (True, value), (False, encoded exception) or, if it is of unpickling, (None, encoded exception)
 BROKEN = 13  # the initializer failed; the payload is an encoded exception
 EVENT = 14
 SHORT = 15  # there was no memory for the results of a batch; the payload is an encoded exception
@@ -71,6 +72,7 @@ PLACED = 17  # worker to main: its result is in its place, or named by reference
 
 # What a worker says it is doing, beside "task so-and-so of batch so-and-so":
 STARTING = (1 << 64) - 1  # as the batch: it has not run its initializer yet
+LEAVING = (1 << 64) - 2  # likewise: it has done its number of tasks
 WHOLE_BATCH = (1 << 64) - 1  # as the task: it decodes the batch, or encodes its results
 
 # How a task's arrays appear to the function; said in the descriptor, since it decides how to decode.

@@ -26,7 +26,7 @@ from shmengine import config
 from shmengine._native import ffi, lib
 from shmengine.region import Region
 from shmengine.workers import logs, stacks
-from shmengine.workers.messages import STARTING
+from shmengine.workers.messages import LEAVING, STARTING
 
 __all__ = ["Activity", "Death", "Pool"]
 
@@ -108,7 +108,7 @@ class Pool:
     region : Region
         With the task and the result ring.
     count : int
-        Workers to keep.
+        Workers to keep, at most.
     setup : dict
         What `child.Worker` is told.
     environment : dict
@@ -117,7 +117,9 @@ class Pool:
         Called in the pool's thread with a `Death`, after its memory was recovered and before its replacement starts;
         returns whether to replace it.
     time_limit : callable
-        ``time_limit(tag)``: seconds that a task of this batch may run, or None.
+        ``time_limit(tag, index)``: seconds that a task may run, or None.
+    start : int
+        Workers to start now; `provide` starts more.
     """
 
     def __init__(
@@ -127,7 +129,9 @@ class Pool:
         setup: dict[str, Any],
         environment: dict[str, str],
         on_death: Callable[[Death], bool],
-        time_limit: Callable[[int], float | None],
+        time_limit: Callable[[int, int], float | None],
+        *,
+        start: int,
     ) -> None:
         self.region = region
         self.count = count
@@ -149,7 +153,7 @@ class Pool:
             self._wake_fd = self._keep(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             self._selector = self._descriptors.enter_context(selectors.DefaultSelector())
             self._selector.register(self._wake_fd, selectors.EVENT_READ, None)
-            for _ in range(count):
+            for _ in range(start):
                 self._start()
         except BaseException:
             self.kill()
@@ -212,6 +216,27 @@ class Pool:
         with self._lock:
             return list(self._workers)
 
+    def processes(self) -> dict[int, subprocess.Popen[bytes]]:
+        """Return the workers by their process ids."""
+        with self._lock:
+            return {pid: worker.process for pid, worker in self._workers.items()}
+
+    def provide(self, tasks: int, *, at_once: bool) -> None:
+        """Before this number of tasks is out: start a worker if none is idle, or (`at_once`) all that are missing."""
+        if len(self._workers) >= self.count:
+            return
+        with self._lock:
+            while (
+                len(self._workers) < self.count and not self._closing and (at_once or tasks > self._ready())
+            ):
+                self._start()
+                tasks = 0
+
+    def _ready(self) -> int:
+        """Return how many workers take tasks."""
+        progress = [self._progress(pid) for pid in self._workers]
+        return sum(found is not None and found[0] not in (STARTING, LEAVING) for found in progress)
+
     def watch_time(self) -> None:
         """From now on some tasks have a time limit: look at the clock as well."""
         if not self._timed:
@@ -250,8 +275,8 @@ class Pool:
             found = self._progress(pid)
             if found is None:
                 continue
-            tag, _, since, _ = found
-            limit = self._time_limit(tag) if tag else None
+            tag, index, since, _ = found
+            limit = self._time_limit(tag, index) if tag else None
             if limit is None or not since or worker.killed_for is not None:
                 continue
             any_limit = True
@@ -407,6 +432,10 @@ class Pool:
                     stream.close()
             del self._workers[process.pid]
         tag, index = (progress[0], progress[1]) if progress else (0, 0)
+        if returncode == 0 and tag == LEAVING:
+            self._missing += 1
+            self._start_missing()
+            return
         expected = self._closing and returncode == 0
         if not expected:
             self.deaths += 1
