@@ -53,6 +53,7 @@ from shmengine.leases import release_with
 from shmengine.region import EXTENT_BYTES, Region
 from shmengine.stats import EngineStats
 from shmengine.workers import logs, messages
+from shmengine.workers.inheritance import Inheritance
 from shmengine.workers.messages import (
     BROKEN,
     EVENT,
@@ -84,7 +85,7 @@ class Dispatcher:
         workers: int,
         retries: int,
         payload_check: int,
-        initializer: bytes | None,
+        inheritance: Inheritance,
         threads: int,
         policy: Policy,
     ) -> None:
@@ -125,7 +126,6 @@ class Dispatcher:
             "cwd": os.getcwd(),
             "arena_limit": self.budget * 3 // 4 // workers,
             "payload_check": payload_check,
-            "initializer": initializer,
             "log_levels": logs.levels(),
             "tasks": policy.tasks_per_worker,
             **policy.setup(),
@@ -137,6 +137,7 @@ class Dispatcher:
             region,
             workers,
             setup,
+            inheritance,
             environment,
             self.deaths.announce,
             self.in_flight.limit,

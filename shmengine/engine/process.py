@@ -30,6 +30,7 @@ from shmengine.errors import MemoryBudgetExceeded
 from shmengine.region import EXTENT_BYTES, Region, RegionConfig
 from shmengine.stats import EngineStats
 from shmengine.workers import messages
+from shmengine.workers.inheritance import Inheritance
 from shmengine.workers.messages import RESULT_RING, STARTING, TASK_RING
 
 if TYPE_CHECKING:
@@ -92,34 +93,30 @@ class ProcessBackend:
                 least,
                 budget,
             )
-        encoded_initializer = None
-        if initializer is not None:
-            encoded_initializer = codec.encode(
-                (initializer, initargs), label="(initializer, initargs)"
-            ).to_bytes()
-        region = Region.create(
-            RegionConfig(
-                arena_bytes=budget,
-                capacities=(RING_CAPACITY, RING_CAPACITY),
-                participants=min(256, max(64, 2 * workers + 16)),
-                doorbells=min(512, max(64, 4 * workers + 32)),
-                creator_recovers=True,
-                wait_alone=True,
+        with contextlib.ExitStack() as undo:
+            inheritance = Inheritance(initializer, initargs)
+            undo.callback(inheritance.close)
+            region = Region.create(
+                RegionConfig(
+                    arena_bytes=budget,
+                    capacities=(RING_CAPACITY, RING_CAPACITY),
+                    participants=min(256, max(64, 2 * workers + 16)),
+                    doorbells=min(512, max(64, 4 * workers + 32)),
+                    creator_recovers=True,
+                    wait_alone=True,
+                )
             )
-        )
-        try:
+            undo.callback(region.close, force=True)
             self._core = Dispatcher(
                 region,
                 workers,
                 retries,
                 int(check == "payload"),
-                encoded_initializer,
+                inheritance,
                 threads_per_worker or max(1, config.default_workers() // workers),
                 policy,
             )
-        except BaseException:
-            region.close(force=True)
-            raise
+            undo.pop_all()
         forgotten = (
             self._core.collector.finish if policy.finishes else functools.partial(self._core.end, wait=False)
         )

@@ -26,6 +26,7 @@ from shmengine import config
 from shmengine._native import ffi, lib
 from shmengine.region import Region
 from shmengine.workers import logs, stacks
+from shmengine.workers.inheritance import Inheritance
 from shmengine.workers.messages import LEAVING, STARTING
 
 __all__ = ["Activity", "Death", "Pool"]
@@ -111,6 +112,8 @@ class Pool:
         Workers to keep, at most.
     setup : dict
         What `child.Worker` is told.
+    inheritance : Inheritance
+        The initializer, and descriptors for it; closed with the pool.
     environment : dict
         Variables set before exec, over the main process's.
     on_death : callable
@@ -127,6 +130,7 @@ class Pool:
         region: Region,
         count: int,
         setup: dict[str, Any],
+        inheritance: Inheritance,
         environment: dict[str, str],
         on_death: Callable[[Death], bool],
         time_limit: Callable[[int, int], float | None],
@@ -146,9 +150,11 @@ class Pool:
         self._timed = False
         self._missing = 0  # workers that could not be started, and are tried again
         self._retry_at = 0.0
+        self._inheritance = inheritance
         self._descriptors = contextlib.ExitStack()
+        self._descriptors.callback(inheritance.close)
         try:
-            self._setup_fd = self._keep(_file_of(pickle.dumps(setup)))
+            self._setup_fd = self._keep(_file_of(pickle.dumps({**setup, "initializer": inheritance.frame})))
             self._parent_pidfd = self._keep(os.pidfd_open(os.getpid()))
             self._wake_fd = self._keep(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             self._selector = self._descriptors.enter_context(selectors.DefaultSelector())
@@ -203,7 +209,7 @@ class Pool:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=fds,
+            pass_fds=(*fds, *self._inheritance.fds),
             env={**os.environ, **self._environment},
             process_group=0,  # Ctrl-C at the terminal reaches main alone
         )
