@@ -17,7 +17,12 @@ from test.support import script_helper
 
 SECONDS = 300  # for one test
 
-SKIPS = {}
+SKIPS = {
+    "ProcessPoolForkFailingInitializerTest": (
+        "its queue is made for children that are forked, and our workers are not (the constructor says so)"
+    ),
+    "test_python_finalization_error": "it makes the start of the standard's own second thread fail",
+}
 """Tests (a part of their ids) that do not apply, and why."""
 
 
