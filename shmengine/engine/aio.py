@@ -68,8 +68,10 @@ class Asynchronous:
 
         Parameters
         ----------
-        fn, *iterables, timeout, on_error, writable
+        fn, *iterables, on_error, writable
             As in `map`.
+        timeout : float, optional
+            Seconds that one task may run; with worker processes only.
         window : int, optional
             Most tasks in flight; by default four for each worker.
         kill : bool
@@ -86,6 +88,8 @@ class Asynchronous:
 
         self._check_usable()
         check_iterables("amap", iterables)
+        if timeout is not None and self._backend.kind != "process":
+            raise ValueError("amap has a timeout with worker processes only: nothing can end a thread")
         check_choice("on_error", on_error, ("raise", "return", "skip"))
         options = task_options("amap", fn, timeout, window, None, writable)
         submit = self._backend.submitter(fn, options)

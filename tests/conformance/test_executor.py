@@ -538,13 +538,10 @@ def test_shutdown_cancels_what_has_not_begun(pool, gate):
     poll_until(futures[-1].cancelled)
     gate.open()
     executor.shutdown()
-    done, pending = (
-        concurrent.futures.wait(futures, 60) if not isinstance(executor, shm.Executor) else (futures, ())
-    )
     assert all(future.cancelled() or future.result() == i for i, future in enumerate(futures))
     assert futures[0].result() == 0
-    assert done
-    assert not pending or not isinstance(executor, shm.Executor)
+    if isinstance(executor, shm.Executor):  # the standard's leaves those that wait for futures waiting
+        assert not concurrent.futures.wait(futures).not_done
 
 
 def test_a_forgotten_executor_does_its_work(pool):
