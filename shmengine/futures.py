@@ -18,6 +18,8 @@ from traceback import format_exception
 from types import TracebackType
 from typing import Any, Literal
 
+import numpy as np
+
 from shmengine.config import default_workers, parse_bytes
 from shmengine.engine.backend import Submit, TaskOptions, function_name
 from shmengine.engine.collector import Collector
@@ -31,7 +33,8 @@ from shmengine.errors import (
     SerializationError,
     WorkerDied,
 )
-from shmengine.pickling import original_error
+from shmengine.pickling import goes_by_reference, original_error
+from shmengine.workers.messages import USUAL_ERRSTATE
 
 __all__ = ["BrokenExecutor", "Executor", "ExecutorWorkerDied", "WorkerProcess"]
 
@@ -204,6 +207,7 @@ class Executor(futures.Executor):
         self._max_workers = max_workers
         self._mp_context = mp_context
         self._shut_down = False
+        self._latest: tuple[Callable[[], Any], Submit] = _nothing, _nothing
         self._backend = ProcessBackend(
             max_workers,
             None if memory is None else parse_bytes(memory),
@@ -237,7 +241,7 @@ class Executor(futures.Executor):
         RuntimeError
             The executor was shut down, or the interpreter is about to exit.
         """
-        return self._submitter(fn, function_name(fn))(args, kwargs)
+        return self._submitter(fn)(args, kwargs)
 
     def map(
         self,
@@ -292,14 +296,21 @@ class Executor(futures.Executor):
         results = _results(submitted, end, more)
         return itertools.chain.from_iterable(map(_emptied, results)) if chunksize > 1 else results
 
-    def _submitter(self, fn: Callable[..., Any], name: str) -> Submit:
+    def _submitter(self, fn: Callable[..., Any], name: str = "") -> Submit:
+        """Return what submits calls of a function; the latest one is kept, if its pickle is the same each time."""
         self._check_usable()
+        known, submit = self._latest
+        if known() is fn and np.geterr() == USUAL_ERRSTATE:
+            return submit
         try:
-            submit = self._backend.submitter(fn, TaskOptions(label=f"submit({name})"))
+            options = TaskOptions(label=f"submit({name or function_name(fn)})")
+            submit = functools.partial(_submit, self._backend.submitter(fn, options))
         except SerializationError as error:
             self._backend.provide_workers()  # as the standard's: before anything is pickled
             return functools.partial(_fail, error)
-        return functools.partial(_submit, submit)
+        if goes_by_reference(fn) and np.geterr() == USUAL_ERRSTATE:
+            self._latest = weakref.ref(fn), submit
+        return submit
 
     def _check_usable(self) -> None:
         if (broken := self._broken) is not None:
@@ -356,6 +367,10 @@ class Executor(futures.Executor):
     def __repr__(self) -> str:
         state = "broken" if self._broken else "shut down" if self._shut_down else "running"
         return f"<Executor max_workers={self._max_workers} {state}>"
+
+
+def _nothing(*_: Any) -> Any:
+    return _nothing
 
 
 # --- submitting and yielding, without a reference to the executor ----------------------------------

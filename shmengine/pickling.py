@@ -37,6 +37,7 @@ __all__ = [
     "Reducers",
     "dump",
     "find_culprit",
+    "goes_by_reference",
     "original_error",
     "substitute",
 ]
@@ -331,6 +332,24 @@ def _reduce_cached_function(obj: Any) -> Any:
             return NotImplemented
     parameters = obj.cache_parameters()
     return _cached_function, (obj.__wrapped__, parameters["maxsize"], parameters["typed"])
+
+
+def goes_by_reference(fn: Any) -> bool:
+    """Tell whether a function is pickled as its name, so that its pickle is the same each time."""
+    if type(fn) not in (FunctionType, BuiltinFunctionType):
+        return False
+    name = fn.__module__
+    module = sys.modules.get(name) if type(name) is str and name != "__main__" else None
+    if getattr(module, fn.__qualname__, None) is not fn or not _is_importable(name):
+        return False
+    return _is_stable(name) or name.partition(".")[0] not in _by_value()
+
+
+def _by_value() -> set[str]:
+    """Return the packages of which something was registered to go by value."""
+    import cloudpickle
+
+    return {name.partition(".")[0] for name in cloudpickle.list_registry_pickle_by_value()}
 
 
 _importable: dict[str, bool] = {"__main__": True}  # cloudpickle knows __main__ itself

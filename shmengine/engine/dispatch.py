@@ -58,6 +58,7 @@ from shmengine.workers.messages import (
     BROKEN,
     EVENT,
     NUMBER,
+    PART,
     PLACED,
     RESULT_RING,
     SHORT,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
 __all__ = ["BATCHES_PER_WORKER", "RING_CAPACITY", "Dispatcher"]
 
 RING_CAPACITY = 4096
+HELD_NS = 20_000_000  # what a task is taken to need after one of its kind has held up others
 BATCHES_PER_WORKER = 3  # one running, some waiting: main may be held up for as long as they last
 
 
@@ -411,7 +413,11 @@ class Dispatcher:
         root = messages.frame_root(self.arena, block, writable=True)  # ours alone from now on
         nanoseconds, inline, shared = messages.account_of(block)
         copied = self.must_copy(inline + shared)
-        batch = self.in_flight.take(number)
+        if kind == PART:
+            batch, given_back = self.in_flight.take_part(number, *messages.part_of(block))
+            self.outbox.extend(given_back)
+        else:
+            batch = self.in_flight.take(number)
         payload: Any = None
         error: BaseException | None = None
         if kind == BROKEN or (batch is not None and not batch.job.abandoned):
@@ -439,8 +445,11 @@ class Dispatcher:
             return
         job = batch.job
         count = len(batch.tasks)
-        job.task_ns = _smoothed(job.task_ns, nanoseconds / count)
-        job.result_bytes = _smoothed(job.result_bytes, (inline + shared) / count)
+        if kind == PART:
+            job.task_ns = max(job.task_ns, HELD_NS)
+        else:
+            job.task_ns = _smoothed(job.task_ns, nanoseconds / count)
+            job.result_bytes = _smoothed(job.result_bytes, (inline + shared) / count)
         if job.abandoned:
             return
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
@@ -449,6 +458,9 @@ class Dispatcher:
             raise error
         if kind == SHORT:
             self.run_later(batch, payload, error)
+        elif error is not None and self.policy.fragile:
+            for task in batch.tasks:  # one of them cannot be decoded, and they have run
+                self.conclude(job, task, None, error)
         elif count > 1 and (error is not None or len(payload) != count):
             # One of them cannot be decoded, here or there, and spoils the others: each alone. (Those that have
             # run are run again; without retries there is one task a batch.)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FutureTask", "Futures"]
 
+BATCH_NS = 500_000  # as in a stream: half a millisecond of work together
+
 
 class _Sent:
     """Tasks that were sent together, until the last of them has ended."""
@@ -51,13 +53,20 @@ class Futures:
         self.running = 0  # batches
         self._unfinished = 0  # tasks of these
         self.pending: deque[FutureTask] = deque()
+        self._latest: Job | None = None  # for more calls of its function
 
     def submitter(self, fn: Callable[..., Any], options: TaskOptions) -> Submit:
         """Return what runs `fn` once for each of its calls; see `shmengine.engine.backend.Backend.submitter`."""
         core = self._core
         core.check_open()
         retries = core.retries if options.retries is None else options.retries
-        job = Job(core.encode_function(fn), options, retries, self._deliver)
+        function = core.encode_function(fn)
+        job = self._latest
+        if job is None or (
+            job.function is not function and (job.function, job.options) != (function, options)
+        ):
+            job = Job(function, options, retries, self._deliver)
+            self._latest = job if core.policy.pickles_late and type(function) is bytes else None
         return functools.partial(self._submit, job)
 
     def _submit(self, job: Job, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Future[Any]:
@@ -66,13 +75,13 @@ class Futures:
         task = FutureTask(job, Future(), tuple(args), dict(kwargs) or None)
         core.provide_workers()
         encoded = batch = None
-        if not (core.policy.pickles_late and (self.pending or self._full())):
+        if not (core.policy.pickles_late and (self.pending or self._full(job))):
             encoded = core.encode_batch(
                 Batch(job, [task])
             )  # here, so that what cannot be pickled is raised here
             task.nbytes = encoded.nbytes
         with core.lock:
-            if encoded is None or self.pending or self._full(task.nbytes):
+            if encoded is None or self.pending or self._full(job, task.nbytes):
                 self.pending.append(task)
             else:
                 batch = self._begin([task])
@@ -88,11 +97,15 @@ class Futures:
         core.collector.wake()
         return task.future
 
-    def _full(self, nbytes: int = 0) -> bool:
-        """Tell whether a message of this size has to wait, because enough of them run, by number or by bytes."""
-        return self.running > 0 and (
-            self.running >= self._limit or self._bytes + nbytes > self._core.budget // 4
-        )
+    def _full(self, job: Job, nbytes: int = 0) -> bool:
+        """Tell whether a message has to wait, because enough of them run, by number or by bytes.
+
+        With one message for each worker on its way, quick tasks are better sent together, when one is back.
+        """
+        limit = self._limit
+        if self._core.policy.pickles_late and 0 < job.task_ns < BATCH_NS:
+            limit = self._core.workers
+        return self.running > 0 and (self.running >= limit or self._bytes + nbytes > self._core.budget // 4)
 
     def _begin(self, tasks: list[FutureTask]) -> Batch | None:
         """Count tasks as running, without those that were cancelled, and return them; None if none is left."""
@@ -127,11 +140,26 @@ class Futures:
                 return
             self.running -= 1
             self._bytes -= sent.nbytes
-            while self.pending and not self._full(self.pending[0].nbytes):
-                task = self.pending.popleft()
-                batch = self._begin([task])
+            while self.pending and not self._full(self.pending[0].job, self.pending[0].nbytes):
+                batch = self._begin(self._next())
                 if batch is not None:
                     core.outbox.append(batch)
+
+    def _next(self) -> list[FutureTask]:
+        """Take the next of those that wait, or as many of the same function as are soon done, if they may go together.
+
+        Some are left for the other workers.
+        """
+        job = self.pending[0].job
+        size = 1
+        if self._core.policy.pickles_late and job.task_ns:
+            size = min(int(BATCH_NS / job.task_ns), len(self.pending) // self._core.workers)
+        tasks = [self.pending.popleft()]
+        while len(tasks) < size and self.pending[0].job is job:
+            task = self.pending.popleft()
+            task.index = len(tasks)
+            tasks.append(task)
+        return tasks
 
     def count(self) -> int:
         """Return how many are at the workers or wait."""

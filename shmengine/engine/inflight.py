@@ -135,6 +135,16 @@ class InFlight:
             self.remove_scattered(scattered)
         return None if task is None else Batch(scattered.job, [task])
 
+    def take_part(self, tag: int, done: int, rest: int) -> tuple[Batch | None, list[Batch]]:
+        """Take so many of the first tasks out of a batch, and of the last ones, each alone; some other is left."""
+        with self.lock:
+            batch = self._batches.get(tag)
+            if batch is None or done + rest >= len(batch.tasks):
+                return None, []
+            tasks, end = batch.tasks, len(batch.tasks) - rest
+            batch.tasks = tasks[done:end]
+            return Batch(batch.job, tasks[:done]), [Batch(batch.job, [task]) for task in tasks[end:]]
+
     def take_all(self) -> list[Batch]:
         """Return, and forget, all batches; those who scatter blocks find out by themselves."""
         return [batch for tag in list(self._batches) if (batch := self.take(tag)) is not None]

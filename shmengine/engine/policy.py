@@ -20,7 +20,8 @@ class Policy:
     """Tasks after which a worker leaves and is replaced."""
 
     pickles_late = False
-    """A future that has to wait is pickled when its turn comes; what then fails is its outcome."""
+    """A future that has to wait is pickled when its turn comes, with others of its function if they are quick; what
+    then fails is its outcome."""
 
     finishes = False
     """Forgotten by its owner, it still does what was submitted, and ends then."""

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
@@ -33,11 +33,13 @@ from shmengine.leases import release_with
 from shmengine.pickling import original_error
 from shmengine.region import Region
 from shmengine.workers import logs, messages, stacks
+from shmengine.workers.held import HeldUp
 from shmengine.workers.messages import (
     BATCH,
     BLOCK,
     BROKEN,
     LEAVING,
+    PART,
     PLACED,
     PRIVATE,
     RESULT_RING,
@@ -124,6 +126,7 @@ class Worker:
         self.block = messages.empty_block()
         self.reply = messages.empty_block()
         self.named = ffi.new("shmr_ref[1]")
+        self.held = HeldUp(self.hand_over)
 
     def serve(self) -> None:
         """Run tasks until there can be no more."""
@@ -133,7 +136,7 @@ class Worker:
             try:
                 self.prepare(*codec.decode(self.initializer, copy=True))
             except BaseException as error:
-                self.send(BROKEN, 0, codec.encode(codec.encode_exception(error)), 0)
+                self.send(BROKEN, 0, codec.encode(codec.encode_exception(error)), b"")
                 raise
             self.initializer = None
         lib.shmr_set_progress(self.region.handle, 0, 0)
@@ -230,8 +233,17 @@ class Worker:
             results.append((None, codec.encode_exception(error)))
             calls = indices = ()
         fn: Any = None
-        several = len(calls) > 1
-        for index, (args, kwargs) in zip(indices, calls, strict=True):
+        todo = deque(zip(indices, calls, strict=True))
+        calls = ()
+        several = len(todo) > 1
+        if several:
+            self.held.watch(tag, todo, results)
+        while todo:
+            try:
+                index, (args, kwargs) = todo.popleft()
+            except IndexError:  # given back in this moment
+                break
+            self.tasks_left -= 1
             lib.shmr_set_progress(handle, tag, index)
             try:
                 if fn is None:
@@ -247,15 +259,26 @@ class Worker:
             except BaseException as error:
                 results.append((None if fn is None else False, codec.encode_exception(error)))
                 _forget_frames(error)
-        self.tasks_left -= len(calls)
-        del calls
         args = kwargs = None
+        if several:
+            self.held.end()
         lib.shmr_set_progress(handle, tag, WHOLE_BATCH)
         self.answer(tag, results, time.perf_counter_ns() - start)
         del results
         holder = [root]
         root = None
         self.settle(block, holder)
+
+    def hand_over(self, tag: int, results: list[Any], rest: int) -> bool:
+        """Send what the first tasks of a batch have returned, and give back the last ones; False: it does not fit.
+
+        Not in the thread that runs tasks.
+        """
+        try:
+            encoded = codec.encode(results, memmap_mode="r")
+        except BaseException:
+            encoded = codec.encode([self.sendable(result) for result in results], memmap_mode="r")
+        return self.send(PART, tag, encoded, messages.pack_part(len(results), rest), messages.empty_block())
 
     def settle(self, block: Any, holder: list[Any]) -> None:
         """Release a task, or leave that to the last view of its bytes, which `holder` alone refers to.
@@ -411,14 +434,15 @@ class Worker:
                 except BaseException as error:
                     kind = BATCH
                     encoded = codec.encode([(False, codec.encode_exception(error))])
-            if self.send(kind, tag, encoded, nanoseconds):
+            spec = messages.pack_account(nanoseconds, encoded.bytes_inline, encoded.bytes_shared)
+            if self.send(kind, tag, encoded, spec):
                 return
         finally:
             for reference in held:
                 self.arena.drop(reference)
             results.clear()
         shortage = codec.encode_exception(_no_room(encoded.nbytes, self.region))
-        self.send(SHORT, tag, codec.encode(shortage), nanoseconds)
+        self.send(SHORT, tag, codec.encode(shortage), messages.pack_account(nanoseconds, 0, 0))
 
     def comes_from_elsewhere(self, array: Any) -> bool:
         """Tell whether no function that runs here can write to this array: it is read from the region, or a file."""
@@ -438,7 +462,7 @@ class Worker:
             return False, codec.encode_exception(original_error(error) if self.original_errors else error)
         return result
 
-    def send(self, kind: int, tag: int, encoded: codec.Encoded, nanoseconds: int) -> bool:
+    def send(self, kind: int, tag: int, encoded: codec.Encoded, spec: bytes, block: Any = None) -> bool:
         """Commit a message to the result ring; False if there will never be memory for it."""
         while True:
             status = messages.write_frame(
@@ -448,8 +472,8 @@ class Worker:
                 tag,
                 encoded,
                 payload_check=self.payload_check,
-                spec=messages.pack_account(nanoseconds, encoded.bytes_inline, encoded.bytes_shared),
-                block=self.reply,
+                spec=spec,
+                block=self.reply if block is None else block,
             )
             if status == OK:
                 return True
