@@ -152,7 +152,8 @@ class Futures:
         """
         job = self.pending[0].job
         size = 1
-        if self._core.policy.pickles_late and job.task_ns:
+        policy = self._core.policy
+        if policy.pickles_late and policy.tasks_per_worker is None and job.task_ns:
             size = min(int(BATCH_NS / job.task_ns), len(self.pending) // self._core.workers)
         tasks = [self.pending.popleft()]
         while len(tasks) < size and self.pending[0].job is job:
