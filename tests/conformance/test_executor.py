@@ -168,6 +168,38 @@ def test_lambdas_closures_and_arrays(ours):
     assert np.array_equal(executor.submit(lambda a: a * 2, array).result(), array * 2)
 
 
+def quotient(x):
+    return np.float64(1.0) / x
+
+
+def test_the_caller_s_errstate_holds_each_time(ours):
+    executor = ours(1)
+    with np.errstate(divide="ignore"):
+        assert executor.submit(quotient, 0).result() == np.inf
+        assert executor.submit(quotient, 0).result() == np.inf
+    with np.errstate(divide="raise"), pytest.raises(FloatingPointError):
+        executor.submit(quotient, 0).result()
+    with np.errstate(divide="ignore"):
+        assert executor.submit(quotient, 0).result() == np.inf
+
+
+def test_a_function_by_value_is_pickled_each_time():
+    result = run_script("""
+        import shmengine as shm
+
+        factor = 2
+
+        def scaled(x):
+            return factor * x
+
+        with shm.Executor(1, memory="32 MiB") as executor:
+            print(executor.submit(scaled, 1).result())
+            factor = 3
+            print(executor.submit(scaled, 1).result())
+    """)
+    assert result.stdout.split() == ["2", "3"]
+
+
 class Thing:
     def method(self):
         return 7
