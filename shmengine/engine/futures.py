@@ -10,14 +10,12 @@ from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any
 
 from shmengine.engine.backend import Submit, TaskOptions, annotate
-from shmengine.engine.inflight import Batch, Job, Task
+from shmengine.engine.inflight import BATCH_MAX, BATCH_NS, Batch, Job, Task
 
 if TYPE_CHECKING:
     from shmengine.engine.dispatch import Dispatcher
 
 __all__ = ["FutureTask", "Futures"]
-
-BATCH_NS = 500_000  # as in a stream: half a millisecond of work together
 
 
 class _Sent:
@@ -154,7 +152,7 @@ class Futures:
         size = 1
         policy = self._core.policy
         if policy.pickles_late and policy.tasks_per_worker is None and job.task_ns:
-            size = min(int(BATCH_NS / job.task_ns), len(self.pending) // self._core.workers)
+            size = min(BATCH_MAX, int(BATCH_NS / job.task_ns), len(self.pending) // self._core.workers)
         tasks = [self.pending.popleft()]
         while len(tasks) < size and self.pending[0].job is job:
             task = self.pending.popleft()

@@ -9,7 +9,10 @@ from typing import Any, Protocol
 from shmengine.engine.backend import TaskOptions
 from shmengine.workers.messages import WHOLE_BATCH
 
-__all__ = ["Batch", "InFlight", "Job", "ScatteredBlocks", "Task"]
+__all__ = ["BATCH_MAX", "BATCH_NS", "Batch", "InFlight", "Job", "ScatteredBlocks", "Task"]
+
+BATCH_MAX = 128
+BATCH_NS = 500_000  # aim: half a millisecond of work a batch, so that messages cost little beside it
 
 
 class Task:
