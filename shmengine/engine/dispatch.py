@@ -51,7 +51,6 @@ from shmengine.errors import ArrayError, Closed, Corrupt, RemoteError
 from shmengine.filemap import forget_files
 from shmengine.leases import release_with
 from shmengine.region import EXTENT_BYTES, Region
-from shmengine.stats import EngineStats
 from shmengine.workers import logs, messages
 from shmengine.workers.inheritance import Inheritance
 from shmengine.workers.messages import (
@@ -153,7 +152,7 @@ class Dispatcher:
     def check_open(self) -> None:
         self.region.check_fork()
         if self.closed:
-            raise Closed(CLOSED_TEXT)
+            raise self.broken() if self.broken is not None and self.policy.fragile else _closed()
 
     # --- out -------------------------------------------------------------------------------------
 
@@ -337,6 +336,11 @@ class Dispatcher:
                 try:
                     self.dispatch(batch)
                 except BaseException as error:
+                    if isinstance(error, codec.SerializationError) and len(batch.tasks) > 1:
+                        self.outbox.extend(
+                            Batch(batch.job, [task]) for task in batch.tasks
+                        )  # one of them it is
+                        continue
                     for task in batch.tasks:
                         self.conclude(batch.job, task, None, error)
                     if not isinstance(error, Exception):
@@ -529,31 +533,6 @@ class Dispatcher:
                 self.conclude(batch.job, task, None, make_error())
         with self.turn_lock:
             self.turn.notify_all()
-
-    def stats(self) -> EngineStats:
-        if self.closed:
-            return EngineStats(
-                "process", self.workers, self.done, self.failed, self.retried, self.pool.deaths
-            )
-        c = self.region.counters()
-        fill = lib.shmr_approx_fill(self.handle, TASK_RING) + lib.shmr_approx_fill(self.handle, RESULT_RING)
-        return EngineStats(
-            backend="process",
-            workers=self.workers,
-            tasks_done=self.done,
-            tasks_failed=self.failed,
-            retries=self.retried,
-            worker_deaths=self.pool.deaths,
-            bytes_copied=self.bytes_copied,
-            bytes_shared=self.bytes_shared,
-            memory_budget=self.budget,
-            memory_used=int(c.reserved),
-            ring_fill=int(fill),
-            ring_capacity=2 * RING_CAPACITY,
-            tasks_in_flight=self.in_flight.tasks(),
-            rescued_wakeups=int(c.rescued_wakeups),
-            late_releases=int(c.late_releases),
-        )
 
     def wind_down(self) -> None:
         """While the last tasks end: take their results, and let none wait for memory that nobody will free."""

@@ -74,11 +74,11 @@ class Futures:
         core.provide_workers()
         encoded = batch = None
         if not (core.policy.pickles_late and (self.pending or self._full(job))):
-            encoded = core.encode_batch(
-                Batch(job, [task])
-            )  # here, so that what cannot be pickled is raised here
+            # Here, so that what cannot be pickled is raised here.
+            encoded = core.encode_batch(Batch(job, [task]))
             task.nbytes = encoded.nbytes
         with core.lock:
+            core.check_open()  # what is added later would wait for ever
             if encoded is None or self.pending or self._full(job, task.nbytes):
                 self.pending.append(task)
             else:

@@ -236,7 +236,30 @@ class ProcessBackend:
 
     def stats(self) -> EngineStats:
         """Return a snapshot of the counters."""
-        return self._core.stats()
+        core = self._core
+        if core.closed:
+            return EngineStats(
+                "process", self.workers, core.done, core.failed, core.retried, core.pool.deaths
+            )
+        c = core.region.counters()
+        fill = sum(lib.shmr_approx_fill(core.handle, ring) for ring in (TASK_RING, RESULT_RING))
+        return EngineStats(
+            backend="process",
+            workers=self.workers,
+            tasks_done=core.done,
+            tasks_failed=core.failed,
+            retries=core.retried,
+            worker_deaths=core.pool.deaths,
+            bytes_copied=core.bytes_copied,
+            bytes_shared=core.bytes_shared,
+            memory_budget=core.budget,
+            memory_used=int(c.reserved),
+            ring_fill=int(fill),
+            ring_capacity=2 * RING_CAPACITY,
+            tasks_in_flight=core.in_flight.tasks(),
+            rescued_wakeups=int(c.rescued_wakeups),
+            late_releases=int(c.late_releases),
+        )
 
     def stalls(self, after: float) -> Stalls:
         """Return the tasks that have been running for so many seconds."""
@@ -257,7 +280,7 @@ class ProcessBackend:
                     activity.starves,
                 )
             )
-        stats = core.stats()
+        stats = self.stats()
         more = ""
         if not core.closed:
             rings = [

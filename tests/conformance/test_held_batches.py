@@ -133,6 +133,18 @@ def test_a_result_that_cannot_be_pickled_among_those_that_have_ended(executor, g
     waits.result()
 
 
+def take(x):
+    return 0
+
+
+def test_an_argument_that_cannot_be_pickled_among_others(executor):
+    list(executor.map(take, range(WARM)))
+    futures = [executor.submit(take, Unsendable() if i == 150 else i) for i in range(300)]
+    bad = futures.pop(150)
+    assert [future.result() for future in futures] == [0] * 299
+    assert type(bad.exception()) is LookupError
+
+
 def die():
     os._exit(3)
 
