@@ -17,6 +17,8 @@ from test.support import script_helper
 
 SECONDS = 300  # for one test
 
+NAMES = ("ProcessPool", "FailingInitializerResources")  # of the classes that test process pools
+
 SKIPS = {
     "ProcessPoolForkFailingInitializerTest": (
         "its queue is made for children that are forked, and our workers are not (the constructor says so)"
@@ -73,7 +75,7 @@ def main(report: str, pattern: str = "") -> int:
     for name in modules():
         of_module = unittest.TestSuite()
         for test in flat(unittest.defaultTestLoader.loadTestsFromName(name)):
-            if "ProcessPool" not in test.id() or pattern not in test.id():
+            if not any(name in test.id() for name in NAMES) or pattern not in test.id():
                 continue
             method = getattr(test, test._testMethodName)
             for part, reason in SKIPS.items():
