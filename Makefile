@@ -46,6 +46,7 @@ quick: $(stamp) ## The Python tests that take no more than a few seconds each
 	@$(python) -m pytest -q -m 'not slow' $(TESTS)
 
 bench: $(stamp) ## Speed, as ratios against rivals in one run
+	@$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[bench,rivals]'
 	@$(python) -m pytest benches --check-targets
 
 peers: $(stamp) ## Other projects' own tests, of the interfaces that we implement; writes docs/peers.md

@@ -1,9 +1,10 @@
 """One producer process, one consumer process, one direction.
 
     producer ── fill in place ──► [ 16 slots ] ──► read one element a page ── consumer
+    producer ── send an array ──► [ 16 slots ] ──►
 
-Needs 2 cores; each process is pinned to one. The ring wraps at least ten times in a round. Every message is
-checked: what was read, and in which order.
+Needs 2 cores; each process is pinned to one. The ring wraps at least ten times in a round. Expected: every message,
+once, in order, with its number in each byte that is looked at.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from typing import Any
 
 import pytest
 
-from benches.measure import two_cpus
-from benches.rivals import HandWrittenLoop, Link, Pair, PipeLink, QueueLink, RingLink, RingWithLink
+from benches.rivals import (
+    CRing,
+    HandWritten,
+    HandWrittenPosix,
+    PipeOfBytes,
+    RingByWith,
+    known,
+    one_way,
+)
 
 KIB, MIB = 1 << 10, 1 << 20
-
-
-def rounds_of(stack: ExitStack, link: Link, count: int) -> Any:
-    pair = stack.enter_context(Pair(link, two_cpus()))
-    return lambda: pair.run(count)
+BY_HAND = ("by hand, posix_ipc", "by hand, multiprocessing")
 
 
 @pytest.mark.parametrize(
@@ -33,43 +37,65 @@ def rounds_of(stack: ExitStack, link: Link, count: int) -> Any:
         pytest.param(16 * MIB, 200, 0.9, id="16MiB"),
     ],
 )
-def test_one_to_one(nbytes: int, count: int, bound: float, compare: Any, targets: Any) -> None:
-    """Against the hand-written loop, with whichever semaphores are faster."""
+def test_in_place(nbytes: int, count: int, bound: float, compare: Any, targets: Any) -> None:
+    """Against the hand-written loop, with whichever semaphores are faster, and against the peers."""
+    peers = known("kickmsg", "kickmsg (spinning)", "iceoryx2", "iceoryx2 (polling)")
+    links = {
+        **known("shm", "Ring"),
+        "Ring, by with": RingByWith,
+        "by hand, posix_ipc": HandWrittenPosix,
+        "by hand, multiprocessing": HandWritten,
+        **peers,
+    }
     with ExitStack() as stack:
         result = compare(
-            {
-                "shmengine.Ring": rounds_of(stack, RingLink(nbytes), count),
-                "shmengine.Ring, by with": rounds_of(stack, RingWithLink(nbytes), count),
-                "by hand, posix_ipc": rounds_of(stack, HandWrittenLoop(nbytes, "posix_ipc"), count),
-                "by hand, multiprocessing": rounds_of(
-                    stack, HandWrittenLoop(nbytes, "multiprocessing"), count
-                ),
-            },
+            {name: one_way(stack, link, nbytes, "block", count) for name, link in links.items()},
             unit="a message",
             bytes_each=nbytes if nbytes > 4 * KIB else 0,
         )
-    ratio = result.ratio("shmengine.Ring", "by hand, posix_ipc", "by hand, multiprocessing")
-    targets.at_least("Ring to a hand-written SharedMemory loop", ratio, bound)
-    by_with = result.ratio("shmengine.Ring, by with", "by hand, posix_ipc", "by hand, multiprocessing")
+    targets.at_least("Ring to a hand-written SharedMemory loop", result.ratio("Ring", *BY_HAND), bound)
+    by_with = result.ratio("Ring, by with", *BY_HAND)
     targets.note("the same, claims and leases as context managers", f"{by_with:.3g}x")
+    if nbytes > 4 * KIB:
+        rivals = (*BY_HAND, *peers)
+        targets.at_least("shm in place to the best of all others", result.ratio("shm", *rivals), 0.95)
+    elif rivals := [name for name in peers if name.startswith("kickmsg")]:
+        targets.at_least("shm in place to kickmsg, the better one", result.ratio("shm", *rivals), 0.95)
 
 
-def test_one_to_one_queue(compare: Any, targets: Any) -> None:
+@pytest.mark.parametrize(
+    ("nbytes", "count"), [pytest.param(1 * MIB, 2_000, id="1MiB"), pytest.param(16 * MIB, 100, id="16MiB")]
+)
+def test_copied_in(nbytes: int, count: int, compare: Any, targets: Any) -> None:
+    """An array that exists, against a plain ring in C."""
+    links = {**known("shm", "Ring"), "memcpy ring in C": CRing, **known("kickmsg", "iceoryx2")}
+    with ExitStack() as stack:
+        result = compare(
+            {name: one_way(stack, link, nbytes, "copy", count) for name, link in links.items()},
+            unit="a message",
+            bytes_each=nbytes,
+        )
+    targets.at_least("shm, copied in, to a memcpy ring in C", result.ratio("shm", "memcpy ring in C"), 0.9)
+
+
+def test_standard_library(compare: Any, targets: Any) -> None:
     """Against the standard library, at 1 MiB."""
     nbytes = 1 * MIB
     with ExitStack() as stack:
         result = compare(
             {
-                "shmengine.Ring": rounds_of(stack, RingLink(nbytes), 3_000),
-                "multiprocessing.Queue": rounds_of(stack, QueueLink(nbytes), 160),
-                "multiprocessing.Pipe": rounds_of(stack, PipeLink(nbytes), 320),
+                "Ring": one_way(stack, known("Ring")["Ring"], nbytes, "block", 3_000),
+                "multiprocessing.Queue": one_way(
+                    stack, known("multiprocessing.Queue")["multiprocessing.Queue"], nbytes, "copy", 160
+                ),
+                "multiprocessing.Pipe": one_way(stack, PipeOfBytes, nbytes, "copy", 320),
             },
             repeats=7,
             unit="a message",
             bytes_each=nbytes,
         )
     targets.at_least(
-        "Ring to multiprocessing.Queue, 1 MiB", result.ratio("shmengine.Ring", "multiprocessing.Queue"), 50
+        "Ring to multiprocessing.Queue, 1 MiB", result.ratio("Ring", "multiprocessing.Queue"), 50
     )
-    ratio = result.ratio("shmengine.Ring", "multiprocessing.Pipe")
+    ratio = result.ratio("Ring", "multiprocessing.Pipe")
     targets.note("Ring to multiprocessing.Pipe (bytes into a buffer), 1 MiB", f"{ratio:.3g}x")

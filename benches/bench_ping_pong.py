@@ -3,32 +3,126 @@
     ping ── there ──► pong
          ◄── back ──
 
-Needs 2 cores; each process is pinned to one, so that the kernel cannot put both on the same.
+Needs 2 cores; each process is pinned to one, so that the kernel cannot put both on the same. Expected: each answer
+carries the number of its question. With pauses both sides compute for a while before they send, so that the other one
+is asleep; the pauses are taken off.
 """
 
 from __future__ import annotations
 
+import mmap
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
+import numpy as np
+
 import shmengine as shm
-from benches.measure import cpu_seconds, two_cpus
-from benches.rivals import Pair, PipePingPong, RingPingPong
+from benches.measure import Each, cpu_seconds
+from benches.rivals import PATIENCE, PipeOfBytes, compiled, known, round_trips
+from shmengine.bench.crew import Crew, cores
 
 IDLE_SECONDS = 2.0
+PAUSE_NS = 200_000  # four times as long as anybody of ours spins
 
 
 def test_ping_pong(compare: Any, targets: Any) -> None:
-    """The default adaptive wait against a pipe."""
+    """The default adaptive wait against a pipe, and against those that never sleep."""
+    spinning = known("kickmsg (spinning)", "iceoryx2 (polling)")
     with ExitStack() as stack:
-        ours = stack.enter_context(Pair(RingPingPong(64), two_cpus()))
-        pipe = stack.enter_context(Pair(PipePingPong(64), two_cpus()))
         result = compare(
-            {"shmengine.Ring": lambda: ours.run(20_000), "multiprocessing.Pipe": lambda: pipe.run(2_000)},
+            {
+                **{
+                    name: round_trips(stack, link, 64, "block", 20_000)
+                    for name, link in (known("Ring", "shm") | spinning).items()
+                },
+                "multiprocessing.Pipe": round_trips(stack, PipeOfBytes, 64, "copy", 2_000),
+            },
             unit="a round trip",
         )
-    targets.at_least("ping-pong, Ring to Pipe", result.ratio("shmengine.Ring", "multiprocessing.Pipe"), 10)
+    targets.at_least("ping-pong, Ring to Pipe", result.ratio("Ring", "multiprocessing.Pipe"), 10)
+    if "kickmsg (spinning)" in spinning:
+        ratio = result.ratio("shm", "kickmsg (spinning)")
+        targets.at_least("ping-pong, shm to kickmsg spinning", ratio, 1.0)
+
+
+def test_ping_pong_asleep(compare: Any, targets: Any) -> None:
+    """Both sides asleep: against bare semaphores in C."""
+    count = 300
+    with ExitStack() as stack:
+
+        def contestant(left: Any, right: Any) -> Any:
+            crew = stack.enter_context(Crew((_member(left), _member(right)), cores(2), PATIENCE))
+
+            def run() -> Each:
+                trips, right = crew.ask(count, count)
+                assert right == count == len(trips), "wrong answers"
+                return Each(float(np.median(trips)) - PAUSE_NS / 1e9)
+
+            return run
+
+        left, right = shm.channel("shm")
+        stack.callback(left.close)
+        stack.callback(right.close)
+        there, back = (stack.enter_context(shm.Ring(capacity=4, arena_bytes=1 << 20)) for _ in range(2))
+        result = compare(
+            {
+                "shm": contestant(partial(_ping, left, left), partial(_pong, right, right)),
+                "Ring": contestant(partial(_ping, there, back), partial(_pong, back, there)),
+                "sem_t in C": contestant(*_semaphores()),
+            },
+            unit="a round trip, less the pause",
+        )
+    for name in ("shm", "Ring"):
+        ratio = 1 / result.ratio(name, "sem_t in C")
+        targets.at_most(f"ping-pong of sleepers, {name} to sem_t in C, time", ratio, 1.15, "x")
+
+
+def _member(part: Any) -> Any:
+    return lambda: (part, lambda: None)
+
+
+def _ping(out: Any, back: Any, count: int) -> list[float]:
+    think, clock, trips = compiled().rival_think, time.perf_counter, []
+    for number in range(count):
+        think(PAUSE_NS)
+        start = clock()
+        frame = out.claim(64, "u1")
+        frame.array.fill(number & 127)
+        frame.commit()
+        frame = back.lease()
+        answer = int(frame.array[63])
+        frame.release()
+        trips.append(clock() - start)
+        assert answer == (number & 127) + 1
+    return trips
+
+
+def _pong(out: Any, back: Any, count: int) -> int:
+    think = compiled().rival_think
+    for _ in range(count):
+        frame = back.lease()
+        value = int(frame.array[63])
+        frame.release()
+        think(PAUSE_NS)
+        frame = out.claim(64, "u1")
+        frame.array.fill(value + 1)
+        frame.commit()
+    return count
+
+
+def _semaphores() -> Any:
+    rival = compiled()
+    memory = np.frombuffer(mmap.mmap(-1, 4096), np.uint8)
+    rival.rival_trip_init(memory.ctypes.data)
+
+    def ping(count: int) -> list[float]:
+        times = np.zeros(count, np.uint64)
+        assert rival.rival_ping(memory.ctypes.data, count, PAUSE_NS, times.ctypes.data) == count
+        return list(times / 1e9)
+
+    return ping, lambda count: rival.rival_pong(memory.ctypes.data, count, PAUSE_NS)
 
 
 def _wait_for_one(ring: shm.Ring) -> None:

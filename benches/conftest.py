@@ -15,7 +15,6 @@ for _name in [name for name in os.environ if name.startswith("OPENBLAS_")]:
 import faulthandler
 import gc
 import multiprocessing
-import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 import pytest
 
 from benches.measure import Comparison, Contestant
+from shmengine.bench.environment import stamp
 
 HANG_SECONDS = 900
 
@@ -59,29 +59,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def machine() -> dict[str, str]:
     """What a number depends on."""
-    import numpy as np
-
-    name = platform.machine()
-    with open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return {
-        "processor": name,
-        "cores": str(len(os.sched_getaffinity(0))),
-        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
-        "kernel": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()),
-    }
+    return {name: value for name, value in stamp().items() if name not in ("date", "pinned")}
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    stamp = machine()
-    warning = "" if float(stamp["load"].split()[0]) < 0.5 else "  <- NOT QUIET: do not quote these numbers"
-    return "machine: " + ", ".join(f"{name} {value}" for name, value in stamp.items()) + warning
+    found = machine()
+    warning = "" if float(found["load"].split()[0]) < 0.5 else "  <- NOT QUIET: do not quote these numbers"
+    return "machine: " + ", ".join(f"{name} {value}" for name, value in found.items()) + warning
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -92,13 +76,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     targets = config.stash[TARGETS]
     if not targets:
         return
-    stamp = ", ".join(f"{name} {value}" for name, value in machine().items())
+    where = ", ".join(f"{name} {value}" for name, value in machine().items())
     words = {True: "met", False: "**missed**", None: ""}
     rows = [("bench", "what", "measured", "target", "")]
     rows += [(t.bench, t.what, t.value, t.bound, words[t.met]) for t in targets]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     terminalreporter.section("targets")
-    terminalreporter.write_line(f"Measured on: {stamp}.\n")
+    terminalreporter.write_line(f"Measured on: {where}.\n")
     for number, row in enumerate(rows):
         cells = " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         terminalreporter.write_line(f"| {cells} |")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import threading
 import time
@@ -12,8 +11,15 @@ from typing import Any, Self
 
 SAMPLE_SECONDS = 0.02
 
-Contestant = Callable[[], "float | None"]
-"""Does some work, checks its own answer, and returns how much it did (None: one piece)."""
+Contestant = Callable[[], "float | Each | None"]
+"""Does some work, checks its own answer, and returns how much it did (None: one piece), or what each piece took."""
+
+
+@dataclass(frozen=True)
+class Each:
+    """Seconds for one piece of work by the contestant's own clock: its median, say, which a pause does not move."""
+
+    seconds: float
 
 
 @dataclass
@@ -29,6 +35,8 @@ class Comparison:
         start = time.perf_counter()
         done = contestant()
         seconds = time.perf_counter() - start
+        if isinstance(done, Each):
+            seconds, done = done.seconds, 1.0
         self.seconds.setdefault(name, []).append(seconds)
         self.work.setdefault(name, []).append(1.0 if done is None else float(done))
 
@@ -144,9 +152,3 @@ class PeakMemory:
 
     def _pids(self) -> list[int]:
         return [self._main.pid, *(child.pid for child in self._main.children(recursive=True))]
-
-
-def two_cpus() -> tuple[int, int] | None:
-    """Two processors that this process may use, or None if there is only one."""
-    cpus = sorted(os.sched_getaffinity(0))
-    return (cpus[0], cpus[1]) if len(cpus) > 1 else None

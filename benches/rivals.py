@@ -1,311 +1,232 @@
-"""Ways to get arrays from one process to another: ours and the rivals, all behind the same four methods.
-
-A link is made in the main process, pickled to two children, and opened there. `produce` fills each message
-with the low byte of its number; `consume` looks at one element a page of each and counts the right ones.
-"""
+"""Rivals that `shmengine bench` does not have: written by hand, in Python and in C; and other ways to use ours."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import mmap
 import multiprocessing
-import os
+import subprocess
+import tempfile
 import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.shared_memory import SharedMemory
-from typing import Any, Self
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import posix_ipc
 
-import shmengine as shm
+from benches.measure import Each
+from shmengine.bench import registry
+from shmengine.bench.measure import Pair
+from shmengine.bench.ours import RingWay
+from shmengine.bench.plan import Mode
+from shmengine.bench.target import PRIME, End, Link, OneWay, Side, TwoWays, checks, putting_copies
 
-PAGE = 4096
 SLOTS = 16
-PATIENCE = 120.0  # seconds until a hanging bench fails
+PATIENCE = 120.0  # seconds until a bench that hangs fails
 
-spawn = multiprocessing.get_context("spawn")
-
-
-class Link:
-    """One direction, one producer, one consumer; SLOTS messages of `nbytes` bytes fit."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-
-    def open(self) -> None:
-        """Get ready, in a child."""
-
-    def leave(self) -> None:
-        """Let go, in a child."""
-
-    def close(self) -> None:
-        """Clean up, in the main process."""
-
-    def produce(self, count: int) -> int:
-        raise NotImplementedError
-
-    def consume(self, count: int) -> int:
-        raise NotImplementedError
-
-    def expected(self) -> list[bytes]:
-        """What one element a page must read, by the low byte of the message's number."""
-        pages = -(-self.nbytes // PAGE)
-        return [bytes([low]) * pages for low in range(256)]
+fork = multiprocessing.get_context("fork")
 
 
-class RingLink(Link):
-    """Ours: `shmengine.Ring`, filled and read in place; each claim and lease ended by a call."""
-
-    def __init__(self, nbytes: int) -> None:
-        super().__init__(nbytes)
-        self.ring = shm.Ring(capacity=SLOTS, arena_bytes=(SLOTS + 4) * max(nbytes, 1 << 16))
-
-    def close(self) -> None:
-        self.ring.close()
-
-    def produce(self, count: int) -> int:
-        claim, shape = self.ring.claim, (self.nbytes,)
-        for number in range(count):
-            frame = claim(shape, "u1", PATIENCE)
-            frame.array.fill(number & 255)
-            frame.commit()
-        return count
-
-    def consume(self, count: int) -> int:
-        lease, expected, right = self.ring.lease, self.expected(), 0
-        for number in range(count):
-            frame = lease(PATIENCE)
-            right += frame.array[::PAGE].tobytes() == expected[number & 255]
-            frame.release()
-        return right
+def one_way(stack: ExitStack, link: Callable[[int, int], Link], nbytes: int, mode: Mode, count: int) -> Any:
+    """Return a contestant that sends `count` messages through."""
+    pair = stack.enter_context(Pair(link(nbytes, SLOTS), patience=PATIENCE))
+    return lambda: pair.one_way(mode, count)
 
 
-class RingWithLink(RingLink):
-    """The same, claims and leases as context managers."""
+def round_trips(
+    stack: ExitStack, link: Callable[[int, int], Link], nbytes: int, mode: Mode, count: int
+) -> Any:
+    """Return a contestant that sends `count` messages there and back; the median of them counts."""
+    pair = stack.enter_context(Pair(link(nbytes, SLOTS), patience=PATIENCE))
+    return lambda: Each(float(np.median(pair.run("round trip", mode, count).trips)))
 
-    def produce(self, count: int) -> int:
+
+def known(*names: str) -> dict[str, Callable[[int, int], Link]]:
+    """Return links of `shmengine bench`, by the names of its table; those that are not installed are left out."""
+    return {
+        target.name: target.link
+        for target in registry.TARGETS
+        if target.name in names and registry.missing(target) is None
+    }
+
+
+# --- in Python ------------------------------------------------------------------------------------
+
+
+class RingByWithWay(RingWay):
+    """`shmengine.Ring`, claims and leases as context managers."""
+
+    def sender(self) -> dict[Mode, Any]:
         ring, shape = self.ring, (self.nbytes,)
-        for number in range(count):
-            with ring.claim(shape, "u1", PATIENCE) as frame:
-                frame.fill(number & 255)
-        return count
 
-    def consume(self, count: int) -> int:
-        ring, expected, right = self.ring, self.expected(), 0
-        for number in range(count):
-            with ring.lease(PATIENCE) as frame:
-                right += frame[::PAGE].tobytes() == expected[number & 255]
-        return right
+        def put(number: int) -> None:
+            with ring.claim(shape, "u1") as frame:
+                frame.fill(number % PRIME)
+
+        return {"block": put}
+
+    def receiver(self) -> dict[Mode, Any]:
+        ring = self.ring
+        where, expected = checks(self.nbytes)
+
+        def take(number: int) -> bool:
+            with ring.lease() as frame:
+                return frame[where].tobytes() == expected[number % PRIME]
+
+        return {"block": take}
 
 
-class HandWrittenLoop(Link):
+class RingByWith(TwoWays):
+    way = RingByWithWay
+    modes = ("block",)
+    shares_memory = True
+
+
+class HandWrittenWay(OneWay):
     """SharedMemory cut into slots, and two counting semaphores: no checks, no recovery, one size, two processes."""
 
-    def __init__(self, nbytes: int, semaphores: str) -> None:
-        super().__init__(nbytes)
-        self.memory = SharedMemory(create=True, size=nbytes * SLOTS)
-        self._names: tuple[str, ...] = ()
-        if semaphores == "posix_ipc":
-            self._names = (f"/bench-{uuid.uuid4().hex[:12]}", f"/bench-{uuid.uuid4().hex[:12]}")
-            for name, value in zip(self._names, (SLOTS, 0), strict=True):
-                posix_ipc.Semaphore(name, posix_ipc.O_CREX, initial_value=value).close()
-        else:
-            self.free, self.full = spawn.Semaphore(SLOTS), spawn.Semaphore(0)
+    def __init__(self, nbytes: int, slots: int) -> None:
+        super().__init__(nbytes, slots)
+        self.memory = SharedMemory(create=True, size=nbytes * slots)
+        self.free, self.full = self._semaphore(slots), self._semaphore(0)
 
-    def open(self) -> None:
-        if self._names:
-            self.free, self.full = (posix_ipc.Semaphore(name) for name in self._names)
+    def _semaphore(self, value: int) -> Any:
+        return fork.Semaphore(value)
+
+    def _slots(self) -> list[Any]:
         whole = np.frombuffer(self.memory.buf, np.uint8)
-        self.slots = [whole[i * self.nbytes : (i + 1) * self.nbytes] for i in range(SLOTS)]
-        for slot in self.slots:
-            slot[::PAGE].sum()
+        return [whole[i * self.nbytes : (i + 1) * self.nbytes] for i in range(self.slots)]
 
-    def leave(self) -> None:
-        self.slots.clear()
+    def sender(self) -> dict[Mode, Any]:
+        acquire, release, places, slots = self.free.acquire, self.full.release, self._slots(), self.slots
+
+        def put(number: int) -> None:
+            acquire()
+            places[number % slots].fill(number % PRIME)
+            release()
+
+        return {"block": put}
+
+    def receiver(self) -> dict[Mode, Any]:
+        acquire, release, places, slots = self.full.acquire, self.free.release, self._slots(), self.slots
+        where, expected = checks(self.nbytes)
+
+        def take(number: int) -> bool:
+            acquire()
+            right = places[number % slots][where].tobytes() == expected[number % PRIME]
+            release()
+            return right
+
+        return {"block": take}
 
     def close(self) -> None:
         self.memory.close()
         self.memory.unlink()
-        for name in self._names:
-            posix_ipc.unlink_semaphore(name)
-
-    def produce(self, count: int) -> int:
-        acquire, release = self.free.acquire, self.full.release
-        slots = self.slots
-        for number in range(count):
-            acquire()
-            slots[number % SLOTS].fill(number & 255)
-            release()
-        return count
-
-    def consume(self, count: int) -> int:
-        acquire, release = self.full.acquire, self.free.release
-        slots, expected, right = self.slots, self.expected(), 0
-        for number in range(count):
-            acquire()
-            right += slots[number % SLOTS][::PAGE].tobytes() == expected[number & 255]
-            release()
-        return right
 
 
-class QueueLink(Link):
-    """`multiprocessing.Queue`: a fresh array is filled and put."""
+class HandWritten(TwoWays):
+    """With `multiprocessing`'s semaphores."""
 
-    def __init__(self, nbytes: int) -> None:
-        super().__init__(nbytes)
-        self.queue: Any = spawn.Queue(SLOTS)
-
-    def close(self) -> None:
-        self.queue.close()
-
-    def produce(self, count: int) -> int:
-        for number in range(count):
-            self.queue.put(np.full(self.nbytes, number & 255, np.uint8), timeout=PATIENCE)
-        return count
-
-    def consume(self, count: int) -> int:
-        expected, right = self.expected(), 0
-        for number in range(count):
-            right += self.queue.get(timeout=PATIENCE)[::PAGE].tobytes() == expected[number & 255]
-        return right
+    way = HandWrittenWay
+    modes = ("block",)
+    shares_memory = True
 
 
-class PipeLink(Link):
+class HandWrittenPosixWay(HandWrittenWay):
+    def _semaphore(self, value: int) -> Any:
+        name = f"/bench-{uuid.uuid4().hex[:12]}"
+        semaphore = posix_ipc.Semaphore(name, posix_ipc.O_CREX, initial_value=value)
+        posix_ipc.unlink_semaphore(name)
+        return semaphore
+
+
+class HandWrittenPosix(HandWritten):
+    """With posix_ipc's."""
+
+    way = HandWrittenPosixWay
+
+
+class PipeOfBytes(Link):
     """`multiprocessing.Pipe` as fast as it goes: bytes, received into a buffer."""
 
-    def __init__(self, nbytes: int) -> None:
-        super().__init__(nbytes)
-        self.reader, self.writer = spawn.Pipe(duplex=False)
+    def __init__(self, nbytes: int, slots: int) -> None:
+        super().__init__(nbytes, slots)
+        self.ends = dict(zip(("left", "right"), fork.Pipe(), strict=True))
+
+    def open(self, side: Side) -> End:
+        end, frame = self.ends[side], np.empty(self.nbytes, np.uint8)
+        where, expected = checks(self.nbytes)
+
+        def take(number: int) -> bool:
+            end.recv_bytes_into(frame)
+            return frame[where].tobytes() == expected[number % PRIME]
+
+        return End({"copy": putting_copies(self.nbytes, end.send_bytes)}, {"copy": take})
 
     def close(self) -> None:
-        self.reader.close()
-        self.writer.close()
-
-    def produce(self, count: int) -> int:
-        frame = np.empty(self.nbytes, np.uint8)
-        for number in range(count):
-            frame.fill(number & 255)
-            self.writer.send_bytes(frame)
-        return count
-
-    def consume(self, count: int) -> int:
-        frame, expected, right = np.empty(self.nbytes, np.uint8), self.expected(), 0
-        for number in range(count):
-            self.reader.recv_bytes_into(frame)
-            right += frame[::PAGE].tobytes() == expected[number & 255]
-        return right
+        for end in self.ends.values():
+            end.close()
 
 
-# --- round trips --------------------------------------------------------------------------------
+# --- in C -----------------------------------------------------------------------------------------
 
 
-class RingPingPong(Link):
-    """Two rings, one each way; the default wait."""
-
-    def __init__(self, nbytes: int) -> None:
-        super().__init__(nbytes)
-        self.there, self.back = (shm.Ring(capacity=4, arena_bytes=1 << 20) for _ in range(2))
-
-    def close(self) -> None:
-        self.there.close()
-        self.back.close()
-
-    def produce(self, count: int) -> int:
-        shape, right = (self.nbytes,), 0
-        there, back = self.there, self.back
-        for number in range(count):
-            with there.claim(shape, "u1", PATIENCE) as frame:
-                frame[0] = number & 127
-            with back.lease(PATIENCE) as frame:
-                right += frame[0] == (number & 127) + 1
-        return right
-
-    def consume(self, count: int) -> int:
-        shape, there, back = (self.nbytes,), self.there, self.back
-        for _ in range(count):
-            with there.lease(PATIENCE) as frame:
-                value = frame[0]
-            with back.claim(shape, "u1", PATIENCE) as frame:
-                frame[0] = value + 1
-        return count
+@functools.cache
+def compiled() -> ctypes.CDLL:
+    """Compile and load rivals.c."""
+    with tempfile.TemporaryDirectory(prefix="shmengine-bench-") as directory:
+        library = f"{directory}/rivals.so"
+        source = Path(__file__).with_suffix(".c")
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-pthread", str(source), "-o", library], check=True)
+        loaded = ctypes.CDLL(library)
+    loaded.rival_ring_header.restype = ctypes.c_size_t
+    pointer, size, number, ns = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_uint64
+    for name, arguments in {
+        "ring_init": [pointer, number],
+        "ring_send": [pointer, pointer, size, number],
+        "ring_receive": [pointer, number],
+        "ring_release": [pointer],
+        "trip_init": [pointer],
+        "ping": [pointer, number, ns, pointer],
+        "pong": [pointer, number, ns],
+        "think": [ns],
+    }.items():
+        getattr(loaded, f"rival_{name}").argtypes = arguments
+    return loaded
 
 
-class PipePingPong(Link):
-    """A duplex `multiprocessing.Pipe`, bytes each way."""
+class CRingWay(OneWay):
+    """A plain ring in C that copies, and whose consumer reads in place."""
 
-    def __init__(self, nbytes: int) -> None:
-        super().__init__(nbytes)
-        self.left, self.right = spawn.Pipe()
+    def __init__(self, nbytes: int, slots: int) -> None:
+        super().__init__(nbytes, slots)
+        self.header = compiled().rival_ring_header()
+        self.memory = np.frombuffer(mmap.mmap(-1, self.header + nbytes * slots), np.uint8)
+        self.address = self.memory.ctypes.data
+        compiled().rival_ring_init(self.address, slots)
 
-    def close(self) -> None:
-        self.left.close()
-        self.right.close()
+    def sender(self) -> dict[Mode, Any]:
+        send, address, nbytes, slots = compiled().rival_ring_send, self.address, self.nbytes, self.slots
+        return {"copy": putting_copies(nbytes, lambda array: send(address, array.ctypes.data, nbytes, slots))}
 
-    def produce(self, count: int) -> int:
-        end, rest, right = self.left, bytes(self.nbytes - 1), 0
-        for number in range(count):
-            end.send_bytes(bytes([number & 127]) + rest)
-            right += end.recv_bytes()[0] == (number & 127) + 1
-        return right
+    def receiver(self) -> dict[Mode, Any]:
+        receive, release = compiled().rival_ring_receive, compiled().rival_ring_release
+        address, nbytes, slots = self.address, self.nbytes, self.slots
+        places = [self.memory[self.header + i * nbytes :][:nbytes] for i in range(slots)]
+        where, expected = checks(nbytes)
 
-    def consume(self, count: int) -> int:
-        end, rest = self.right, bytes(self.nbytes - 1)
-        for _ in range(count):
-            end.send_bytes(bytes([end.recv_bytes()[0] + 1]) + rest)
-        return count
+        def take(number: int) -> bool:
+            right = places[receive(address, slots)][where].tobytes() == expected[number % PRIME]
+            release(address)
+            return right
 
-
-# --- two processes at work ----------------------------------------------------------------------
-
-
-def _serve(link: Link, side: str, commands: Any, cpu: int | None) -> None:
-    if cpu is not None:
-        os.sched_setaffinity(0, {cpu})
-    link.open()
-    commands.send("ready")
-    while count := commands.recv():
-        commands.send(getattr(link, side)(count))
-    link.leave()
+        return {"copy": take}
 
 
-class Pair:
-    """A producer and a consumer process, each on a core of its own, with a link between them; a context manager."""
-
-    def __init__(self, link: Link, cpus: tuple[int, int] | None) -> None:
-        self._link = link
-        self._children = []
-        self._commands = []
-        for side, cpu in zip(("produce", "consume"), cpus or (None, None), strict=True):
-            here, there = spawn.Pipe()
-            child = spawn.Process(target=_serve, args=(link, side, there, cpu), daemon=True)
-            child.start()
-            there.close()
-            self._children.append(child)
-            self._commands.append(here)
-        for commands in self._commands:
-            assert commands.poll(PATIENCE)
-            assert commands.recv() == "ready"
-
-    def run(self, count: int) -> int:
-        """Send `count` messages through; both sides must have found all of them right."""
-        for commands in self._commands:
-            commands.send(count)
-        for commands in self._commands:
-            assert commands.poll(PATIENCE), "the bench hangs"
-            right = commands.recv()
-            assert right == count, f"{right} of {count} messages were right"
-        return count
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for commands, child in zip(self._commands, self._children, strict=True):
-            try:
-                commands.send(0)
-            except OSError:
-                pass  # it is gone already
-            child.join(10)
-            if child.is_alive():
-                child.kill()
-                child.join()
-            commands.close()
-        self._link.close()
+class CRing(TwoWays):
+    way = CRingWay
+    shares_memory = True

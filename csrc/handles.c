@@ -10,27 +10,15 @@
  *   Layout  what follows from a shape and a dtype, and the writable arrays of that kind by place
  *   Claim   a block to be filled           Lease   a block to be read
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "handles.h"
 
 #define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
 #include <numpy/ndarraytypes.h>
-#include <stddef.h>
-#include <stdint.h>
-
-#include "shmr.h"
 
 #define PLACES 256 /* of the direct-mapped tables below */
 #define SPARE_MAX 16
 
-/* The core is in cffi's module; its addresses are handed over once. */
-static struct {
-    int (*claim)(shmr *, uint64_t, const shmr_ref *, uint32_t, int, int64_t, shmr_block *);
-    int (*commit)(shmr *, uint32_t, int, int, int64_t, shmr_block *);
-    int (*abort)(shmr *, shmr_block *);
-    int (*lease)(shmr *, uint32_t, int, int64_t, shmr_block *);
-    int (*release)(shmr *, shmr_block *);
-} core;
+struct handles_core core;
 
 static PyObject *lease_error; /* shmengine.errors.LeaseError */
 
@@ -81,6 +69,7 @@ typedef struct {
     PyObject *last_shape, *last_dtype, *last_layout; /* who sends one kind of array often sends the same objects */
     shmr *handle;
     int payload_check;
+    unsigned long long leases, bytes_leased; /* so far */
     struct {
         uint64_t offset, length;
         uint32_t spec_bytes;
@@ -525,6 +514,12 @@ static PyObject *end_claim(End *self, PyObject *const *arguments, Py_ssize_t cou
     return (PyObject *)claim;
 }
 
+static PyObject *counted(End *self, Lease *lease) {
+    self->leases++;
+    self->bytes_leased += lease->block.length;
+    return (PyObject *)lease;
+}
+
 /* lease(timeout=None) */
 static PyObject *end_lease(End *self, PyObject *const *args, Py_ssize_t count, PyObject *names) {
     Py_ssize_t named = names ? PyTuple_GET_SIZE(names) : 0;
@@ -576,7 +571,7 @@ static PyObject *end_lease(End *self, PyObject *const *args, Py_ssize_t count, P
         memcmp(self->views[place].spec, block->spec, block->spec_bytes) == 0 && block->kind == 1 &&
         Py_REFCNT(array) == 1 && Py_REFCNT(self->views[place].root) == 2) {
         lease->array = Py_NewRef(array);
-        return (PyObject *)lease;
+        return counted(self, lease);
     }
     PyObject *pair = PyObject_CallMethod(ring, "_read", "N", address(block));
     if (!pair) {
@@ -591,7 +586,7 @@ static PyObject *end_lease(End *self, PyObject *const *args, Py_ssize_t count, P
     self->views[place].spec_bytes = block->spec_bytes;
     memcpy(self->views[place].spec, block->spec, block->spec_bytes);
     Py_DECREF(pair);
-    return (PyObject *)lease;
+    return counted(self, lease);
 }
 
 static PyObject *end_forget(End *self, PyObject *unused) {
@@ -652,12 +647,6 @@ static PyTypeObject LeaseType = {
 };
 
 #define MEMBER(type, name) {#name, Py_T_OBJECT_EX, offsetof(type, name), Py_READONLY, NULL}
-#include <structmember.h>
-#ifndef Py_T_OBJECT_EX
-#define Py_T_OBJECT_EX T_OBJECT_EX
-#define Py_READONLY READONLY
-#define Py_T_ULONGLONG T_ULONGLONG
-#endif
 static PyMemberDef layout_members[] = {
     MEMBER(Layout, dtype),
     MEMBER(Layout, shape),
@@ -682,7 +671,11 @@ static PyMethodDef end_methods[] = {
      "lease($self, /, timeout=None)\n--\n\nSee `Ring.lease`."},
     {"forget", (PyCFunction)end_forget, METH_NOARGS, "Let go of all cached arrays and layouts."},
     {NULL, NULL, 0, NULL}};
-static PyMemberDef end_members[] = {MEMBER(End, layouts), {NULL, 0, 0, 0, NULL}};
+static PyMemberDef end_members[] = {
+    MEMBER(End, layouts),
+    {"leases", Py_T_ULONGLONG, offsetof(End, leases), Py_READONLY, "messages that `lease` has handed out"},
+    {"bytes_leased", Py_T_ULONGLONG, offsetof(End, bytes_leased), Py_READONLY, "their bytes"},
+    {NULL, 0, 0, 0, NULL}};
 static PyTypeObject EndType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "shmengine._native._handles.End",
     .tp_basicsize = sizeof(End),
@@ -718,7 +711,8 @@ static struct PyModuleDef module = {
 PyMODINIT_FUNC PyInit__handles(void) {
     PyObject *m = PyModule_Create(&module);
     if (!m || PyModule_AddType(m, &EndType) < 0 || PyModule_AddType(m, &LayoutType) < 0 ||
-        PyModule_AddType(m, &ClaimType) < 0 || PyModule_AddType(m, &LeaseType) < 0) {
+        PyModule_AddType(m, &ClaimType) < 0 || PyModule_AddType(m, &LeaseType) < 0 ||
+        PyModule_AddType(m, &MessageType) < 0) {
         Py_XDECREF(m);
         return NULL;
     }

@@ -142,6 +142,9 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
  * Waits while `capacity` messages are committed. `payload_check`: store a CRC32C of all bytes. */
 int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t deadline, shmr_block *block);
 int shmr_abort(shmr *h, shmr_block *block);
+/* Claim a block of block->length bytes, copy these bytes there and commit it as shmr_commit does; waits as both of them do.
+ * With block->state not 0 the bytes are there already, from a call that did not come to its end: commit only. */
+int shmr_send(shmr *h, uint32_t ring, int payload_check, int64_t deadline, const void *bytes, shmr_block *block);
 /* The oldest message -> LEASED by this process. CORRUPT: the message failed a check and was discarded; if it was the
  * payload's, `kind` and `tag` are its own, and else `kind` is 0.
  * CLOSED: the ring was closed and is empty. */
@@ -230,6 +233,66 @@ int shmr_scatter_run(shmr *h, shmr_scatter *scatter, uint32_t turns, int64_t dea
  * holds less than `limit` bytes.
  * It is never freed (a few hundred bytes): arrays may outlive everything else. */
 void *shmr_numpy_handler(shmr *h, uint64_t threshold, uint64_t limit);
+
+/* ---- whole messages through a pipe or a POSIX message queue ----------------------------------------------------- */
+
+/* One thread uses a stream at a time, for one direction. Deadlines are as above; whatever a call returns, it may be
+ * called again with the same message. */
+
+#define SHMR_PRIORITIES 32 /* 0 .. 31; of a pipe only 0 */
+#define SHMR_SMALL_FRAME 4000 /* with what belongs to it in a pipe, less than PIPE_BUF */
+
+typedef struct shmr_stream shmr_stream;
+
+typedef struct {
+    const void *bytes;
+    uint64_t length;
+} shmr_piece;
+
+typedef struct {
+    const char *bytes; /* good until the next one is received; NULL: they are in the memory that was given */
+    uint64_t length, number;
+    uint32_t priority;
+    uint32_t kind; /* of the frame that `bytes` are, if its header and checksum are sound; 0: not looked at, or not sound */
+    uint32_t parts, prefix, in_band, producer; /* what the header says, within `length` */
+    uint64_t sequence;
+} shmr_message;
+
+/* Over a descriptor that does not block and stays the caller's. `fragment_bytes`: of a queue, what a message of it may
+ * have (mq_msgsize, at least 32); 0: a pipe. NULL: no memory. */
+shmr_stream *shmr_stream_new(int fd, uint32_t fragment_bytes);
+void shmr_stream_free(shmr_stream *s);
+/* Send the bytes of all pieces as one message. WOULD_BLOCK, TIMEOUT, INTERRUPTED: a part of it may be on its way; go on
+ * with the same one, or give it up. */
+int shmr_stream_send(shmr_stream *s, const shmr_piece *pieces, uint32_t count, uint32_t priority, int64_t deadline);
+/* Send a frame of at most SHMR_SMALL_FRAME bytes, in a copy where its header says the number of this message among
+ * those sent, the priority as producer, and the checksum; `whole`: of all bytes. */
+int shmr_stream_send_frame(shmr_stream *s, const void *bytes, uint64_t length, uint32_t priority, int whole,
+                           int64_t deadline);
+/* Take back a message that was sent in part, if there is one: the receiver never sees it. Does not wait. */
+void shmr_stream_give_up(shmr_stream *s);
+/* How many messages of this priority were wholly sent. */
+uint64_t shmr_stream_sent(const shmr_stream *s, uint32_t priority);
+/* Say that nothing more will come, if that is possible without waiting. */
+void shmr_stream_goodbye(shmr_stream *s);
+/* Receive the message after that of number `taken` (0: the first one): the same one until its number is told. NO_MEMORY: give memory for `out->length` bytes, then call again;
+ * CLOSED: goodbye was said; CORRUPT: what came makes no sense, and of a pipe nothing more ever will. */
+int shmr_stream_receive(shmr_stream *s, uint64_t taken, int64_t deadline, shmr_message *out);
+/* Memory for the message that was last announced, good until the next one is received or another one is announced. NULL:
+ * there is none, and the message is dropped as it comes. */
+void shmr_stream_give_memory(shmr_stream *s, void *memory);
+/* ---- descriptors that are kept --------------------------------------------------------------------------------- */
+
+/* A descriptor, and what tells its file from another one that came to be under that number. */
+typedef struct {
+    int fd;       /* -1: none */
+    uint32_t pid; /* of a pidfd whose inode tells nothing; else 0 */
+    uint64_t device, inode;
+} shmr_file;
+
+int shmr_file_keep(shmr_file *file, int fd);                   /* 0: it is not open */
+int shmr_file_is_ours(const shmr_file *file, uint64_t *bytes); /* *bytes (if any): its length, if it is */
+void shmr_file_close(shmr_file *file);                         /* unless it is another one's by now */
 
 /* ---- bytes ---------------------------------------------------------------------------------------------------- */
 

@@ -409,8 +409,8 @@ uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t 
 /* Take extent i if it is nobody's: one CAS. Its memory may have to be reserved still. */
 static bool own_extent(shmr *h, uint32_t i) {
     shmr_word *word = shmr_extent_at(h, i);
-    uint64_t seen = shmr_load_seq_cst(word); /* S3 */
-    if ((uint32_t)seen || h->arena.own[i] || !shmr_cas_acquire(word, &seen, seen | (h->self + 1))) return false; /* A6 */
+    uint64_t seen = shmr_load_seq_cst(word); /* S3 W6 */
+    if ((uint32_t)seen || h->arena.own[i] || !shmr_cas_acquire(word, &seen, seen | (h->self + 1))) return false; /* A6 W1 */
     h->arena.own[i] = 1;
     h->arena.owned_bytes += SHMR_EXTENT;
     return true;
@@ -420,7 +420,7 @@ static int warm_extent(shmr *h, uint32_t i) {
     shmr_word *word = shmr_extent_at(h, i);
     if (shmr_load_relaxed(word) & SHMR_EXTENT_WARM) return SHMR_OK; /* own word */
     int status = shmr_reserve_extent(h, i);
-    if (status == SHMR_OK) shmr_or_release(word, SHMR_EXTENT_WARM); /* R6 */
+    if (status == SHMR_OK) shmr_or_release(word, SHMR_EXTENT_WARM); /* R6 W17 */
     return status;
 }
 
@@ -522,13 +522,13 @@ void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *
     struct shmr_arena *a = &h->arena;
     for (uint32_t e = 0; e < h->g.extents; e++) {
         shmr_word *word = shmr_extent_at(h, e);
-        uint64_t seen = shmr_load_acquire(word); /* A6 */
+        uint64_t seen = shmr_load_acquire(word); /* A6 W1 */
         if (!(uint32_t)seen || !shmr_slots_have(from, (uint32_t)seen - 1) || a->own[e]) continue;
         if (!(seen & SHMR_EXTENT_WARM)) { /* died while reserving it: nobody has used it */
-            shmr_cas_seq_cst(word, &seen, 0); /* S3 R6 */
+            shmr_cas_seq_cst(word, &seen, 0); /* S3 R6 W16 */
             continue;
         }
-        if (!shmr_cas_acq_rel(word, &seen, SHMR_EXTENT_WARM | (h->self + 1))) continue; /* A6 R6 */
+        if (!shmr_cas_acq_rel(word, &seen, SHMR_EXTENT_WARM | (h->self + 1))) continue; /* A6 R6 W1 W3 */
         a->own[e] = 1;
         a->owned_bytes += SHMR_EXTENT;
         uint32_t first = e * PAGES_PER_EXTENT;

@@ -28,21 +28,21 @@
 #endif
 
 void shmr_bell_ring(shmr_word *bell) {
-    if (!(shmr_or_release(bell, RUNG) & ASLEEP)) return; /* R15 */
+    if (!(shmr_or_release(bell, RUNG) & ASLEEP)) return; /* R15 W8 */
     SHMR_STEP(bell);
     syscall(SYS_futex, bell, FUTEX_WAKE, INT_MAX, NULL, NULL, 0); /* all: a stranger may have queued up, too */
 }
 
-void shmr_bell_silence(shmr_word *bell) { shmr_exchange_acquire(bell, 0); } /* A15 */
+void shmr_bell_silence(shmr_word *bell) { shmr_exchange_acquire(bell, 0); } /* A15 W8 */
 
 /* Sleep until it rings (0), until `end` (ETIMEDOUT), or until a signal (EINTR). May return 0 without a ring. */
 int shmr_bell_wait(shmr_word *bell, int64_t end) {
     uint64_t quiet = 0;
     int error = 0;
-    if (shmr_cas_acq_rel(bell, &quiet, ASLEEP)) { /* A15 R15 */
+    if (shmr_cas_acq_rel(bell, &quiet, ASLEEP)) { /* A15 R15 W8 */
         struct timespec t = {end / 1000000000, end % 1000000000};
         long result = syscall(SYS_futex, bell, FUTEX_WAIT_BITSET, (uint32_t)ASLEEP, &t, NULL, FUTEX_BITSET_MATCH_ANY);
         if (result != 0 && (errno == ETIMEDOUT || errno == EINTR)) error = errno;
     }
-    return shmr_exchange_acquire(bell, 0) & RUNG ? 0 : error; /* A15 */
+    return shmr_exchange_acquire(bell, 0) & RUNG ? 0 : error; /* A15 W8 */
 }

@@ -46,7 +46,7 @@ bool shmr_add_group(shmr *h, uint32_t group) {
     own_group(h, group, true);
     for (uint32_t i = SHMR_GROUP; i-- > 0;) {
         uint32_t block = group * SHMR_GROUP + i;
-        uint64_t s = shmr_load_acquire(&shmr_record_at(h, block)->state); /* A2 */
+        uint64_t s = shmr_load_acquire(&shmr_record_at(h, block)->state); /* A2 W18 */
         if (h->record_flags[block] & SHMR_MINE) continue; /* adopted alive; if it is free by now, a sweep finds it */
         if (h->holds[block]) continue;                    /* rubbish: what is held cannot be free */
         if (shmr_state_kind(s) == SHMR_FREE) /* else rubbish, without memory: out of use */
@@ -85,19 +85,19 @@ static int take_group(shmr *h) {
         shmr_word *word = &shmr_group_at(h, i)->owner;
         uint64_t seen = shmr_load_seq_cst(word); /* S3 A7: the look after registering */
         if ((uint32_t)seen || shmr_owns_group(h, i) || (n < h->g.groups && !(seen & GROUP_RESERVED))) continue;
-        if (!shmr_cas_acquire(word, &seen, seen | (h->self + 1))) continue; /* A7 */
+        if (!shmr_cas_acquire(word, &seen, seen | (h->self + 1))) continue; /* A7 W1 */
         if (!(seen & GROUP_RESERVED)) {
             uint64_t bytes = SHMR_GROUP * sizeof(struct shmr_record);
             int status = shmr_reserve(h, h->g.records_at + i * bytes, bytes);
             if (status != SHMR_OK) {
-                shmr_store_release(word, 0); /* R7 */
+                shmr_store_release(word, 0); /* R7 W17 */
                 return status;
             }
-            shmr_or_release(word, GROUP_RESERVED); /* R7 */
+            shmr_or_release(word, GROUP_RESERVED); /* R7 W17 */
         }
         h->group_hint = i + 1;
         if (shmr_add_group(h, i)) return SHMR_OK;
-        shmr_store_release(word, GROUP_RESERVED); /* R7 */
+        shmr_store_release(word, GROUP_RESERVED); /* R7 W17 */
         return shmr_fail(SHMR_SYSTEM, ENOMEM, "list of records");
     }
     return shmr_fail(SHMR_NO_MEMORY, 0, "every block record is in use: too many live blocks");
@@ -133,17 +133,17 @@ void shmr_drop_frame_refs(shmr *h, uint32_t block) {
 }
 
 static bool no_holders(const struct shmr_record *r) {
-    uint64_t version = shmr_load_seq_cst(&r->version); /* S4 */
+    uint64_t version = shmr_load_seq_cst(&r->version); /* S4 W12 */
     for (int w = 0; w < SHMR_HOLDER_WORDS; w++)
         if (shmr_load_seq_cst(&r->holders[w])) return false; /* S4 */
-    return shmr_load_seq_cst(&r->version) == version; /* S4 I3 */
+    return shmr_load_seq_cst(&r->version) == version; /* S4 W12 I3 */
 }
 
 /* SHARED with no holder -> FREE; true if this call did it. Anybody may try: the CAS chooses one. */
 static bool free_if_unheld(struct shmr_record *r) {
     uint64_t s = shmr_load_acquire(&r->state); /* A1 */
     if (shmr_state_kind(s) != SHMR_SHARED || !no_holders(r)) return false;
-    return shmr_cas_seq_cst(&r->state, &s, shmr_state_pack(shmr_state_generation(s), 0, 0, 0, SHMR_FREE)); /* S2 R2 */
+    return shmr_cas_seq_cst(&r->state, &s, shmr_state_pack(shmr_state_generation(s), 0, 0, 0, SHMR_FREE)); /* S2 R2 W13 */
 }
 
 void shmr_reclaim(shmr *h, uint32_t block) {
@@ -161,14 +161,14 @@ void shmr_reclaim(shmr *h, uint32_t block) {
 void shmr_drain_freed(shmr *h) {
     struct shmr_participant *me = shmr_participant_at(h, h->self);
     if (!shmr_load_seq_cst(&me->freed_hint)) return; /* S2: the look after registering */
-    uint64_t hint = shmr_exchange_seq_cst(&me->freed_hint, 0); /* S2 */
+    uint64_t hint = shmr_exchange_seq_cst(&me->freed_hint, 0); /* S2 W14 */
     for (uint32_t i = 0; hint && i < h->my_group_count; i++) {
         uint32_t group = h->my_groups[i];
         if (!(hint >> (group % 64) & 1)) continue;
         for (uint32_t w = 0; w < SHMR_GROUP / 64; w++) {
             shmr_word *word = &shmr_group_at(h, group)->freed[w];
             if (!shmr_load_relaxed(word)) continue; /* only a hint */
-            uint64_t bits = shmr_exchange_acquire(word, 0); /* A8 */
+            uint64_t bits = shmr_exchange_acquire(word, 0); /* A8 W9 */
             for (; bits; bits &= bits - 1)
                 shmr_reclaim(h, group * SHMR_GROUP + w * 64 + (uint32_t)__builtin_ctzll(bits));
         }
@@ -190,7 +190,7 @@ void shmr_freed_by_me(shmr *h, uint32_t block) {
     uint32_t index = block % SHMR_GROUP;
     uint32_t owner = (uint32_t)shmr_load_relaxed(&group->owner); /* may be stale: then a sweep finds it */
     if (owner == 0 || owner > h->g.config.participants) return;
-    shmr_or_release(&group->freed[index / 64], UINT64_C(1) << (index % 64)); /* R8 */
+    shmr_or_release(&group->freed[index / 64], UINT64_C(1) << (index % 64)); /* R8 W9 */
     struct shmr_participant *p = shmr_participant_at(h, owner - 1);
     shmr_or_seq_cst(&p->freed_hint, UINT64_C(1) << (block / SHMR_GROUP % 64)); /* S2 */
     shmr_notify_all(h, p->space_waiters);
@@ -228,7 +228,7 @@ struct claim_attempt {
 static bool all_held(shmr *h, const shmr_ref *refs, uint32_t count) {
     for (uint32_t i = 0; i < count; i++) {
         if (refs[i].block >= h->g.config.blocks || !h->holds[refs[i].block]) return false;
-        uint64_t s = shmr_load_acquire(&shmr_record_at(h, refs[i].block)->state); /* A1 */
+        uint64_t s = shmr_load_acquire(&shmr_record_at(h, refs[i].block)->state); /* A1 W11 */
         if (shmr_state_generation(s) != refs[i].generation) return false;
     }
     return true;
@@ -292,7 +292,7 @@ static int try_claim(shmr *h, void *argument) {
     if (mark) *mark = block + 1; /* an address inside leads to this record, not to a second one */
     h->places[block] = (struct shmr_place){offset, room};
     h->record_flags[block] = SHMR_MINE;
-    shmr_store_release(&r->state, state); /* R1: a recoverer reads offset and room */
+    shmr_store_release(&r->state, state); /* R1 W3: a recoverer reads offset and room */
     pthread_mutex_unlock(&h->lock);
     c->out->attempts = 0;
     c->out->state = state;
@@ -331,7 +331,7 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
         {items >= 0 ? shmr_ring_at(h, (uint32_t)items)->item_waiters : NULL, shmr_ring_has_item,
          items >= 0 ? (uint32_t)items : 0, true},
     };
-    shmr_and_seq_cst(&me->denied, 0);         /* S6: whoever denied us before meant what we waited for then */
+    shmr_and_seq_cst(&me->denied, 0);         /* S6 W14: whoever denied us before meant what we waited for then */
     attempt.waits = true;
     shmr_store_relaxed(&me->starving, total); /* for observers */
     status = shmr_wait(h, sources, items >= 0 ? 3 : 2, SHMR_SPIN_SPACE, try_claim, &attempt, deadline);
@@ -377,16 +377,16 @@ int shmr_hold_locked(shmr *h, uint32_t block, uint32_t generation) {
     uint64_t bit = UINT64_C(1) << (h->self % 64);
     shmr_word *word = &r->holders[h->self / 64];
     if (h->holds[block]) {
-        uint64_t s = shmr_load_acquire(&r->state); /* A1 */
+        uint64_t s = shmr_load_acquire(&r->state); /* A1 W11 */
         if (shmr_state_kind(s) != SHMR_SHARED || shmr_state_generation(s) != generation) return SHMR_STALE;
         h->holds[block]++;
         return SHMR_OK;
     }
-    shmr_or_seq_cst(word, bit);           /* S4 */
-    shmr_add_seq_cst(&r->version, 1);     /* S4 I3 */
-    uint64_t s = shmr_load_seq_cst(&r->state); /* S4 A1 */
+    shmr_or_seq_cst(word, bit);           /* S4 W12 */
+    shmr_add_seq_cst(&r->version, 1);     /* S4 W12 I3 */
+    uint64_t s = shmr_load_seq_cst(&r->state); /* S4 A1 W12 */
     if (shmr_state_kind(s) != SHMR_SHARED || shmr_state_generation(s) != generation) {
-        shmr_and_seq_cst(word, ~bit); /* S4 */
+        shmr_and_seq_cst(word, ~bit); /* S4 W16 */
         if (free_if_unheld(r)) shmr_freed_by_me(h, block);
         return SHMR_STALE;
     }
@@ -395,7 +395,7 @@ int shmr_hold_locked(shmr *h, uint32_t block, uint32_t generation) {
         uint64_t offset = shmr_load_relaxed(&r->offset), room = shmr_load_relaxed(&r->room); /* after A1 */
         if (offset % 64 || !room || room > h->g.config.arena_bytes || offset > h->g.config.arena_bytes - room) {
             h->holds[block] = 0;
-            shmr_and_seq_cst(word, ~bit); /* S4 */
+            shmr_and_seq_cst(word, ~bit); /* S4 W16 */
             return shmr_fail(SHMR_CORRUPT, 0, "bounds of a shared block");
         }
         h->places[block] = (struct shmr_place){offset, room};
@@ -446,7 +446,7 @@ int shmr_drop(shmr *h, uint32_t block, uint32_t generation) {
     int status = ref_usable(h, block);
     if (status != SHMR_OK) return status;
     pthread_mutex_lock(&h->lock);
-    uint64_t s = shmr_load_acquire(&shmr_record_at(h, block)->state); /* A1 */
+    uint64_t s = shmr_load_acquire(&shmr_record_at(h, block)->state); /* A1 W11 */
     if (!h->holds[block] || shmr_state_generation(s) != generation || shmr_state_kind(s) != SHMR_SHARED)
         status = SHMR_STALE;
     else
@@ -520,7 +520,7 @@ int shmr_share(shmr *h, const void *address, uint64_t bytes, shmr_ref *out) {
     }
     if (status == SHMR_OK) {
         struct shmr_record *r = shmr_record_at(h, block);
-        uint64_t s = shmr_load_acquire(&r->state); /* A1 */
+        uint64_t s = shmr_load_acquire(&r->state); /* A1 W11 */
         start = h->places[block].offset;
         room = h->places[block].room;
         if (shmr_state_kind(s) != SHMR_SHARED || !h->holds[block] || offset < start ||

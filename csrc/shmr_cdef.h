@@ -97,6 +97,11 @@ typedef struct {
     int64_t arrived;
     uint64_t bytes_sent, bytes_copied;
 } shmr_scatter;
+typedef struct {
+    int fd;
+    uint32_t pid;
+    uint64_t device, inode;
+} shmr_file;
 uint64_t shmr_region_bytes(const shmr_config *config);
 int shmr_create(int fd, const shmr_config *config, shmr **out);
 int shmr_attach(int fd, shmr **out);
@@ -115,6 +120,7 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
                shmr_block *out);
 int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t deadline, shmr_block *block);
 int shmr_abort(shmr *h, shmr_block *block);
+int shmr_send(shmr *h, uint32_t ring, int payload_check, int64_t deadline, const void *bytes, shmr_block *block);
 int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr_block *out);
 int shmr_release(shmr *h, shmr_block *block);
 int shmr_references(shmr *h, const shmr_block *block, shmr_ref *out, uint32_t count);
@@ -148,6 +154,38 @@ int shmr_scatter_accept(shmr *h, shmr_scatter *scatter, shmr_block *message);
 int shmr_scatter_settle(shmr_scatter *scatter, uint64_t tag);
 int shmr_scatter_run(shmr *h, shmr_scatter *scatter, uint32_t turns, int64_t deadline, shmr_block *message);
 void *shmr_numpy_handler(shmr *h, uint64_t threshold, uint64_t limit);
+#define SHMR_PRIORITIES ...
+#define SHMR_SMALL_FRAME ...
+typedef struct shmr_stream shmr_stream;
+typedef struct {
+    const void *bytes;
+    uint64_t length;
+} shmr_piece;
+typedef struct {
+    const char *bytes;
+    uint64_t length;
+    uint64_t number;
+    uint32_t priority;
+    uint32_t kind;
+    uint32_t parts;
+    uint32_t prefix;
+    uint32_t in_band;
+    uint32_t producer;
+    uint64_t sequence;
+} shmr_message;
+shmr_stream *shmr_stream_new(int fd, uint32_t fragment_bytes);
+void shmr_stream_free(shmr_stream *s);
+int shmr_stream_send(shmr_stream *s, const shmr_piece *pieces, uint32_t count, uint32_t priority, int64_t deadline);
+int shmr_stream_send_frame(shmr_stream *s, const void *bytes, uint64_t length, uint32_t priority, int whole,
+                           int64_t deadline);
+void shmr_stream_give_up(shmr_stream *s);
+uint64_t shmr_stream_sent(const shmr_stream *s, uint32_t priority);
+void shmr_stream_goodbye(shmr_stream *s);
+int shmr_stream_receive(shmr_stream *s, uint64_t taken, int64_t deadline, shmr_message *out);
+void shmr_stream_give_memory(shmr_stream *s, void *memory);
+int shmr_file_keep(shmr_file *file, int fd);
+int shmr_file_is_ours(const shmr_file *file, uint64_t *bytes);
+void shmr_file_close(shmr_file *file);
 uint32_t shmr_crc32c(uint32_t crc, const void *bytes, uint64_t length);
 void shmr_copy(void *target, const void *source, uint64_t length);
 void shmr_copy_near(void *target, const void *source, uint64_t length);

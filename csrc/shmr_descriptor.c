@@ -64,8 +64,8 @@ void shmr_save_descriptor(shmr *h, uint32_t id, uint64_t state) {
     struct shmr_participant *me = shmr_participant_at(h, h->self);
     struct shmr_record *r = shmr_record_at(h, id);
     uint64_t none = 0;
-    shmr_store_relaxed(&me->undo_state, none); /* own word */
-    shmr_store_relaxed(&me->undo_block, id);   /* published by R16 */
+    shmr_exchange_acquire(&me->undo_state, none); /* A16: what was saved before is void before any of it is overwritten */
+    shmr_store_relaxed(&me->undo_block, id);      /* published by R16 */
     for (uint32_t i = 0; i < SHMR_UNDO_WORDS; i++)
         shmr_store_relaxed(&me->undo[i], shmr_load_relaxed(written_by_commit(r, i))); /* likewise; leased by us */
     shmr_cas_acq_rel(&me->undo_state, &none, state); /* A16 R16: nothing of it is rewritten before */
@@ -73,13 +73,13 @@ void shmr_save_descriptor(shmr *h, uint32_t id, uint64_t state) {
 
 /* What was saved for one state of a block is now for another one, that it takes next. Called with undo_lock held. */
 void shmr_rename_saved(shmr *h, uint64_t before, uint64_t state) {
-    shmr_cas_acq_rel(&shmr_participant_at(h, h->self)->undo_state, &before, state); /* A16 R16 */
+    shmr_cas_acq_rel(&shmr_participant_at(h, h->self)->undo_state, &before, state); /* A16 R16 W3 */
 }
 
 /* Put back what participant `slot`, dead or ourselves, has saved of this block, if it was for this lease of it. */
 void shmr_restore_descriptor(shmr *h, uint32_t slot, uint32_t id, uint32_t generation) {
     struct shmr_participant *p = shmr_participant_at(h, slot);
-    uint64_t state = shmr_load_acquire(&p->undo_state); /* A16 */
+    uint64_t state = shmr_load_acquire(&p->undo_state); /* A16 W2 */
     if (shmr_state_kind(state) != SHMR_LEASED || shmr_state_generation(state) != generation ||
         shmr_load_relaxed(&p->undo_block) != id) /* after A16 */
         return;

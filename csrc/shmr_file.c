@@ -26,25 +26,25 @@ uint32_t shmr_pidfd_pid(int fd) {
     return pid;
 }
 
-bool shmr_file_keep(struct shmr_file *file, int fd) {
+int shmr_file_keep(shmr_file *file, int fd) {
     struct stat s;
     struct statfs on;
-    if (fstat(fd, &s) != 0) return false;
+    if (fstat(fd, &s) != 0) return 0;
     bool anonymous = fstatfs(fd, &on) == 0 && on.f_type == ANONYMOUS;
-    *file = (struct shmr_file){fd, anonymous ? shmr_pidfd_pid(fd) : 0, s.st_dev, s.st_ino};
-    return true;
+    *file = (shmr_file){fd, anonymous ? shmr_pidfd_pid(fd) : 0, s.st_dev, s.st_ino};
+    return 1;
 }
 
-bool shmr_file_is_ours(const struct shmr_file *file, uint64_t *bytes) {
+int shmr_file_is_ours(const shmr_file *file, uint64_t *bytes) {
     struct stat s;
-    if (file->fd < 0 || fstat(file->fd, &s) != 0 || s.st_dev != file->device || s.st_ino != file->inode) return false;
+    if (file->fd < 0 || fstat(file->fd, &s) != 0 || s.st_dev != file->device || s.st_ino != file->inode) return 0;
     if (bytes) *bytes = (uint64_t)s.st_size;
-    if (!file->pid) return true;
+    if (!file->pid) return 1;
     uint32_t pid = shmr_pidfd_pid(file->fd);
     return pid == file->pid || pid == WAITED_FOR;
 }
 
-void shmr_file_close(struct shmr_file *file) {
+void shmr_file_close(shmr_file *file) {
     if (shmr_file_is_ours(file, NULL)) close(file->fd);
     file->fd = -1;
 }

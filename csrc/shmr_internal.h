@@ -36,14 +36,6 @@ struct shmr_geometry {
     uint64_t records_at, arena_at, total;
 };
 
-/* A descriptor, and what tells its file from another one that came to be under that number. */
-struct shmr_file {
-    int fd;       /* -1: none */
-    uint32_t pid; /* of a pidfd whose inode tells nothing; else 0 */
-    dev_t device;
-    ino_t inode;
-};
-
 struct shmr_mapping {
     shmr_count count;
     char *base;
@@ -121,7 +113,7 @@ struct shmr {
     shmr_mapping *map;
     char *base;
     struct shmr_geometry g;
-    struct shmr_file file;
+    shmr_file file;
     uint32_t self, epoch, pid, fork_epoch;
     uint64_t pid_namespace;
     shmr_count pins;   /* what keeps this participant in the table: claims, leases, holds, allocations */
@@ -162,7 +154,7 @@ struct shmr {
     shmr_word first_seen[SHMR_MAX_RINGS];       /* private copies of the lease cursors, never ahead of them */
 
     pthread_mutex_t death_lock;
-    struct shmr_file *pidfds; /* a slot */
+    shmr_file *pidfds; /* a slot */
     uint64_t *pidfd_lives;
     uint32_t *again; /* recovered messages that found their ring full */
     shmr_count again_count;
@@ -217,9 +209,6 @@ static inline int shmr_leave(shmr *h, int status) {
 }
 
 /* ---- shmr_file.c --------------------------------------------------------------------------------------------- */
-bool shmr_file_keep(struct shmr_file *file, int fd);                        /* false: it cannot be told from others */
-bool shmr_file_is_ours(const struct shmr_file *file, uint64_t *bytes);      /* *bytes: its length, if it is */
-void shmr_file_close(struct shmr_file *file);                               /* unless it is another one's by now */
 uint32_t shmr_pidfd_pid(int fd);
 
 /* ---- shmr_reserve.c ------------------------------------------------------------------------------------------ */

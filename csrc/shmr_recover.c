@@ -65,7 +65,7 @@ static bool has_ended(int pidfd) {
 }
 
 /* Ask the kernel, by a pidfd of our own making; *kept: that pidfd, if the participant lives and is surely this one. */
-static bool is_gone(shmr *h, uint32_t slot, uint64_t life, struct shmr_file *kept) {
+static bool is_gone(shmr *h, uint32_t slot, uint64_t life, shmr_file *kept) {
     struct shmr_participant *p = shmr_participant_at(h, slot);
     uint32_t pid = shmr_life_pid(life);
     int fd = (int)syscall(SYS_pidfd_open, (pid_t)pid, 0);
@@ -82,7 +82,7 @@ static bool is_gone(shmr *h, uint32_t slot, uint64_t life, struct shmr_file *kep
     bool gone = has_ended(fd) || (found && found != start);
     if (!gone && found == start && shmr_file_keep(kept, fd)) return false;
     close(fd);
-    return gone && shmr_load_acquire(&p->life) == life; /* A13: still the same participant */
+    return gone && shmr_load_acquire(&p->life) == life; /* A13 W15: still the same participant */
 }
 
 /* Is the participant with this life word dead? Called with death_lock held; keeps one pidfd a participant. */
@@ -92,7 +92,7 @@ static bool is_dead(shmr *h, uint32_t slot, uint64_t life) {
                 : shmr_load_relaxed(&shmr_participant_at(h, slot)->pid_namespace) != h->pid_namespace)
         return false; /* cannot tell: the pid means something else here */
     uint64_t name = shmr_life_pack(shmr_life_epoch(life), 0, shmr_life_pid(life), SHMR_JOINING); /* of both states */
-    struct shmr_file *pidfd = &h->pidfds[slot];
+    shmr_file *pidfd = &h->pidfds[slot];
     if (h->pidfd_lives[slot] == name && shmr_file_is_ours(pidfd, NULL) && !has_ended(pidfd->fd)) return false;
     /* Not known yet; or it ended, or other code closed the descriptor, perhaps after our look at it: ask anew. */
     shmr_file_close(pidfd);
@@ -120,7 +120,7 @@ uint32_t shmr_live_participants(shmr *h) {
 bool shmr_alone(const shmr *h) {
     if (!shmr_load_relaxed(&shmr_header_of(h)->deaths)) return false; /* a snapshot */
     for (uint32_t i = 0; i < h->g.config.participants; i++) {
-        uint32_t kind = shmr_life_kind(shmr_load_acquire(&shmr_participant_at(h, i)->life)); /* A13 */
+        uint32_t kind = shmr_life_kind(shmr_load_acquire(&shmr_participant_at(h, i)->life)); /* A13 W15 */
         if (i != h->self && (kind == SHMR_LIVE || kind == SHMR_JOINING)) return false;
     }
     return true;
@@ -128,7 +128,7 @@ bool shmr_alone(const shmr *h) {
 
 int shmr_find(shmr *h, uint32_t pid) {
     for (uint32_t i = 0; i < h->g.config.participants; i++) {
-        uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 */
+        uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 W15 */
         uint32_t kind = shmr_life_kind(life);
         if (shmr_life_pid(life) == pid && (kind == SHMR_LIVE || kind == SHMR_JOINING)) return (int)i;
     }
@@ -137,13 +137,13 @@ int shmr_find(shmr *h, uint32_t pid) {
 
 void shmr_leases(shmr *h, uint32_t *pids, uint64_t *counts) {
     for (uint32_t i = 0; i < h->g.config.participants; i++) {
-        uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 */
+        uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 W15 */
         uint32_t kind = shmr_life_kind(life);
         pids[i] = kind == SHMR_LIVE || kind == SHMR_JOINING ? shmr_life_pid(life) : 0;
         counts[i] = 0;
     }
     for (uint32_t g = 0; g < h->g.groups; g++) {
-        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7: never reserved */
+        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7 W17: never reserved */
         for (uint32_t i = 0; i < SHMR_GROUP; i++) {
             uint64_t s = shmr_load_relaxed(&shmr_record_at(h, g * SHMR_GROUP + i)->state); /* a snapshot */
             uint32_t owner = shmr_state_owner(s);
@@ -169,12 +169,12 @@ static void gather(shmr *h, struct recovery *rec) {
     shmr_slots_add(&rec->slots, rec->dead);
     for (uint32_t i = 0; i < h->g.config.participants; i++) {
         struct shmr_participant *p = shmr_participant_at(h, i);
-        uint64_t life = shmr_load_acquire(&p->life); /* A13 */
+        uint64_t life = shmr_load_acquire(&p->life); /* A13 W1 */
         if (shmr_life_kind(life) != SHMR_RECOVERING || shmr_slots_have(&rec->slots, i) ||
             !shmr_slots_have(&rec->slots, shmr_life_by(life)))
             continue;
         uint64_t ours = shmr_life_pack(shmr_life_epoch(life), h->self, shmr_life_pid(life), SHMR_RECOVERING);
-        if (!shmr_cas_acq_rel(&p->life, &life, ours)) continue; /* A13 R13 */
+        if (!shmr_cas_acq_rel(&p->life, &life, ours)) continue; /* A13 R13 W1 W3 */
         shmr_slots_add(&rec->slots, i);
         rec->deaths++;
         i = UINT32_MAX; /* whom that one was clearing up after may stand before it: again from the start */
@@ -184,7 +184,7 @@ static void gather(shmr *h, struct recovery *rec) {
 static bool in_ring(const shmr *h, uint32_t ring, uint32_t block, uint32_t generation) {
     uint64_t wanted = shmr_slot_pack(0, generation, block), mask = (UINT64_C(1) << 40) - 1;
     for (uint64_t k = 0; k < h->g.slots[ring]; k++)
-        if ((shmr_load_acquire(shmr_slot_at(h, ring, k)) & mask) == wanted) return true; /* A3 */
+        if ((shmr_load_acquire(shmr_slot_at(h, ring, k)) & mask) == wanted) return true; /* A3 W2 */
     return false;
 }
 
@@ -193,10 +193,10 @@ static bool was_in_ring(const shmr *h, struct recovery *rec, uint32_t ring, uint
     if (!rec->waiting && (rec->waiting = calloc(h->g.config.blocks / 64, 8)))
         for (uint32_t r = 0; r < h->g.config.rings; r++)
             for (uint64_t k = 0; k < h->g.slots[r]; k++) {
-                uint64_t slot = shmr_load_acquire(shmr_slot_at(h, r, k)); /* A3 */
+                uint64_t slot = shmr_load_acquire(shmr_slot_at(h, r, k)); /* A3 W2 */
                 uint32_t id = shmr_slot_block(slot);
                 if (id >= h->g.config.blocks) continue;
-                uint64_t s = shmr_load_acquire(&shmr_record_at(h, id)->state); /* A1 */
+                uint64_t s = shmr_load_acquire(&shmr_record_at(h, id)->state); /* A1 W2 */
                 if (shmr_state_kind(s) == SHMR_COMMITTED && shmr_state_ring(s) == r &&
                     (shmr_state_generation(s) & SHMR_SLOT_GENERATION_MASK) == shmr_slot_generation(slot))
                     rec->waiting[id / 64] |= UINT64_C(1) << (id % 64);
@@ -230,7 +230,7 @@ void shmr_retry_inserts(shmr *h) {
     uint32_t count = (uint32_t)shmr_count_get(&h->again_count), left = 0;
     for (uint32_t i = 0; i < count; i++) {
         uint32_t block = h->again[i];
-        uint64_t s = shmr_load_acquire(&shmr_record_at(h, block)->state); /* A1 */
+        uint64_t s = shmr_load_acquire(&shmr_record_at(h, block)->state); /* A1 W11 */
         uint32_t ring = shmr_state_ring(s);
         if (shmr_state_kind(s) != SHMR_COMMITTED || shmr_state_owner(s) != h->self || ring >= h->g.config.rings)
             continue; /* somebody wrote rubbish over it */
@@ -257,18 +257,18 @@ static void restore(shmr *h, const struct recovery *rec, uint32_t block, uint32_
 
 static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
     struct shmr_record *r = shmr_record_at(h, block);
-    uint64_t s = shmr_load_acquire(&r->state); /* A1 */
+    uint64_t s = shmr_load_acquire(&r->state); /* A1 W2 */
     uint32_t generation = shmr_state_generation(s), ring = shmr_state_ring(s), flags = shmr_state_flags(s);
     if (shmr_state_kind(s) == SHMR_FREE || !shmr_slots_have(&rec->slots, shmr_state_owner(s))) return;
     switch (shmr_state_kind(s)) {
     case SHMR_CLAIMED:
-        if (shmr_cas_seq_cst(&r->state, &s, shmr_state_pack(generation, 0, 0, 0, SHMR_FREE))) /* S2 R2 */
+        if (shmr_cas_seq_cst(&r->state, &s, shmr_state_pack(generation, 0, 0, 0, SHMR_FREE))) /* S2 R2 W13 */
             shmr_freed_by_me(h, block);
         break;
     case SHMR_LEASED:
         if (rec->taken && rec->taken_count < rec->taken_room) {
             uint64_t mine = shmr_state_pack(generation, h->self, ring, flags, SHMR_LEASED);
-            if (!shmr_cas_acq_rel(&r->state, &s, mine)) break; /* A1 R1 */
+            if (!shmr_cas_acq_rel(&r->state, &s, mine)) break; /* A1 R1 W2 W3 */
             restore(h, rec, block, generation);
             shmr_block *out = &rec->taken[rec->taken_count];
             if (shmr_read_descriptor(h, block, mine, out) != SHMR_OK) {
@@ -283,17 +283,17 @@ static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
         {
             /* First ours, so that the attempt is counted by one alone; then a message again. */
             uint64_t mine = shmr_state_pack(generation, h->self, ring, flags, SHMR_LEASED);
-            if (!shmr_cas_acq_rel(&r->state, &s, mine)) break; /* A1 R1 */
+            if (!shmr_cas_acq_rel(&r->state, &s, mine)) break; /* A1 R1 W2 W3 */
             restore(h, rec, block, generation);
             add_attempt(r);
             uint64_t again = shmr_state_pack(generation + 1, h->self, ring, flags, SHMR_COMMITTED);
-            if (shmr_cas_release(&r->state, &mine, again)) insert_or_keep(h, ring, block, generation + 1); /* R1 */
+            if (shmr_cas_release(&r->state, &mine, again)) insert_or_keep(h, ring, block, generation + 1); /* R1 W21 */
         }
         break;
     case SHMR_COMMITTED:
         if (ring >= h->g.config.rings || was_in_ring(h, rec, ring, block, generation)) break;
         /* d died between the state and the slot. If the message was there and has been leased meanwhile, this fails. */
-        if (shmr_cas_acq_rel(&r->state, &s, shmr_state_pack(generation, h->self, ring, flags, SHMR_COMMITTED))) /* A1 R1 */
+        if (shmr_cas_acq_rel(&r->state, &s, shmr_state_pack(generation, h->self, ring, flags, SHMR_COMMITTED))) /* A1 R1 W2 W3 */
             insert_or_keep(h, ring, block, generation);
         break;
     default: break;
@@ -304,7 +304,7 @@ static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
 static uint32_t count_live(const shmr *h, const struct shmr_slots *dead) {
     uint32_t count = 0;
     for (uint32_t g = 0; g < h->g.groups; g++) {
-        uint64_t owner = shmr_load_acquire(&shmr_group_at(h, g)->owner); /* A7 */
+        uint64_t owner = shmr_load_acquire(&shmr_group_at(h, g)->owner); /* A7 W2 */
         if (!(uint32_t)owner || !(owner >> 32) || !shmr_slots_have(dead, (uint32_t)owner - 1)) continue;
         for (uint32_t i = 0; i < SHMR_GROUP; i++)
             count += shmr_state_kind(shmr_load_relaxed(&shmr_record_at(h, g * SHMR_GROUP + i)->state)) != SHMR_FREE;
@@ -318,7 +318,7 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
     if (!live) return; /* its memory is lost until the region goes; to take what may be in use would be worse */
     for (uint32_t g = 0; g < h->g.groups; g++) {
         shmr_word *word = &shmr_group_at(h, g)->owner;
-        uint64_t seen = shmr_load_acquire(word); /* A7 */
+        uint64_t seen = shmr_load_acquire(word); /* A7 W2 */
         if (!(uint32_t)seen || !shmr_slots_have(dead, (uint32_t)seen - 1) || shmr_owns_group(h, g)) continue;
         if (!(seen >> 32)) { /* died while reserving it */
             shmr_cas_release(word, &seen, 0); /* R7 */
@@ -327,7 +327,7 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
         for (uint32_t i = 0; i < SHMR_GROUP; i++) {
             uint32_t block = g * SHMR_GROUP + i;
             struct shmr_record *r = shmr_record_at(h, block);
-            uint64_t s = shmr_load_acquire(&r->state); /* A1 A2 */
+            uint64_t s = shmr_load_acquire(&r->state); /* A1 A2 W2 W18 */
             if (shmr_state_kind(s) == SHMR_FREE || h->record_flags[block] & SHMR_MINE) continue;
             uint64_t offset = shmr_load_relaxed(&r->offset), bytes = shmr_load_relaxed(&r->room); /* after A1 */
             if (offset % 64 || bytes == 0 || bytes > h->g.config.arena_bytes ||
@@ -366,9 +366,9 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
     }
     for (uint32_t g = 0; g < h->g.groups; g++) {
         shmr_word *word = &shmr_group_at(h, g)->owner;
-        uint64_t seen = shmr_load_acquire(word); /* A7 */
+        uint64_t seen = shmr_load_acquire(word); /* A7 W1 */
         if (!(uint32_t)seen || !shmr_slots_have(dead, (uint32_t)seen - 1) || shmr_owns_group(h, g)) continue;
-        if (shmr_cas_acq_rel(word, &seen, (seen & ~UINT64_C(0xffffffff)) | (h->self + 1))) /* A7 R7 */
+        if (shmr_cas_acq_rel(word, &seen, (seen & ~UINT64_C(0xffffffff)) | (h->self + 1))) /* A7 R7 W1 W3 */
             shmr_add_group(h, g);
     }
     free(live);
@@ -377,13 +377,13 @@ static void adopt(shmr *h, const struct shmr_slots *dead) {
 static void clear_holder_bits(shmr *h, uint32_t dead) {
     uint64_t bit = UINT64_C(1) << (dead % 64);
     for (uint32_t g = 0; g < h->g.groups; g++) {
-        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7: never reserved */
+        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7 W2: never reserved */
         for (uint32_t i = 0; i < SHMR_GROUP; i++) {
             uint32_t block = g * SHMR_GROUP + i;
             struct shmr_record *r = shmr_record_at(h, block);
             if (!(shmr_load_relaxed(&r->holders[dead / 64]) & bit)) continue; /* d sets no more bits */
             if (dead == h->self && h->holds[block]) continue;               /* inherited, and still meant */
-            shmr_and_seq_cst(&r->holders[dead / 64], ~bit); /* S4 */
+            shmr_and_seq_cst(&r->holders[dead / 64], ~bit); /* S4 W13 */
             if (h->record_flags[block] & SHMR_MINE)
                 shmr_reclaim(h, block);
             else
@@ -395,16 +395,16 @@ static void clear_holder_bits(shmr *h, uint32_t dead) {
 static void clear_waiting(shmr *h, uint32_t dead) {
     for (uint32_t d = 0; d < h->g.config.doorbells; d++) {
         struct shmr_doorbell *bell = shmr_doorbell_at(h, d);
-        if (shmr_load_acquire(&bell->owner) != dead + 1) continue; /* A12 */
+        if (shmr_load_acquire(&bell->owner) != dead + 1) continue; /* A12 W2 */
         uint64_t mask = ~(UINT64_C(1) << (d % 64));
         for (uint32_t r = 0; r < h->g.config.rings; r++) {
-            shmr_and_acq_rel(&shmr_ring_at(h, r)->item_waiters[d / 64], mask); /* A11 R11 */
-            shmr_and_acq_rel(&shmr_ring_at(h, r)->slot_waiters[d / 64], mask); /* A11 R11 */
+            shmr_and_acq_rel(&shmr_ring_at(h, r)->item_waiters[d / 64], mask); /* A11 R11 W4 */
+            shmr_and_acq_rel(&shmr_ring_at(h, r)->slot_waiters[d / 64], mask); /* A11 R11 W4 */
         }
-        shmr_and_acq_rel(&shmr_header_of(h)->extent_waiters[d / 64], mask); /* A11 R11 */
-        shmr_and_acq_rel(&shmr_header_of(h)->idle_waiters[d / 64], mask);   /* A11 R11 */
-        shmr_and_acq_rel(&shmr_participant_at(h, dead)->space_waiters[d / 64], mask); /* A11 R11 */
-        shmr_store_release(&bell->owner, 0); /* R12 */
+        shmr_and_acq_rel(&shmr_header_of(h)->extent_waiters[d / 64], mask); /* A11 R11 W4 */
+        shmr_and_acq_rel(&shmr_header_of(h)->idle_waiters[d / 64], mask);   /* A11 R11 W4 */
+        shmr_and_acq_rel(&shmr_participant_at(h, dead)->space_waiters[d / 64], mask); /* A11 R11 W4 */
+        shmr_store_release(&bell->owner, 0); /* R12 W4 */
     }
 }
 
@@ -412,7 +412,7 @@ static void clear_waiting(shmr *h, uint32_t dead) {
 static void clear_up(shmr *h, struct recovery *rec) {
     gather(h, rec);
     for (uint32_t g = 0; g < h->g.groups; g++) {
-        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7: never reserved */
+        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7 W2: never reserved */
         for (uint32_t i = 0; i < SHMR_GROUP; i++) recover_block(h, rec, g * SHMR_GROUP + i);
     }
     free(rec->waiting);
@@ -442,7 +442,7 @@ static int recover(shmr *h, uint64_t life, struct recovery *rec) {
     struct shmr_participant *p = shmr_participant_at(h, rec->dead);
     rec->deaths = shmr_life_kind(life) != SHMR_LEFT;
     uint64_t recovering = shmr_life_pack(shmr_life_epoch(life), h->self, shmr_life_pid(life), SHMR_RECOVERING);
-    if (!shmr_cas_acq_rel(&p->life, &life, recovering)) return SHMR_WOULD_BLOCK; /* A13 R13 */
+    if (!shmr_cas_acq_rel(&p->life, &life, recovering)) return SHMR_WOULD_BLOCK; /* A13 R13 W1 W3 */
     clear_up(h, rec);
     return SHMR_OK;
 }
@@ -456,7 +456,7 @@ bool shmr_inherit(shmr *h, uint32_t slot) {
     if (kind != SHMR_LEFT && !(died && slot_is_dead(h, slot, life))) return false;
     uint32_t epoch = (shmr_life_epoch(life) + 1) & 0xfffff;
     uint64_t joining = shmr_life_pack(epoch, shmr_namespace_tag(h), h->pid, SHMR_JOINING);
-    if (!shmr_cas_acq_rel(&p->life, &life, joining)) return false; /* A13 R13 */
+    if (!shmr_cas_acq_rel(&p->life, &life, joining)) return false; /* A13 R13 W1 W3 */
     h->self = slot;
     h->epoch = epoch;
     struct recovery rec = {.dead = slot, .deaths = died};
@@ -468,7 +468,7 @@ int shmr_recover(shmr *h, uint32_t slot, shmr_block *taken, uint32_t room, uint3
     int status = shmr_usable(h);
     if (status == SHMR_FORKED) return status;
     if (slot >= h->g.config.participants || slot == h->self) return SHMR_BAD_ARGUMENT;
-    uint64_t life = shmr_load_acquire(&shmr_participant_at(h, slot)->life); /* A13 */
+    uint64_t life = shmr_load_acquire(&shmr_participant_at(h, slot)->life); /* A13 W1 */
     struct recovery rec = {.dead = slot, .taken = taken, .taken_room = room};
     if (shmr_life_kind(life) == SHMR_VACANT || shmr_count_get(&h->left)) return SHMR_STALE;
     if (shmr_life_kind(life) == SHMR_RECOVERING) return SHMR_WOULD_BLOCK; /* somebody is at it, or died at it */
@@ -510,7 +510,7 @@ bool shmr_death_since(shmr *h, uint64_t deaths) {
 static void adopt_from(shmr *h, bool all) {
     for (uint32_t i = 0; i < h->g.config.participants; i++) {
         if (i == h->self) continue;
-        uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 */
+        uint64_t life = shmr_load_acquire(&shmr_participant_at(h, i)->life); /* A13 W1 */
         if (shmr_life_kind(life) != SHMR_LEFT || !(all || shmr_life_by(life) == SHMR_KEPT_MESSAGES)) continue;
         struct recovery rec = {.dead = i};
         recover(h, life, &rec);
@@ -522,11 +522,11 @@ void shmr_adopt_messages(shmr *h) { adopt_from(h, false); }
 /* An orderly exit with views alive: what we lease is done with, what we claim was never sent. */
 void shmr_let_go(shmr *h) {
     for (uint32_t g = 0; g < h->g.groups; g++) {
-        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7: never reserved */
+        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7 W11: never reserved */
         for (uint32_t i = 0; i < SHMR_GROUP; i++) {
             uint32_t block = g * SHMR_GROUP + i, kind;
             struct shmr_record *r = shmr_record_at(h, block);
-            uint64_t s = shmr_load_acquire(&r->state); /* A1 */
+            uint64_t s = shmr_load_acquire(&r->state); /* A1 W1 */
             kind = shmr_state_kind(s);
             if ((kind != SHMR_LEASED && kind != SHMR_CLAIMED) || shmr_state_owner(s) != h->self) continue;
             uint64_t freed = shmr_state_pack(shmr_state_generation(s), 0, 0, 0, SHMR_FREE);

@@ -45,7 +45,7 @@ int shmr_abi(void) { return SHMR_ABI; }
 int shmr_poison(shmr *h, const char *why) {
     shmr_or_seq_cst(&shmr_header_of(h)->poisoned, 1); /* S6 */
     for (uint32_t r = 0; r < h->g.config.rings; r++)
-        shmr_or_seq_cst(&shmr_ring_at(h, r)->closed, SHMR_RING_POISONED); /* S6 R9 */
+        shmr_or_seq_cst(&shmr_ring_at(h, r)->closed, SHMR_RING_POISONED); /* S6 R9 W6 */
     shmr_ring_all(h);
     return shmr_fail(SHMR_CORRUPT, 0, why);
 }
@@ -355,16 +355,16 @@ static int join(shmr *h) {
     /* First the places of those who left: their arenas then have an owner again. Then vacant ones, then the dead's. */
     bool inherit = !(h->g.config.flags & SHMR_CREATOR_RECOVERS);
     for (uint32_t k = 0; inherit && !joined && k < h->g.config.participants; k++)
-        if (shmr_life_kind(shmr_load_acquire(&shmr_participant_at(h, k)->life)) == SHMR_LEFT && /* A13 */
+        if (shmr_life_kind(shmr_load_acquire(&shmr_participant_at(h, k)->life)) == SHMR_LEFT && /* A13 W1 */
             (joined = shmr_inherit(h, k)))
             i = k;
     for (uint32_t k = 0; !joined && k < h->g.config.participants; k++) {
         struct shmr_participant *p = shmr_participant_at(h, k);
-        uint64_t life = shmr_load_acquire(&p->life); /* A13 */
+        uint64_t life = shmr_load_acquire(&p->life); /* A13 W1 */
         if (shmr_life_kind(life) != SHMR_VACANT) continue;
         uint32_t epoch = (shmr_life_epoch(life) + 1) & 0xfffff;
         uint64_t joining = shmr_life_pack(epoch, shmr_namespace_tag(h), h->pid, SHMR_JOINING);
-        if (!shmr_cas_acq_rel(&p->life, &life, joining)) continue; /* A13 R13 */
+        if (!shmr_cas_acq_rel(&p->life, &life, joining)) continue; /* A13 R13 W1 W3 */
         h->self = i = k;
         h->epoch = epoch;
         joined = true;

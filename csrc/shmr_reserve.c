@@ -22,54 +22,75 @@
 #define SLACK_MAX (128 << 20)
 #define SLACK_MIN (1 << 20)
 
-/* Files of the memory cgroups above us that have a limit; opened once a process, read at each reservation. */
-static struct {
-    int limit, usage, stat;
+enum { LIMIT, USAGE, STATISTICS, FILES };
+static const char *const names[2][FILES] = {{"memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"},
+                                            {"memory.max", "memory.current", "memory.stat"}};
+
+/* The memory cgroups above us that have a limit: found once a process, their files read at each reservation. */
+static struct level {
+    shmr_file files[FILES];
     int version;
+    char *directory;
 } levels[LEVELS];
 static int level_count;
 static pthread_once_t levels_once = PTHREAD_ONCE_INIT;
 
-static int64_t read_number(int fd) {
+static int open_file(const char *directory, int version, int which) {
+    char path[4352];
+    snprintf(path, sizeof path, "%s/%s", directory, names[version - 1][which]);
+    return open(path, O_RDONLY | O_CLOEXEC);
+}
+
+static void read_text(int fd, char *text, size_t room) {
+    ssize_t n = pread(fd, text, room - 1, 0);
+    text[n > 0 ? n : 0] = 0;
+}
+
+/* What a file of a group says. Where other code has closed our descriptor the file is opened for the moment. */
+static void read_file(const struct level *level, int which, char *text, size_t room) {
+    const shmr_file *kept = &level->files[which];
+    if (shmr_file_is_ours(kept, NULL)) {
+        read_text(kept->fd, text, room);
+        return;
+    }
+    int fd = open_file(level->directory, level->version, which);
+    read_text(fd, text, room);
+    if (fd >= 0) close(fd);
+}
+
+static int64_t read_number(const struct level *level, int which) {
     char text[64];
-    ssize_t n = pread(fd, text, sizeof text - 1, 0);
-    if (n <= 0) return -1;
-    text[n] = 0;
-    if (text[0] < '0' || text[0] > '9') return -1; /* "max" */
+    read_file(level, which, text, sizeof text);
+    if (text[0] < '0' || text[0] > '9') return -1; /* "max"; nothing */
     unsigned long long value = strtoull(text, NULL, 10);
     return value > (1ull << 60) ? -1 : (int64_t)value; /* version 1 says "none" by a huge number */
 }
 
-static int64_t inactive_file(int fd, int version) {
+static int64_t inactive_file(const struct level *level) {
     char text[4096];
-    ssize_t n = pread(fd, text, sizeof text - 1, 0);
-    if (n <= 0) return 0;
-    text[n] = 0;
-    const char *key = version == 1 ? "\ntotal_inactive_file " : "\ninactive_file ";
+    read_file(level, STATISTICS, text, sizeof text);
+    const char *key = level->version == 1 ? "\ntotal_inactive_file " : "\ninactive_file ";
     const char *at = strstr(text, key);
     return at ? strtoll(at + strlen(key), NULL, 10) : 0;
 }
 
-static void open_level(const char *dir, int version) {
-    char path[4352];
-    const char *names[2][2] = {{"memory.limit_in_bytes", "memory.usage_in_bytes"},
-                               {"memory.max", "memory.current"}};
+static void open_level(const char *directory, int version) {
     if (level_count == LEVELS) return;
-    snprintf(path, sizeof path, "%s/%s", dir, names[version - 1][0]);
-    int limit = open(path, O_RDONLY | O_CLOEXEC);
-    if (limit < 0) return;
-    snprintf(path, sizeof path, "%s/%s", dir, names[version - 1][1]);
-    int usage = read_number(limit) < 0 ? -1 : open(path, O_RDONLY | O_CLOEXEC);
-    if (usage < 0) {
-        close(limit);
+    struct level *level = &levels[level_count];
+    level->version = version;
+    level->directory = strdup(directory);
+    if (!level->directory) return;
+    for (int which = 0; which < FILES; which++) {
+        int fd = open_file(directory, version, which);
+        level->files[which].fd = -1;
+        if (fd >= 0 && !shmr_file_keep(&level->files[which], fd)) close(fd);
+    }
+    if (level->files[USAGE].fd >= 0 && read_number(level, LIMIT) >= 0) {
+        level_count++;
         return;
     }
-    snprintf(path, sizeof path, "%s/memory.stat", dir);
-    levels[level_count].limit = limit;
-    levels[level_count].usage = usage;
-    levels[level_count].stat = open(path, O_RDONLY | O_CLOEXEC);
-    levels[level_count].version = version;
-    level_count++;
+    for (int which = 0; which < FILES; which++) shmr_file_close(&level->files[which]);
+    free(level->directory);
 }
 
 static void find_levels(void) {
@@ -102,13 +123,13 @@ static void find_levels(void) {
 static bool cgroup_has_room(uint64_t bytes, int64_t slack_max) {
     pthread_once(&levels_once, find_levels);
     for (int i = 0; i < level_count; i++) {
-        int64_t limit = read_number(levels[i].limit), usage = read_number(levels[i].usage);
+        int64_t limit = read_number(&levels[i], LIMIT), usage = read_number(&levels[i], USAGE);
         if (limit < 0 || usage < 0) continue;
         int64_t room = limit - usage;
         /* Page tables and everybody's private memory need some too: who takes the last byte is killed for it. */
         int64_t need = (int64_t)bytes + (limit / 8 < slack_max ? limit / 8 : slack_max);
         /* What the kernel can drop by itself is no reason to refuse. */
-        if (room < need) room += inactive_file(levels[i].stat, levels[i].version);
+        if (room < need) room += inactive_file(&levels[i]);
         if (room < need) return false;
     }
     return true;

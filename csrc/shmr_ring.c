@@ -38,7 +38,7 @@ static uint32_t cycle_of(const shmr *h, uint32_t ring, uint64_t position) {
 static bool is_waiting(const shmr *h, uint32_t ring, uint64_t slot, uint64_t *state) {
     uint32_t block = shmr_slot_block(slot);
     if (block >= h->g.config.blocks) return false;
-    *state = shmr_load_seq_cst(&shmr_record_at(h, block)->state); /* S1 A1 */
+    *state = shmr_load_seq_cst(&shmr_record_at(h, block)->state); /* S1 A1 W20 */
     return shmr_state_kind(*state) == SHMR_COMMITTED && shmr_state_ring(*state) == ring &&
            (shmr_state_generation(*state) & SHMR_SLOT_GENERATION_MASK) == shmr_slot_generation(slot);
 }
@@ -56,27 +56,27 @@ static int refusal(uint64_t closed) { return closed & SHMR_RING_POISONED ? shmr_
 int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation, uint64_t limit) {
     struct shmr_ring *q = shmr_ring_at(h, ring);
     for (uint32_t turn = 0; turn < TURNS_MAX; turn++) {
-        uint64_t position = shmr_load_acquire(&q->commit_cursor);  /* A5 */
+        uint64_t position = shmr_load_acquire(&q->commit_cursor);  /* A5 W5 */
         /* The cursor's line is the consumers': look only when our last knowledge of it says that the ring is full. */
         uint64_t first = shmr_load_relaxed(&h->first_seen[ring]); /* ours alone; may lag */
         if ((int64_t)(position - first) >= (int64_t)limit) {
-            first = shmr_load_seq_cst(&q->lease_cursor); /* S5 A4: what lies before it is done with */
+            first = shmr_load_seq_cst(&q->lease_cursor); /* S5 A4 W6: what lies before it is done with */
             shmr_store_relaxed(&h->first_seen[ring], first);
         }
         if ((int64_t)(position - first) >= (int64_t)limit) {
-            uint64_t state, slot = shmr_load_acquire(shmr_slot_at(h, ring, first)); /* A3 */
+            uint64_t state, slot = shmr_load_acquire(shmr_slot_at(h, ring, first)); /* A3 W5 */
             if (shmr_slot_cycle(slot) == cycle_of(h, ring, first) && !is_waiting(h, ring, slot, &state)) {
                 advance_lease_cursor(h, ring, first); /* help a slow or dead consumer */
                 continue;
             }
-            if (shmr_load_seq_cst(&q->lease_cursor) != first) continue; /* S5 A4: it has moved: look again */
+            if (shmr_load_seq_cst(&q->lease_cursor) != first) continue; /* S5 A4 W6: it has moved: look again */
             return SHMR_WOULD_BLOCK;
         }
         shmr_word *at = shmr_slot_at(h, ring, position);
-        uint64_t seen = shmr_load_acquire(at); /* A3 */
+        uint64_t seen = shmr_load_acquire(at); /* A3 W5 */
         uint32_t cycle = cycle_of(h, ring, position);
         if (shmr_slot_cycle(seen) == cycle) { /* help a slow or dead producer */
-            shmr_cas_release(&q->commit_cursor, &position, position + 1); /* R5 */
+            shmr_cas_release(&q->commit_cursor, &position, position + 1); /* R5 W5 */
             continue;
         }
         if (shmr_slot_cycle(seen) != ((cycle - 1) & SHMR_CYCLE_MASK)) continue; /* the cursor was stale */
@@ -92,7 +92,7 @@ int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation, uin
 static int take(shmr *h, uint32_t ring, uint32_t *block, uint64_t *state) {
     struct shmr_ring *q = shmr_ring_at(h, ring);
     for (uint32_t turn = 0; turn < TURNS_MAX; turn++) {
-        uint64_t first = shmr_load_acquire(&q->lease_cursor);               /* A4 */
+        uint64_t first = shmr_load_acquire(&q->lease_cursor);               /* A4 W5 */
         uint64_t slot = shmr_load_seq_cst(shmr_slot_at(h, ring, first));    /* S1 A3 */
         uint32_t cycle = cycle_of(h, ring, first);
         if (shmr_slot_cycle(slot) != cycle) {
@@ -105,10 +105,10 @@ static int take(shmr *h, uint32_t ring, uint32_t *block, uint64_t *state) {
             continue;
         }
         /* The slot has 20 bits of the generation: if we slept for a million of them, the cursor has moved. */
-        if (shmr_load_acquire(&q->lease_cursor) != first) continue; /* A4 */
+        if (shmr_load_acquire(&q->lease_cursor) != first) continue; /* A4 W5 */
         uint64_t mine = shmr_state_pack(shmr_state_generation(seen), h->self, ring, shmr_state_flags(seen),
                                         SHMR_LEASED);
-        if (shmr_cas_seq_cst(&shmr_record_at(h, shmr_slot_block(slot))->state, &seen, mine)) { /* S1 A1 R1 */
+        if (shmr_cas_seq_cst(&shmr_record_at(h, shmr_slot_block(slot))->state, &seen, mine)) { /* S1 A1 R1 W20 */
             advance_lease_cursor(h, ring, first);
             *block = shmr_slot_block(slot);
             *state = mine;
@@ -121,7 +121,7 @@ static int take(shmr *h, uint32_t ring, uint32_t *block, uint64_t *state) {
 /* ---- readiness, as cheap as it gets: a hint only ------------------------------------------------------------------- */
 
 static bool slot_is_filled(const shmr *h, uint32_t ring) {
-    uint64_t first = shmr_load_acquire(&shmr_ring_at(h, ring)->lease_cursor);  /* A4 */
+    uint64_t first = shmr_load_acquire(&shmr_ring_at(h, ring)->lease_cursor);  /* A4 W5 */
     uint64_t slot = shmr_load_seq_cst(shmr_slot_at(h, ring, first));           /* S1 A3 */
     return shmr_slot_cycle(slot) != ((cycle_of(h, ring, first) - 1) & SHMR_CYCLE_MASK);
 }
@@ -133,8 +133,8 @@ bool shmr_ring_has_item(const shmr *h, uint32_t ring) {
 
 bool shmr_ring_has_room(const shmr *h, uint32_t ring) {
     const struct shmr_ring *q = shmr_ring_at(h, ring);
-    uint64_t position = shmr_load_acquire(&q->commit_cursor); /* A5 */
-    uint64_t first = shmr_load_seq_cst(&q->lease_cursor);     /* S5 A4 */
+    uint64_t position = shmr_load_acquire(&q->commit_cursor); /* A5 W5 */
+    uint64_t first = shmr_load_seq_cst(&q->lease_cursor);     /* S5 A4 W7 */
     return (int64_t)(position - first) < (int64_t)h->g.config.capacity[ring] || shmr_load_relaxed(&q->closed); /* hint */
 }
 
@@ -142,10 +142,10 @@ int shmr_has_room(shmr *h, uint32_t ring) {
     if (ring >= h->g.config.rings || shmr_usable(h) != SHMR_OK) return 0;
     struct shmr_ring *q = shmr_ring_at(h, ring);
     for (uint32_t turn = 0; turn < TURNS_MAX; turn++) {
-        uint64_t position = shmr_load_acquire(&q->commit_cursor); /* A5 */
-        uint64_t first = shmr_load_seq_cst(&q->lease_cursor);     /* S5 A4 */
+        uint64_t position = shmr_load_acquire(&q->commit_cursor); /* A5 W5 */
+        uint64_t first = shmr_load_seq_cst(&q->lease_cursor);     /* S5 A4 W7 */
         if ((int64_t)(position - first) < (int64_t)h->g.config.capacity[ring]) return 1;
-        uint64_t state, slot = shmr_load_acquire(shmr_slot_at(h, ring, first)); /* A3 */
+        uint64_t state, slot = shmr_load_acquire(shmr_slot_at(h, ring, first)); /* A3 W5 */
         if (shmr_slot_cycle(slot) != cycle_of(h, ring, first)) continue; /* the cursor was stale */
         if (is_waiting(h, ring, slot, &state)) return 0;
         advance_lease_cursor(h, ring, first); /* help a slow or dead consumer */
@@ -157,8 +157,8 @@ int shmr_has_room(shmr *h, uint32_t ring) {
 uint64_t shmr_approx_fill(shmr *h, uint32_t ring) {
     if (ring >= h->g.config.rings) return 0;
     const struct shmr_ring *q = shmr_ring_at(h, ring);
-    uint64_t first = shmr_load_acquire(&q->lease_cursor);     /* A4 */
-    uint64_t position = shmr_load_acquire(&q->commit_cursor); /* A5 */
+    uint64_t first = shmr_load_acquire(&q->lease_cursor);     /* A4 W5 */
+    uint64_t position = shmr_load_acquire(&q->commit_cursor); /* A5 W5 */
     int64_t fill = (int64_t)(position - first); /* either cursor may lag */
     if (fill < 0) return 0;
     return (uint64_t)fill > h->g.config.capacity[ring] ? h->g.config.capacity[ring] : (uint64_t)fill;
@@ -183,7 +183,7 @@ static int try_commit(shmr *h, void *argument) {
     if (closed) return refusal(closed);
     struct shmr_record *r = shmr_record_at(h, b->block);
     pthread_mutex_lock(&h->commit_lock[c->ring]);
-    if (shmr_load_acquire(&r->state) != b->state) { /* A1: a doubled call must not touch the descriptor */
+    if (shmr_load_acquire(&r->state) != b->state) { /* A1 W11: a doubled call must not touch the descriptor */
         pthread_mutex_unlock(&h->commit_lock[c->ring]);
         return SHMR_STALE;
     }
@@ -228,7 +228,7 @@ static int try_commit(shmr *h, void *argument) {
         b->state = shmr_state_pack(generation, h->self, shmr_state_ring(before), shmr_state_flags(before),
                                    shmr_state_kind(before));
         if (leased) shmr_rename_saved(h, before, b->state);
-        shmr_cas_release(&r->state, &committed, b->state); /* R1 */
+        shmr_cas_acq_rel(&r->state, &committed, b->state); /* A1 R1 W3: nothing is restored before it is a lease again */
         if (leased) shmr_restore_descriptor(h, h->self, b->block, generation);
     }
     if (leased) pthread_mutex_unlock(&h->undo_lock);
@@ -295,8 +295,8 @@ static int try_lease(shmr *h, void *argument) {
     uint64_t lessee = shmr_load_relaxed(&q->lessee); /* before the take: ordered by A1 of the next one */
     if (lessee != h->self + 1 && lessee != UINT64_MAX) {
         uint64_t none = 0;
-        if (!shmr_cas_acq_rel(&q->lessee, &none, h->self + 1) && none != h->self + 1) /* A10 R10 */
-            shmr_store_release(&q->lessee, UINT64_MAX); /* R10 */
+        if (!shmr_cas_acq_rel(&q->lessee, &none, h->self + 1) && none != h->self + 1) /* A10 R10 W10 */
+            shmr_store_release(&q->lessee, UINT64_MAX); /* R10 W10 */
     }
     uint32_t block = 0;
     uint64_t state = 0;
@@ -308,7 +308,7 @@ static int try_lease(shmr *h, void *argument) {
         shmr_tally(&shmr_participant_at(h, h->self)->leased[a->ring], 1);
         status = shmr_read_descriptor(h, block, state, a->out);
         if (status == SHMR_OK) {
-            bool sole = shmr_load_acquire(&q->lessee) == h->self + 1; /* A10 */
+            bool sole = shmr_load_acquire(&q->lessee) == h->self + 1; /* A10 W10 */
             a->sequence_broken = !in_sequence(h, a->ring, a->out, sole);
         } else {
             a->out->state = state; /* so that it can be given back */
@@ -395,11 +395,11 @@ static int is_idle(shmr *h, void *argument) {
     if ((int64_t)(position - first) > 0 && slot_is_filled(h, ring)) return SHMR_WOULD_BLOCK; /* spares the scan */
     for (uint32_t turn = 0;; turn++, position++) { /* the first slot that is empty */
         if (turn == TURNS_MAX) return SHMR_WOULD_BLOCK; /* rubbish */
-        before = shmr_load_seq_cst(shmr_slot_at(h, ring, position)); /* S2 A3 */
+        before = shmr_load_seq_cst(shmr_slot_at(h, ring, position)); /* S2 A3 W19 */
         if (shmr_slot_cycle(before) == ((cycle_of(h, ring, position) - 1) & SHMR_CYCLE_MASK)) break;
     }
     for (uint32_t g = 0; g < h->g.groups; g++) {
-        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7: never reserved */
+        if (!(shmr_load_acquire(&shmr_group_at(h, g)->owner) >> 32)) continue; /* A7 W19: never reserved */
         for (uint32_t i = 0; i < SHMR_GROUP; i++) {
             uint64_t s = shmr_load_seq_cst(&shmr_record_at(h, g * SHMR_GROUP + i)->state); /* S2 */
             uint32_t kind = shmr_state_kind(s);
@@ -408,7 +408,7 @@ static int is_idle(shmr *h, void *argument) {
         }
     }
     /* What was committed meanwhile may lie where we had looked, its parent be done by the time we came there. */
-    return shmr_load_seq_cst(shmr_slot_at(h, ring, position)) == before ? SHMR_OK : SHMR_WOULD_BLOCK; /* S2 A3 */
+    return shmr_load_seq_cst(shmr_slot_at(h, ring, position)) == before ? SHMR_OK : SHMR_WOULD_BLOCK; /* S2 A3 W19 */
 }
 
 int shmr_wait_idle(shmr *h, uint32_t ring, int64_t deadline) {

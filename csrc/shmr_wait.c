@@ -56,7 +56,7 @@ void shmr_notify_one(shmr *h, shmr_word *waiters) {
                 shmr_notify_all(h, waiters);
                 return;
             }
-            if (!(shmr_and_acq_rel(&waiters[w], ~bit) & bit)) continue; /* A11 R11: another was faster */
+            if (!(shmr_and_acq_rel(&waiters[w], ~bit) & bit)) continue; /* A11 R11 W15: another was faster */
             post(h, (uint32_t)(w * 64) + (uint32_t)__builtin_ctzll(bit)); /* I10 */
             return;
         }
@@ -66,7 +66,7 @@ void shmr_notify_one(shmr *h, shmr_word *waiters) {
 void shmr_notify_all(shmr *h, shmr_word *waiters) {
     for (int w = 0; w < SHMR_WAITER_WORDS; w++) {
         if (!shmr_load_seq_cst(&waiters[w])) continue; /* S1 S2 S3 S5 I9 */
-        uint64_t bits = shmr_exchange_seq_cst(&waiters[w], 0); /* S1 S2 S3 S5 */
+        uint64_t bits = shmr_exchange_seq_cst(&waiters[w], 0); /* S1 S2 S3 S5 W14 */
         for (; bits; bits &= bits - 1)
             post(h, (uint32_t)(w * 64) + (uint32_t)__builtin_ctzll(bits)); /* I10 */
     }
@@ -101,7 +101,7 @@ static int borrow_doorbell(shmr *h) {
 static void return_doorbell(shmr *h, int doorbell) {
     pthread_mutex_lock(&h->doorbell_lock);
     if (shmr_count_get(&h->left)) /* nobody will empty the pool any more */
-        shmr_store_release(&shmr_doorbell_at(h, (uint32_t)doorbell)->owner, 0); /* R12 */
+        shmr_store_release(&shmr_doorbell_at(h, (uint32_t)doorbell)->owner, 0); /* R12 W4 */
     else
         h->doorbells[h->doorbell_count++] = (uint32_t)doorbell;
     pthread_mutex_unlock(&h->doorbell_lock);
@@ -110,7 +110,7 @@ static void return_doorbell(shmr *h, int doorbell) {
 void shmr_return_doorbells(shmr *h) {
     pthread_mutex_lock(&h->doorbell_lock);
     while (h->doorbell_count)
-        shmr_store_release(&shmr_doorbell_at(h, h->doorbells[--h->doorbell_count])->owner, 0); /* R12 */
+        shmr_store_release(&shmr_doorbell_at(h, h->doorbells[--h->doorbell_count])->owner, 0); /* R12 W4 */
     pthread_mutex_unlock(&h->doorbell_lock);
 }
 
@@ -293,7 +293,7 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
     }
     if (doorbell >= 0) {
         for (int i = 0; i < count; i++)
-            shmr_and_acq_rel(&sources[i].waiters[doorbell / 64], ~(UINT64_C(1) << (doorbell % 64))); /* A11 R11 */
+            shmr_and_acq_rel(&sources[i].waiters[doorbell / 64], ~(UINT64_C(1) << (doorbell % 64))); /* A11 R11 W3 */
         for (int i = 0; i < count; i++) /* I10 */
             if (sources[i].baton && sources[i].ready(h, sources[i].ring)) shmr_notify_one(h, sources[i].waiters);
         return_doorbell(h, doorbell);

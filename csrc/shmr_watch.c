@@ -17,7 +17,7 @@
 static shmr *served; /* set once, by the thread that serves */
 
 struct main_process {
-    struct shmr_file pidfd;
+    shmr_file pidfd;
     uint32_t pid;
     uint64_t start; /* 0: unknown */
     bool is_parent;

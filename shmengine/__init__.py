@@ -37,6 +37,13 @@ from shmengine.errors import (
 )
 
 if TYPE_CHECKING:
+    from shmengine.channels.base import End as End
+    from shmengine.channels.keys import Keys as Keys
+    from shmengine.channels.keys import generate_keys as generate_keys
+    from shmengine.channels.open import channel as channel
+    from shmengine.channels.servers import Server as Server
+    from shmengine.channels.servers import connect as connect
+    from shmengine.channels.servers import listen as listen
     from shmengine.engine import Engine as Engine
     from shmengine.engine.default import map as map
     from shmengine.engine.default import map_blocks as map_blocks
@@ -48,6 +55,7 @@ if TYPE_CHECKING:
     from shmengine.queues import JoinableQueue as JoinableQueue
     from shmengine.queues import Queue as Queue
     from shmengine.ring import Ring as Ring
+    from shmengine.stats import ChannelStats as ChannelStats
     from shmengine.stats import EngineStats as EngineStats
     from shmengine.stats import RingStats as RingStats
 
@@ -56,14 +64,17 @@ __version__ = "0.1.0"
 __all__ = [
     "ArrayError",
     "BlockError",
+    "ChannelStats",
     "Closed",
     "Corrupt",
+    "End",
     "EndOfStream",
     "Engine",
     "EngineStats",
     "Executor",
     "Full",
     "JoinableQueue",
+    "Keys",
     "LayoutMismatch",
     "LeaseError",
     "MemoryBudgetExceeded",
@@ -74,6 +85,7 @@ __all__ = [
     "Ring",
     "RingStats",
     "SerializationError",
+    "Server",
     "ShmError",
     "StaleReference",
     "Stall",
@@ -84,6 +96,10 @@ __all__ = [
     "WorkerDied",
     "WouldBlock",
     "__version__",
+    "channel",
+    "connect",
+    "generate_keys",
+    "listen",
     "map",
     "map_blocks",
     "reduce",
@@ -91,16 +107,24 @@ __all__ = [
 
 # Each public name is imported when it is first used: a script that wants a ring does not pay for the engine.
 _HOMES = {
+    "ChannelStats": "shmengine.stats",
+    "End": "shmengine.channels.base",
     "Engine": "shmengine.engine",
     "EngineStats": "shmengine.stats",
     "Executor": "shmengine.futures",
     "Full": "shmengine.errors",
     "JoinableQueue": "shmengine.queues",
     "Queue": "shmengine.queues",
+    "Keys": "shmengine.channels.keys",
     "Ring": "shmengine.ring",
     "RingStats": "shmengine.stats",
+    "Server": "shmengine.channels.servers",
     "Stall": "shmengine.engine.stalls",
     "Stalls": "shmengine.engine.stalls",
+    "channel": "shmengine.channels.open",
+    "connect": "shmengine.channels.servers",
+    "generate_keys": "shmengine.channels.keys",
+    "listen": "shmengine.channels.servers",
     "map": "shmengine.engine.default",
     "map_blocks": "shmengine.engine.default",
     "reduce": "shmengine.engine.default",

@@ -1,4 +1,4 @@
-"""The command line: ``shmengine doctor`` and ``shmengine clean``, also as ``python -m shmengine``."""
+"""The command line: ``shmengine doctor``, ``clean``, ``keys`` and ``bench``, also as ``python -m shmengine``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("doctor", "say what this machine allows, and what stands in the way"),
-        ("clean", "remove named regions that nobody uses any more"),
+        ("clean", "remove named regions and message queues that nobody uses any more"),
+        ("keys", "make keys for channels between machines (listen and connect, auth=)"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--json", action="store_true", help="for programs")
+        if name == "keys":
+            command.add_argument(
+                "path",
+                help="file for the pair, which only its owner can read; the public key goes to PATH.pub, for others",
+            )
+    text = "measure the ways from one process to another, and say which one to take"
+    _add_bench(commands.add_parser("bench", help=text, description=text), arguments)
     options = parser.parse_args(arguments)
-    report = {"doctor": _doctor, "clean": _clean}[options.command]()
+    if options.command == "bench":
+        from shmengine.bench.command import run
+
+        return run(options)
+    report = (
+        _keys(options.path)
+        if options.command == "keys"
+        else {"doctor": _doctor, "clean": _clean}[options.command]()
+    )
     if options.json:
         json.dump(report, sys.stdout, indent=1)
         print()
@@ -34,6 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{key:<{width}}  {line}")
                 key = ""
     return 1 if report.get("trouble") else 0
+
+
+def _add_bench(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> None:
+    """Give the verb its options, if it is the one that is asked for: others do not load its modules."""
+    if "bench" in (sys.argv[1:] if arguments is None else arguments)[:1]:
+        from shmengine.bench.command import add_arguments
+
+        add_arguments(parser)
 
 
 def _doctor() -> dict[str, Any]:
@@ -75,10 +99,28 @@ def _doctor() -> dict[str, Any]:
 
 
 def _clean() -> dict[str, Any]:
+    from shmengine.channels import mqueue
     from shmengine.region import abandoned_names, remove_name
 
     removed = []
     for name in abandoned_names():
         remove_name(name)
         removed.append(name)
-    return {"removed": removed or ["nothing"]}
+    for name in mqueue.abandoned_queues():
+        mqueue.remove_queue(name)
+        removed.append(f"{name} (message queue)")
+    report: dict[str, Any] = {"removed": removed or ["nothing"]}
+    if not mqueue.are_listed():
+        report["not looked for"] = "message queues: `mount -t mqueue none /dev/mqueue` lists them"
+    return report
+
+
+def _keys(path: str) -> dict[str, Any]:
+    from shmengine.channels.keys import generate_keys
+
+    keys = generate_keys()
+    try:
+        keys.save(path)
+    except OSError as error:
+        return {"trouble": [f"the keys cannot be written: {error}"]}
+    return {"secret": path, "public": f"{path}.pub", "public key": keys.public}

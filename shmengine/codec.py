@@ -35,8 +35,6 @@ from shmengine.arrays import (
 )
 from shmengine.errors import (
     Corrupt,
-    RemoteError,
-    RemoteTraceback,
     SerializationError,
     ShmError,
     StaleReference,
@@ -51,12 +49,11 @@ __all__ = [
     "SerializationError",
     "SharedReference",
     "decode",
-    "decode_exception",
     "encode",
-    "encode_exception",
     "find_culprit",
     "inspect_frame",
     "mapping_behind",
+    "number_of",
 ]
 
 FRAME_MAGIC = b"SHMF"
@@ -76,6 +73,7 @@ HEADER_BYTES = 64
 _CRC = struct.Struct("<I")
 _CRC_AT = 4
 _CHECKED_FROM = 8
+_NUMBER = struct.Struct("<12xI24xQ")  # of all this the producer and the sequence
 
 # offset from the start of the frame, bytes, bytes of the spec, what it is
 _ENTRY = struct.Struct("<QQII")
@@ -171,6 +169,19 @@ class _Parts:
             self.entries.append((check, len(spec), _PART_GIVEN))
         else:
             self.entries.append((0, len(spec), _PART_SHARED))
+
+
+def _flat(source: Any, nbytes: int, strides: tuple[int, ...] | None) -> memoryview:
+    """Return the bytes of a part, as they lie in a frame; without a copy if it is laid out like that."""
+    if type(source) is memoryview:
+        return source
+    if strides == source.strides and source.flags.f_contiguous:
+        source = source.T
+    elif strides is not None:
+        laid_out = np.empty(nbytes, np.uint8)
+        _ndarray(source.shape, source.dtype, laid_out, 0, strides)[...] = source
+        return memoryview(cast("Any", laid_out))
+    return memoryview(cast("Any", np.ascontiguousarray(source).reshape(-1).view(np.uint8)))
 
 
 def copy_array(target: Array, source: Array) -> None:
@@ -279,8 +290,13 @@ class Encoded:
             elif nbytes:
                 copy_array(_ndarray(source.shape, source.dtype, root, offset, strides), source)
         checked = self.nbytes - HEADER_BYTES if checksum else len(self._body[0])
+        memory[:HEADER_BYTES] = self._header(sequence, producer, checked)
+        _CRC.pack_into(memory, _CRC_AT, crc32c(memory[_CHECKED_FROM : HEADER_BYTES + checked]))
+
+    def _header(self, sequence: int, producer: int, checked: int) -> bytes:
+        """Return the header, its CRC still zero."""
         in_band_bytes, part_count, prefix_bytes = self._counts
-        memory[:HEADER_BYTES] = _HEADER.pack(
+        return _HEADER.pack(
             FRAME_MAGIC,
             0,
             FRAME_VERSION,
@@ -294,7 +310,44 @@ class Encoded:
             part_count,
             prefix_bytes,
         )
-        _CRC.pack_into(memory, _CRC_AT, crc32c(memory[_CHECKED_FROM : HEADER_BYTES + checked]))
+
+    def pieces(self, *, sequence: int = 0, producer: int = 0, checksum: bool = False) -> list[Any]:
+        """Return the frame as buffers whose bytes follow each other, for vectored writes.
+
+        Parameters
+        ----------
+        sequence, producer, checksum
+            As for `write_into`.
+
+        Returns
+        -------
+        list of bytes or memoryview
+            Flat. Large contiguous arrays are not copied: they must not change until the buffers have been written.
+        """
+        pieces: list[Any] = [b"", *self._body]
+        at = HEADER_BYTES + sum(map(len, self._body))
+        for offset, nbytes, source, strides in self._copies:
+            if at < offset:
+                pieces.append(_ZEROS[at - offset :])
+            at = offset + nbytes
+            if nbytes:
+                pieces.append(_flat(source, nbytes, strides))
+        checked = self.nbytes - HEADER_BYTES if checksum else len(self._body[0])
+        header = bytearray(self._header(sequence, producer, checked))
+        crc = crc32c(header[_CHECKED_FROM:])
+        for piece in pieces[1:] if checksum else pieces[1:2]:
+            crc = crc32c(piece, crc)
+        _CRC.pack_into(header, _CRC_AT, crc)
+        pieces[0] = bytes(header)
+        return pieces
+
+    def item_bytes(self) -> dict[int, int]:
+        """Return the size of the numbers that each array part consists of, by where it begins in the frame."""
+        return {
+            offset: source.itemsize // 2 if source.dtype.kind == "c" else source.itemsize
+            for offset, nbytes, source, _ in self._copies
+            if nbytes and type(source) is not memoryview
+        }
 
     def to_bytes(self) -> bytes:
         """Return the frame as bytes."""
@@ -391,6 +444,12 @@ def inspect_frame(frame: Any, *, verify: bool = True) -> FrameInfo:
     """
     root: Bytes = frame if type(frame) is _ndarray else np.frombuffer(frame, np.uint8)
     return FrameInfo(*_open_frame(root, verify)[1:])
+
+
+def number_of(frame: Bytes) -> tuple[int, int]:
+    """Return sequence and producer of a frame that was decoded, and so is sound."""
+    producer, sequence = _NUMBER.unpack_from(cast("Any", frame))
+    return sequence, producer
 
 
 def _open_frame(root: Bytes, verify: bool) -> tuple[Any, ...]:
@@ -541,74 +600,3 @@ def _read_shared(
     if check & _CHECKED and check != _CHECKED | crc32c_of(array):
         raise Corrupt("an array that is named by reference was changed on its way", "payload")
     return array.copy("K") if copy else array
-
-
-# --- exceptions ----------------------------------------------------------------------------
-
-
-def encode_exception(error: BaseException) -> tuple[str, str, str, bytes | None, list[str]]:
-    """Make an exception ready to travel, whatever its class.
-
-    Returns
-    -------
-    type_name : str
-        Qualified name of its class.
-    message : str
-    traceback : str
-        Formatted, with causes and context.
-    frame : bytes or None
-        The exception itself; None if it cannot be pickled, or not be unpickled again.
-    notes : list of str
-    """
-    import traceback
-
-    cls = type(error)
-    type_name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
-    try:
-        message = str(error)
-    except Exception:
-        message = f"<the text of this {type_name} cannot be made>"
-    try:
-        text = "".join(traceback.format_exception(error))
-    except Exception:
-        text = f"{type_name}: {message}\n"
-    notes = getattr(error, "__notes__", None)
-    notes = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
-    frame: bytes | None
-    try:
-        frame = encode(error, memmap_mode=None).to_bytes()
-        if not _is_same_error(decode(frame), cls):
-            frame = None
-    except Exception:
-        frame = None
-    return type_name, message, text, frame, notes
-
-
-def _is_same_error(loaded: object, cls: type) -> bool:
-    return isinstance(loaded, BaseException) and type(loaded).__qualname__ == cls.__qualname__
-
-
-def decode_exception(encoded: tuple[str, str, str, bytes | None, list[str]]) -> BaseException:
-    """Return the exception from `encode_exception`, with the remote traceback as ``__cause__``.
-
-    Returns
-    -------
-    BaseException
-        Of the original class if that could travel, otherwise a `RemoteError`.
-    """
-    type_name, message, text, frame, notes = encoded
-    error: BaseException | None = None
-    if frame is not None:
-        try:
-            loaded = decode(frame, copy=True)
-            error = loaded if isinstance(loaded, BaseException) else None
-        except Exception:  # its class cannot be had in this process
-            error = None
-    if error is None:
-        error = RemoteError(f"{type_name}: {message}" if message else type_name, type_name)
-    present = getattr(error, "__notes__", [])
-    for note in notes:
-        if note not in present:
-            error.add_note(note)
-    error.__cause__ = RemoteTraceback(text)
-    return error

@@ -381,6 +381,8 @@ def _submit(submit: Submit, args: tuple[Any, ...], kwargs: Any) -> futures.Futur
         return submit(args, kwargs)
     except (SerializationError, MemoryBudgetExceeded) as error:
         return _fail(error, args, kwargs)
+    except standard.BrokenProcessPool as error:  # since it was found usable
+        return _fail(error, args, kwargs)
     except Closed as error:
         raise RuntimeError("cannot schedule new futures after shutdown") from error
 

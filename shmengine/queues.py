@@ -22,12 +22,12 @@ from typing import Any, Generic, NoReturn, TypeVar
 from shmengine import config, errors
 from shmengine._native import ffi, lib
 from shmengine._native.status import CLOSED, FORKED, INTERRUPTED, OK, TIMEOUT, WOULD_BLOCK, fail
+from shmengine.attached import Attached, put_back, read_config
 from shmengine.codec import Encoded, decode, encode
 from shmengine.config import format_bytes, parse_bytes
 from shmengine.leases import new_block
 from shmengine.pickling import MultiprocessingReducers
 from shmengine.region import Region, RegionConfig, RegionToken, call_at_process_end
-from shmengine.ring import Attached, put_back, read_config
 
 __all__ = ["JoinableQueue", "Queue"]
 

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from shmengine import config
 from shmengine._native import ffi, lib
 from shmengine._native.status import OK, PLACES, WOULD_BLOCK, fail
 from shmengine.arrays import Bytes
+from shmengine.descriptors import Descriptor
 from shmengine.errors import LayoutMismatch, MemoryBudgetExceeded, ShmError, UseAfterFork
 
 __all__ = ["EXTENT_BYTES", "Region", "RegionConfig", "RegionToken"]
@@ -86,7 +88,8 @@ class RegionToken:
     duplicate: Any = field(default=None, compare=False)  # multiprocessing's DupFd, while it spawns
 
 
-def _start_time(pid: int) -> str:
+def start_time(pid: int) -> str:
+    """Return when a process started, in the kernel's words: it and the pid name one process."""
     with open(f"/proc/{pid}/stat", "rb") as file:
         return file.read().rpartition(b")")[2].split()[19].decode()
 
@@ -121,14 +124,16 @@ class Region:
 
     def __init__(self, handle: Any, fd: int, name: str | None, *, creator: bool) -> None:
         self.handle = handle
-        self._fd = _Descriptor(fd)
+        self._file = Descriptor(fd, "this region")
         self.name = name
         self.creator = creator
         self.pid = os.getpid()
         self.closed = False
         self.exiting = False
+        self._passed_to: Callable[[], Any] = lambda: None
+        self._duplicate: Any = None
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # rings and queues of this process that share it
-        device, self.inode = self._fd.identity
+        device, self.inode = self._file.identity
         self.number = (self.inode * 0x9E3779B97F4A7C15 ^ device) & (1 << 63) - 1
         mapping = lib.shmr_mapping_retain(handle)
         base = ffi.gc(
@@ -139,7 +144,7 @@ class Region:
         self.readable = self.memory.toreadonly()
         self._names = [name] if creator and name is not None else []  # to be removed by us, and once
         self._finalizer = weakref.finalize(
-            self, _end, weakref.ref(self), handle, self._fd, self._names, self.pid
+            self, _end, weakref.ref(self), handle, self._file, self._names, self.pid
         )
         call_at_process_end(self._finalizer)
 
@@ -265,10 +270,14 @@ class Region:
         from multiprocessing import context, reduction
 
         duplicate = None
-        if context.get_spawning_popen() is not None:
-            duplicate = reduction.DupFd(self.fd)
+        child: Any = context.get_spawning_popen()
+        if child is not None:
+            # Once a child, who may get several things in this region: a descriptor cannot be passed on twice.
+            if self._passed_to() is not child:
+                self._passed_to, self._duplicate = weakref.ref(child), reduction.DupFd(self.fd)
+            duplicate = self._duplicate
         pid = os.getpid()
-        return RegionToken(self.number, pid, _start_time(pid), self.fd, self.inode, self.name, duplicate)
+        return RegionToken(self.number, pid, start_time(pid), self.fd, self.inode, self.name, duplicate)
 
     def rejoin(self) -> Region:
         """In a forked child: join once more, as a participant of its own."""
@@ -276,7 +285,7 @@ class Region:
             known = _attached.get(self.number)
             if known is not None and known.pid == os.getpid() and not known.closed:
                 return known
-            return Region.attach(os.dup(self.fd), self.name)
+            return Region.attach(self._file.duplicate().detach(), self.name)
 
     @property
     def fd(self) -> int:
@@ -287,11 +296,7 @@ class Region:
         ShmError
             Other code has closed it.
         """
-        if not self._fd.is_ours():
-            raise ShmError(
-                "the descriptor of this region was closed by other code: no process can join by it"
-            )
-        return self._fd.fd
+        return self._file.fileno()
 
     # --- memory --------------------------------------------------------------------------------
 
@@ -337,7 +342,7 @@ class Region:
         if self.pid != os.getpid():
             return
         lib.shmr_close(self.handle, int(force))
-        self._fd.close()
+        self._file.close()
         while self._names:
             _unlink(self._names.pop())
             self.name = None
@@ -365,34 +370,10 @@ class _Unfinished(FileNotFoundError):
     pass
 
 
-class _Descriptor:
-    """A descriptor that is closed once; not if other code has closed it, and its number is another file's by now."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.identity = _identity(fd)
-
-    def is_ours(self) -> bool:
-        try:
-            return self.fd >= 0 and _identity(self.fd) == self.identity
-        except OSError:
-            return False
-
-    def close(self) -> None:
-        ours, fd, self.fd = self.is_ours(), self.fd, -1
-        if ours:
-            os.close(fd)
-
-
-def _identity(fd: int) -> tuple[int, int]:
-    info = os.fstat(fd)
-    return info.st_dev, info.st_ino
-
-
-def _end(region: weakref.ref[Region], handle: Any, fd: _Descriptor, names: list[str], pid: int) -> None:
+def _end(region: weakref.ref[Region], handle: Any, file: Descriptor, names: list[str], pid: int) -> None:
     """Finalize a region: when it is collected, or at exit."""
     if pid != os.getpid():
-        fd.close()
+        file.close()
         if region() is None:  # else this is the exit
             lib.shmr_forget(handle)
         return
@@ -404,7 +385,7 @@ def _end(region: weakref.ref[Region], handle: Any, fd: _Descriptor, names: list[
     lib.shmr_close(handle, int(left is not None))
     if left is None:
         lib.shmr_free(handle)
-    fd.close()
+    file.close()
     while names:
         _unlink(names.pop())
 
@@ -475,7 +456,7 @@ def _has_name(fd: int, name: str) -> bool:
         info = os.stat(_path(name), follow_symlinks=False)
     except FileNotFoundError:
         return False
-    return (info.st_dev, info.st_ino) == _identity(fd)
+    return os.path.samestat(info, os.fstat(fd))
 
 
 def _remove_unfinished(fd: int, name: str) -> bool:
@@ -568,7 +549,7 @@ def _borrow_descriptor(token: RegionToken) -> int:
         f" (pid {token.pid}) {{}}; give the ring a name= for strangers"
     )
     try:
-        if _start_time(token.pid) != token.start_time:
+        if start_time(token.pid) != token.start_time:
             raise ShmError(refusal.format("has ended"))
         fd = os.open(f"/proc/{token.pid}/fd/{token.fd}", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:

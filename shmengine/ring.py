@@ -12,9 +12,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import os
-import threading
 import weakref
-from collections import deque
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,14 +30,15 @@ from shmengine._native.status import (
     deadline_of,
     fail,
 )
-from shmengine.arrays import ArraySpec, decode_spec, encode_spec
+from shmengine.arrays import ArraySpec, Bytes, decode_spec, encode_spec
+from shmengine.attached import Attached, read_config
 from shmengine.config import format_bytes, parse_bytes
 from shmengine.errors import ArrayError, Closed, Corrupt, LayoutMismatch, LeaseError, ShmError, WouldBlock
 from shmengine.leases import Claim, End, Layout, Lease, new_block, release_with
-from shmengine.region import Region, RegionConfig, RegionToken, call_at_process_end
+from shmengine.region import Region, RegionConfig, RegionToken
 from shmengine.stats import RingStats
 
-__all__ = ["Attached", "Ring", "deadline_of", "read_config"]
+__all__ = ["Ring", "deadline_of"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -48,107 +47,6 @@ KIND_ARRAY_PREFIX = 2  # the spec is longer than a descriptor holds: it begins t
 SPEC_BYTES = 128
 MAX_CACHED = 1024
 NO_REFS = ffi.NULL
-
-
-class Attached:
-    """This process's end of a region with one ring: joined anew in a forked child, closed once."""
-
-    _region: Region
-    _h: Any  # its handle
-    _capacity: int
-    _closed: bool
-
-    def _attach(self, region: Region) -> None:
-        self._region = region
-        self._h = region.handle
-        self._capacity = int(read_config(region).capacity[0])
-        self._closed = False
-        self._start_keeping()
-        region.users.add(self)
-
-    def _handle(self) -> Any:
-        """Return the core's handle, joined anew in a forked child."""
-        if self._closed:
-            raise self._refusal()
-        if self._region.pid != os.getpid():
-            self._rejoin()
-        return self._region.handle
-
-    def _rejoin(self) -> Region:
-        """In a forked child: become a participant of its own."""
-        if self._closed:
-            raise self._refusal()
-        if self._region.pid != os.getpid():
-            self._region = self._region.rejoin()
-            self._h = self._region.handle
-            self._region.users.add(self)
-            self._start_keeping()
-            self._forget()
-        return self._region
-
-    def _detach(self) -> None:
-        """Use the region no more; it is left when nobody in this process does."""
-        self._closed = True
-        if self._region.pid == os.getpid():
-            put_back(self._region, self._kept)
-        users = self._region.users
-        users.discard(self)
-        if self._region.pid == os.getpid() and not users:
-            self._region.close()
-
-    def _start_keeping(self) -> None:
-        self._kept: deque[Any] = deque()  # what it has in a forked child is the parent's
-        self._puts_back = False
-
-    def _keep(self, block: Any) -> None:
-        """Keep a message for the next call: a signal's handler has raised, so that nobody has got it."""
-        if isinstance(block, int):
-            block = ffi.cast("shmr_block *", block)
-        if not block.state:
-            return
-        if not self._puts_back:
-            self._puts_back = True
-            # After the region's own finalizer, so that it runs before that one at exit.
-            call_at_process_end(weakref.finalize(self, put_back, self._region, self._kept), 1)
-        copy = new_block()
-        copy[0] = block[0]
-        block.state = 0
-        self._kept.append(copy)
-
-    def _take_kept(self, block: Any) -> bool:
-        """Take the oldest message that was kept, if there is one."""
-        if not self._kept or self._region.pid != os.getpid():
-            return False
-        try:
-            block[0] = self._kept.popleft()[0]
-        except IndexError:
-            return False
-        return True
-
-    def _sleep_at_exit(self) -> None:
-        """Let a daemon thread end with the interpreter, and not with an error, when that closes the region."""
-        if self._region.exiting and threading.current_thread().daemon:
-            threading.Event().wait()
-
-    def _forget(self) -> None:
-        """Drop what belonged to the parent of this forked process."""
-
-    def _refusal(self) -> Closed:
-        """Return the error for whoever uses this after `close`."""
-        raise NotImplementedError
-
-
-def put_back(region: Region, messages: deque[Any]) -> None:
-    """Put back what was leased and never used: when this process's end is closed or collected, or at exit."""
-    if region.pid != os.getpid():
-        return
-    while messages:
-        if lib.shmr_commit(region.handle, 0, 0, -1, 0, messages[0]) != OK:
-            # The ring is full. Leaving would drop these messages, dying does not: so do not leave others.
-            if lib.shmr_live_participants(region.handle) > 1:
-                region.stay()
-            return
-        messages.popleft()
 
 
 class Ring(Attached):
@@ -274,6 +172,7 @@ class Ring(Attached):
 
     def _layout(self, shape: Any, dtype: Any) -> Layout:
         """Return the layout of a shape and a dtype that were not asked for before."""
+        self._handle()  # who has the end's own `claim` may come after `close`
         try:
             spec = ArraySpec(np.dtype(dtype), _shape(shape))
             raw = encode_spec(spec)
@@ -398,22 +297,24 @@ class Ring(Attached):
         """Return the root and the array of a leased message; a message that is no array is given back."""
         block = ffi.cast("shmr_block *", address)
         try:
-            raw = ffi.buffer(block.spec, block.spec_bytes)[:]
             root = self._region.root(block.offset, block.length)
-            start = 0
-            if block.kind == KIND_ARRAY_PREFIX and block.length >= 4:
-                length = int.from_bytes(root[:4].tobytes(), "little")
-                raw = root[4 : 4 + length].tobytes()
-                start = -(-(4 + length) // 64) * 64
-            elif block.kind != KIND_ARRAY:
-                raise Corrupt(f"a message of kind {block.kind} is no array", "kind")
-            return root, arrays.view(root, decode_spec(raw), start)
+            return root, self._array(root, block)
         except (ShmError, MemoryError):
             lib.shmr_release(self._region.handle, block)
             raise
         except BaseException:  # a signal's handler
             self._keep(block)
             raise
+
+    def _array(self, root: Bytes, block: Any) -> Array:
+        """Return the array whose message these bytes are."""
+        if block.kind == KIND_ARRAY:
+            return arrays.view(root, decode_spec(ffi.buffer(block.spec, block.spec_bytes)[:]))
+        if block.kind == KIND_ARRAY_PREFIX and block.length >= 4:
+            length = int.from_bytes(root[:4].tobytes(), "little")
+            spec = decode_spec(root[4 : 4 + length].tobytes())
+            return arrays.view(root, spec, -(-(4 + length) // 64) * 64)
+        raise Corrupt(f"a message of kind {block.kind} is no array", "kind")
 
     def receive(self, timeout: float | None = None) -> Array:
         """Take the oldest message as an array; the lease ends when the last view of it dies.
@@ -597,13 +498,6 @@ def _shape(shape: Any) -> tuple[int, ...]:
 
 def _config(capacity: int, size: int) -> RegionConfig:
     return RegionConfig(arena_bytes=size, capacities=(capacity,))
-
-
-def read_config(region: Region) -> Any:
-    """Return the geometry of a region, a ``shmr_config``."""
-    out = ffi.new("shmr_config *")
-    lib.shmr_read_config(region.handle, out)
-    return out
 
 
 def _open_region(settings: RegionConfig, name: str | None) -> Region:

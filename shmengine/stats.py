@@ -7,7 +7,7 @@ from typing import Any
 
 from shmengine.config import format_bytes
 
-__all__ = ["EngineStats", "RingStats"]
+__all__ = ["ChannelStats", "EngineStats", "RingStats"]
 
 
 class _Table:
@@ -30,7 +30,19 @@ class _Table:
 
 
 # Fields that count bytes and are shown with a unit.
-_BYTES = frozenset({"bytes_copied", "bytes_shared", "bytes_committed", "memory_budget", "memory_used"})
+_BYTES = frozenset(
+    {
+        "bytes_committed",
+        "bytes_copied",
+        "bytes_received",
+        "bytes_sent",
+        "bytes_shared",
+        "memory_budget",
+        "memory_used",
+        "wire_bytes_received",
+        "wire_bytes_sent",
+    }
+)
 
 
 def _shown(name: str, value: Any) -> str:
@@ -107,3 +119,33 @@ class RingStats(_Table):
     """Bytes of payload committed since the ring was made."""
     leases_held: tuple[tuple[int, int], ...] = ()
     """(process id, messages that it has leased and not yet released) of each participant that has any now."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelStats(_Table):
+    """A snapshot of what one end of a channel has done, from its ``stats()``; counted in this process."""
+
+    mechanism: str
+    """``"pipe"``, ``"mqueue"``, ``"shm"`` or ``"socket"``."""
+    messages_sent: int = 0
+    """Messages that were wholly sent."""
+    messages_received: int = 0
+    """Messages that were handed out."""
+    bytes_sent: int = 0
+    """Bytes of their frames, before compression."""
+    bytes_received: int = 0
+    """The same of those received."""
+    wire_bytes_sent: int = 0
+    """Bytes that really went out, after compression; 0 over shared memory, where none do."""
+    wire_bytes_received: int = 0
+    """The same of those received."""
+    gaps: int = 0
+    """Messages found to be missing; each gap was an error of `receive`, too."""
+    duplicates: int = 0
+    """Messages that came again or late, and were dropped."""
+    corrupt: int = 0
+    """Messages that failed a check, and were dropped with an error."""
+    resent: int = 0
+    """Messages that were sent once more, because their connection broke before they were acknowledged."""
+    reconnects: int = 0
+    """Times that a connection was made anew."""

@@ -29,6 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
     adopt_orphans()
 
 
+def pytest_collection_finish() -> None:
+    # Thousands of tests and all they import: not to be looked through by each collection of garbage in them.
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     if (watchdog := config.stash.get(WATCHDOG, None)) is not None:
         watchdog.close()

@@ -44,11 +44,12 @@ from shmengine.engine.collector import Collector
 from shmengine.engine.deaths import Deaths
 from shmengine.engine.futures import Futures
 from shmengine.engine.inflight import Batch, InFlight, Job, Task
-from shmengine.engine.interrupts import InterruptsLater
 from shmengine.engine.policy import Policy
 from shmengine.engine.shortage import LOOK_NS, Patience, Shortage
 from shmengine.errors import ArrayError, Closed, Corrupt, RemoteError
+from shmengine.exceptions import decode_exception
 from shmengine.filemap import forget_files
+from shmengine.interrupts import InterruptsLater
 from shmengine.leases import release_with
 from shmengine.region import EXTENT_BYTES, Region
 from shmengine.workers import logs, messages
@@ -441,7 +442,7 @@ class Dispatcher:
             self.spare.append(block)
         del holder
         if kind == BROKEN:
-            cause = codec.decode_exception(payload) if error is None else error
+            cause = decode_exception(payload) if error is None else error
             self.fail_all(lambda: self.policy.broken(_initializer_error(cause)))
             return
         self.deaths.failed_starts = 0
@@ -478,7 +479,7 @@ class Dispatcher:
                 if good:
                     self.conclude(job, task, value, None)
                     continue
-                raised = codec.decode_exception(value)
+                raised = decode_exception(value)
                 self.conclude(job, task, None, raised if good is False else self.policy.broken(raised))
 
     def run_later(self, batch: Batch, payload: Any, error: BaseException | None) -> None:
@@ -487,7 +488,7 @@ class Dispatcher:
         if len(batch.tasks) > 1 or (job.retries and self.in_flight):
             self.later.extend(Batch(job, [task]) for task in batch.tasks)
         else:
-            self.conclude(job, batch.tasks[0], None, error or codec.decode_exception(payload))
+            self.conclude(job, batch.tasks[0], None, error or decode_exception(payload))
 
     def must_copy(self, nbytes: int) -> bool:
         """Tell whether a result has to go to private memory, because what users keep must not stop the flow."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmengine.engine.backend import Submit, TaskOptions, annotate
 from shmengine.engine.inflight import BATCH_MAX, BATCH_NS, Batch, Job, Task
+from shmengine.errors import Closed
 
 if TYPE_CHECKING:
     from shmengine.engine.dispatch import Dispatcher
@@ -89,8 +90,10 @@ class Futures:
         if batch is not None:
             try:
                 core.dispatch(batch, encoded)
-            except BaseException:
+            except BaseException as error:
                 self._ended(task)
+                if isinstance(error, Closed):
+                    core.check_open()  # says why
                 raise
         core.collector.wake()
         return task.future

@@ -232,7 +232,7 @@ class ProcessBackend:
 
     def processes(self) -> dict[int, subprocess.Popen[bytes]]:
         """Return the workers by their process ids."""
-        return self._core.pool.processes()
+        return {pid: worker.process for pid, worker in self._core.pool.processes().items()}
 
     def stats(self) -> EngineStats:
         """Return a snapshot of the counters."""

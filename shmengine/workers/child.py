@@ -29,6 +29,7 @@ from shmengine._native.status import CLOSED, CORRUPT, INTERRUPTED, OK, TIMEOUT, 
 from shmengine.arena import Arena
 from shmengine.arrays import GivenReference, detach, has_views, owner_of
 from shmengine.errors import Corrupt, MemoryBudgetExceeded
+from shmengine.exceptions import encode_exception
 from shmengine.leases import release_with
 from shmengine.pickling import original_error
 from shmengine.region import Region
@@ -136,7 +137,7 @@ class Worker:
             try:
                 self.prepare(*codec.decode(self.initializer, copy=True))
             except BaseException as error:
-                self.send(BROKEN, 0, codec.encode(codec.encode_exception(error)), b"")
+                self.send(BROKEN, 0, codec.encode(encode_exception(error)), b"")
                 raise
             self.initializer = None
         lib.shmr_set_progress(self.region.handle, 0, 0)
@@ -165,7 +166,7 @@ class Worker:
                 return
             elif status == CORRUPT and block.kind in (TASK, BLOCK):
                 damage = Corrupt("the task was changed in shared memory, on its way to a worker", detail())
-                self.answer(block.tag, [(False, codec.encode_exception(damage))], 0)
+                self.answer(block.tag, [(False, encode_exception(damage))], 0)
             elif status != INTERRUPTED:
                 fail(status, "lease a task")
 
@@ -230,7 +231,7 @@ class Worker:
                 root, self.resolve_writable if mode == SHARED else self.arena.resolve
             )
         except BaseException as error:
-            results.append((None, codec.encode_exception(error)))
+            results.append((None, encode_exception(error)))
             calls = indices = ()
         fn: Any = None
         todo = deque(zip(indices, calls, strict=True))
@@ -257,7 +258,7 @@ class Worker:
                     detach(value, kept=self.comes_from_elsewhere)
                 results.append((True, value.pop()))
             except BaseException as error:
-                results.append((None if fn is None else False, codec.encode_exception(error)))
+                results.append((None if fn is None else False, encode_exception(error)))
                 _forget_frames(error)
         args = kwargs = None
         if several:
@@ -319,7 +320,7 @@ class Worker:
             runner.used = time.perf_counter_ns()
         except BaseException as caught:
             blocks = kwargs = None
-            error = codec.encode_exception(caught)
+            error = encode_exception(caught)
             _forget_frames(caught)
         if placed is not None:
             self.answer_placed(tag, *placed)
@@ -433,7 +434,7 @@ class Worker:
                     del kept
                 except BaseException as error:
                     kind = BATCH
-                    encoded = codec.encode([(False, codec.encode_exception(error))])
+                    encoded = codec.encode([(False, encode_exception(error))])
             spec = messages.pack_account(nanoseconds, encoded.bytes_inline, encoded.bytes_shared)
             if self.send(kind, tag, encoded, spec):
                 return
@@ -441,7 +442,7 @@ class Worker:
             for reference in held:
                 self.arena.drop(reference)
             results.clear()
-        shortage = codec.encode_exception(_no_room(encoded.nbytes, self.region))
+        shortage = encode_exception(_no_room(encoded.nbytes, self.region))
         self.send(SHORT, tag, codec.encode(shortage), messages.pack_account(nanoseconds, 0, 0))
 
     def comes_from_elsewhere(self, array: Any) -> bool:
@@ -459,7 +460,7 @@ class Worker:
         try:
             codec.encode(result[1], share=self.arena.share, label="result")
         except BaseException as error:
-            return False, codec.encode_exception(original_error(error) if self.original_errors else error)
+            return False, encode_exception(original_error(error) if self.original_errors else error)
         return result
 
     def send(self, kind: int, tag: int, encoded: codec.Encoded, spec: bytes, block: Any = None) -> bool:

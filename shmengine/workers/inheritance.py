@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from shmengine import codec
+from shmengine.descriptors import Descriptor
 from shmengine.pickling import MultiprocessingReducers
 
 __all__ = ["Inheritance"]
@@ -26,8 +27,6 @@ class Inheritance:
     ----------
     frame : bytes or None
         What a worker decodes.
-    fds : list of int
-        Descriptors that each worker must inherit under these numbers; duplicates, until `close`.
 
     Raises
     ------
@@ -37,8 +36,7 @@ class Inheritance:
 
     def __init__(self, initializer: Callable[..., Any] | None = None, initargs: tuple[Any, ...] = ()) -> None:
         self.frame: bytes | None = None
-        self.fds: list[int] = []
-        self._duplicates = ExitStack()
+        self._duplicates: list[Descriptor] = []
         if initializer is None:
             return
         context = sys.modules.get("multiprocessing.context")  # without it there are no such objects
@@ -65,11 +63,29 @@ class Inheritance:
 
     def duplicate_for_child(self, fd: int) -> int:
         """Return the number under which workers get a descriptor (`multiprocessing` asks for it)."""
-        duplicate = os.dup(fd)
-        self._duplicates.callback(os.close, duplicate)
-        self.fds.append(duplicate)
-        return duplicate
+        duplicate = Descriptor(os.dup(fd), "what an initializer inherits")
+        self._duplicates.append(duplicate)
+        return duplicate.number
+
+    def filenos(self) -> list[int]:
+        """Return the descriptors that each worker must inherit under these numbers: duplicates, until `close`.
+
+        Raises
+        ------
+        ShmError
+            Other code has closed one.
+        """
+        return [duplicate.fileno() for duplicate in self._duplicates]
 
     def close(self) -> None:
         """Close the duplicates; no worker can start any more."""
-        self._duplicates.close()
+        for duplicate in self._duplicates:
+            duplicate.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -12,6 +12,8 @@ import os
 import pickle
 from collections.abc import Callable
 
+from shmengine.descriptors import Descriptor
+
 __all__ = ["deliver", "levels", "send_home"]
 
 _PLAIN = (str, int, float, type(None))
@@ -39,7 +41,7 @@ class _Home(logging.Handler):
 
     def __init__(self, fd: int, current_task: Callable[[], int | None]) -> None:
         super().__init__()
-        self._fd = fd
+        self._pipe = Descriptor(fd, "what this worker logs by")
         self._pid = os.getpid()
         self._current_task = current_task
 
@@ -55,7 +57,7 @@ class _Home(logging.Handler):
                 raw = pickle.dumps({name: v for name, v in fields.items() if type(v) in _PLAIN})
             line = memoryview(base64.b64encode(raw) + b"\n")
             while line:
-                line = line[os.write(self._fd, line) :]
+                line = line[os.write(self._pipe.fileno(), line) :]
         except Exception:
             self.handleError(record)
 

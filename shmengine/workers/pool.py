@@ -10,32 +10,29 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import selectors
+import select
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shmengine import config
 from shmengine._native import ffi, lib
+from shmengine.descriptors import Descriptor, pipe
+from shmengine.errors import ShmError
 from shmengine.region import Region
-from shmengine.workers import logs, stacks
+from shmengine.workers import stacks
 from shmengine.workers.inheritance import Inheritance
 from shmengine.workers.messages import LEAVING, STARTING
+from shmengine.workers.process import WorkerProcess
 
 __all__ = ["Activity", "Death", "Pool"]
 
-PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
-# Not `-m`: the package may be importable for the main process only. -P: the working directory must not shadow it.
-BOOTSTRAP = "import sys; sys.path.append({root!r}); from shmengine.workers.child import main; main({fds})"
-STDERR_LINES = 20
-LATEST_LOOK = 3600.0
+LOOK_SECONDS = 1.0  # then at the latest it is noticed that other code has closed our descriptors
 GRACE_SECONDS = 2.0
 RETRY_SECONDS = 0.25  # after a worker could not be started
 
@@ -63,14 +60,6 @@ class Death:
     """Where it was when we killed it."""
 
 
-def _pipe(flags: int, ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[int, int]:
-    """Return the ends of a pipe, each closed by its stack."""
-    read, write = os.pipe2(os.O_CLOEXEC | flags)
-    ours.callback(os.close, read)
-    theirs.callback(os.close, write)
-    return read, write
-
-
 @dataclass(frozen=True)
 class Activity:
     """What a worker has been doing for some time."""
@@ -87,18 +76,8 @@ class Activity:
     """In parentheses: why there is none."""
 
 
-@dataclass
-class _Worker:
-    process: subprocess.Popen[bytes]
-    pidfd: int
-    stack_pipe: int
-    log_pipe: int
-    started: int = field(default_factory=time.monotonic_ns)
-    streams: dict[int, str] = field(default_factory=dict)
-    tail: deque[str] = field(default_factory=lambda: deque(maxlen=STDERR_LINES))
-    partial: dict[int, bytes] = field(default_factory=dict)
-    killed_for: tuple[int, int] | None = None
-    stack: str = ""  # then
+_Source = tuple[Descriptor, WorkerProcess | None, str]
+"""A descriptor to be watched, of which worker (None: the one that wakes us), and its name."""
 
 
 class Pool:
@@ -143,76 +122,35 @@ class Pool:
         self._environment = environment
         self._on_death = on_death
         self._time_limit = time_limit
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, WorkerProcess] = {}
         self._lock = threading.RLock()
         self._asking = threading.Lock()  # for stacks
         self._closing = False
         self._timed = False
         self._missing = 0  # workers that could not be started, and are tried again
         self._retry_at = 0.0
+        self._setup = {**setup, "initializer": inheritance.frame}
         self._inheritance = inheritance
-        self._descriptors = contextlib.ExitStack()
-        self._descriptors.callback(inheritance.close)
-        try:
-            self._setup_fd = self._keep(_file_of(pickle.dumps({**setup, "initializer": inheritance.frame})))
-            self._parent_pidfd = self._keep(os.pidfd_open(os.getpid()))
-            self._wake_fd = self._keep(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-            self._selector = self._descriptors.enter_context(selectors.DefaultSelector())
-            self._selector.register(self._wake_fd, selectors.EVENT_READ, None)
+        self._poll: select.poll | None = None  # None: what is to be watched has changed
+        self._watched: dict[int, _Source] = {}
+        with contextlib.ExitStack() as on_failure:
+            on_failure.enter_context(inheritance)
+            self._setup_file = on_failure.enter_context(_file_of(self._setup))
+            self._wake_end, self._waker = map(on_failure.enter_context, _wake_pipe())
+            on_failure.callback(self.kill)
             for _ in range(start):
                 self._start()
-        except BaseException:
-            self.kill()
-            self._descriptors.close()
-            raise
+            on_failure.pop_all()
         self._thread = threading.Thread(target=self._watch, name=config.POOL_THREAD, daemon=True)
         self._thread.start()
 
-    def _keep(self, fd: int) -> int:
-        """Close this descriptor at the end."""
-        self._descriptors.callback(os.close, fd)
-        return fd
-
-    # --- starting --------------------------------------------------------------------------------
-
     def _start(self) -> None:
-        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
-            stack_pipe, stack_end = _pipe(os.O_NONBLOCK, ours, theirs)
-            log_pipe, log_end = _pipe(0, ours, theirs)
-            process = self._exec((self.region.fd, self._parent_pidfd, self._setup_fd, stack_end, log_end))
-            try:
-                worker = _Worker(process, os.pidfd_open(process.pid), stack_pipe, log_pipe)
-            except OSError:
-                process.kill()
-                process.communicate()
-                raise
-            ours.pop_all()
-        assert process.stdout is not None
-        assert process.stderr is not None
-        for stream, name in ((process.stdout, "stdout"), (process.stderr, "stderr")):
-            os.set_blocking(stream.fileno(), False)
-            worker.streams[stream.fileno()] = name
-        os.set_blocking(log_pipe, False)
-        worker.streams[log_pipe] = "log"
+        if not self._setup_file.is_ours():
+            self._setup_file = _file_of(self._setup)
+        worker = WorkerProcess(self.region, self._setup_file, self._inheritance, self._environment)
         with self._lock:
-            self._workers[process.pid] = worker
-            self._selector.register(worker.pidfd, selectors.EVENT_READ, worker)
-            for fd in worker.streams:
-                self._selector.register(fd, selectors.EVENT_READ, worker)
-
-    def _exec(self, fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
-        source = BOOTSTRAP.format(root=PACKAGE_ROOT, fds=", ".join(map(str, fds)))
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-        flags = [flag for flag in flags if flag != "-i"]
-        return subprocess.Popen(
-            [sys.executable, *flags, "-P", "-c", source],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=(*fds, *self._inheritance.fds),
-            env={**os.environ, **self._environment},
-            process_group=0,  # Ctrl-C at the terminal reaches main alone
-        )
+            self._workers[worker.pid] = worker
+            self._poll = None
 
     # --- watching --------------------------------------------------------------------------------
 
@@ -222,10 +160,10 @@ class Pool:
         with self._lock:
             return list(self._workers)
 
-    def processes(self) -> dict[int, subprocess.Popen[bytes]]:
+    def processes(self) -> dict[int, WorkerProcess]:
         """Return the workers by their process ids."""
         with self._lock:
-            return {pid: worker.process for pid, worker in self._workers.items()}
+            return dict(self._workers)
 
     def provide(self, tasks: int, *, at_once: bool) -> None:
         """Before this number of tasks is out: start a worker if none is idle, or (`at_once`) all that are missing."""
@@ -236,6 +174,7 @@ class Pool:
                 len(self._workers) < self.count and not self._closing and (at_once or tasks > self._ready())
             ):
                 self._start()
+                self._wake()  # it is to be watched
                 tasks = 0
 
     def _ready(self) -> int:
@@ -250,33 +189,76 @@ class Pool:
             self._wake()
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake_fd, 1)
+        with contextlib.suppress(OSError, ShmError):
+            os.write(self._waker.fileno(), b"\0")
 
     def _watch(self) -> None:
+        look_at = 0.0
         while True:
-            wait = self._enforce_limits() if self._timed else LATEST_LOOK
+            now = time.monotonic()
+            if now >= look_at:
+                self._regain()
+                look_at = now + LOOK_SECONDS
+            wait = look_at - now
+            if self._timed:
+                wait = min(wait, self._enforce_limits())
             if self._missing:
                 wait = min(wait, max(self._retry_at - time.monotonic(), 0))
-            for key, _ in self._selector.select(wait):
-                worker: _Worker | None = key.data
-                if worker is None:
-                    with contextlib.suppress(BlockingIOError):
-                        os.eventfd_read(self._wake_fd)
-                elif key.fd == worker.pidfd:
+            for file, worker, name in self._await(wait):
+                if not file.is_ours():
+                    look_at = 0.0  # others may be lost, too
+                    self._poll = None
+                elif worker is None:
+                    file.read(1 << 10)
+                elif name == "pidfd":
                     self._bury(worker)
-                else:
-                    self._forward(worker, key.fd)
+                elif not worker.forward(name):
+                    self._poll = None
             if self._closing and not self._workers:
                 return
             if self._missing and time.monotonic() >= self._retry_at:
                 self._start_missing()
 
+    def _await(self, seconds: float) -> list[_Source]:
+        """Wait until there is something to read, and return where.
+
+        (By `poll`, which has no descriptor of its own that other code could close, and holds the files that it waits
+        for: a death is seen whatever becomes of our descriptors meanwhile.)
+        """
+        with self._lock:  # `provide` starts workers in other threads
+            if (poll := self._poll) is None:
+                sources: list[_Source] = [(self._wake_end, None, "")]
+                for worker in self._workers.values():
+                    sources += ((file, worker, name) for name, file in worker.watched())
+                self._watched = {source[0].number: source for source in sources if source[0].is_ours()}
+                self._poll = poll = select.poll()
+                for fd in self._watched:
+                    poll.register(fd, select.POLLIN)
+        return [self._watched[fd] for fd, _ in poll.poll(seconds * 1000)]
+
+    def _regain(self) -> None:
+        """Open anew what other code has closed: it must not go unnoticed that a worker has died."""
+        gone = []
+        with self._lock, contextlib.suppress(OSError):  # there are no descriptors to be had: at the next look
+            if not (self._wake_end.is_ours() and self._waker.is_ours()):
+                lost = self._wake_end, self._waker
+                self._wake_end, self._waker = _wake_pipe()
+                for file in lost:
+                    file.close()
+                self._poll = None
+            for worker in self._workers.values():
+                try:
+                    if worker.regain():
+                        self._poll = None
+                except ProcessLookupError:
+                    gone.append(worker)
+        for worker in gone:
+            self._bury(worker)
+
     def _enforce_limits(self) -> float:
         """Kill workers whose task runs longer than it may; return the seconds until the next look."""
         wait = 0.05
         now = time.monotonic_ns()
-        any_limit = False
         for pid, worker in list(self._workers.items()):
             found = self._progress(pid)
             if found is None:
@@ -285,27 +267,25 @@ class Pool:
             limit = self._time_limit(tag, index) if tag else None
             if limit is None or not since or worker.killed_for is not None:
                 continue
-            any_limit = True
             left = limit - (now - since) / 1e9
             if left <= 0:
                 self._end_overdue(worker, found)
             else:
                 wait = min(wait, left)
-        return wait if any_limit or self._timed else LATEST_LOOK
+        return wait
 
-    def _end_overdue(self, worker: _Worker, found: tuple[int, int, int, int]) -> None:
+    def _end_overdue(self, worker: WorkerProcess, found: tuple[int, int, int, int]) -> None:
         """Kill a worker for the task that it runs too long; if it is at that task no more, let it go on."""
-        pid = worker.process.pid
         with self._asking, contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(worker.pidfd, signal.SIGSTOP)  # what is killed is what was judged
-            stacks.await_standstill(pid)
-            now = self._progress(pid)
+            worker.send_signal(signal.SIGSTOP)  # what is killed is what was judged
+            stacks.await_standstill(worker.pid)
+            now = self._progress(worker.pid)
             if now is None or now[:3] != found[:3]:
-                signal.pidfd_send_signal(worker.pidfd, signal.SIGCONT)
+                worker.send_signal(signal.SIGCONT)
                 return
             worker.killed_for = found[:2]
-            (worker.stack,) = stacks.answers([stacks.Question(pid, worker.stack_pipe, last=True)])
-            signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+            (worker.stack,) = stacks.answers([worker.ask_at_last()])
+            worker.send_signal(signal.SIGKILL)
 
     def _progress(self, pid: int) -> tuple[int, int, int, int] | None:
         """Return (tag, index, since, bytes it starves for) of a worker."""
@@ -356,9 +336,7 @@ class Pool:
                     seconds = (now - (since or now)) / 1e9
                     if tag and seconds >= after:
                         found.append((seconds, pid, tag, index, since, starves))
-                        pipe = os.dup(worker.stack_pipe)
-                        files.callback(os.close, pipe)
-                        questions.append(stacks.Question(pid, pipe))
+                        questions.append(worker.ask(files))
             said = stacks.answers(questions)
             with self._lock:
                 # Without those that have moved on, whose stack is of something else.
@@ -370,73 +348,17 @@ class Pool:
                     if (self._progress(pid) or (tag, index, since))[:3] == (tag, index, since)
                 ]
 
-    def _forward(self, worker: _Worker, fd: int) -> None:
-        """Pass on what a worker printed, whole lines at a time."""
-        try:
-            piece = os.read(fd, 1 << 16)
-        except BlockingIOError:
-            return
-        except OSError:
-            piece = b""
-        if not piece:
-            self._selector.unregister(fd)
-            self._print(worker, fd, worker.partial.pop(fd, b""))
-            return
-        whole, newline, rest = (worker.partial.pop(fd, b"") + piece).rpartition(b"\n")
-        if len(rest) > 1 << 20:
-            whole, newline, rest = whole + newline + rest, b"", b""
-        if rest:
-            worker.partial[fd] = rest
-        self._print(worker, fd, whole + newline)
-
-    def _print(self, worker: _Worker, fd: int, raw: bytes) -> None:
-        if not raw:
-            return
-        name = worker.streams[fd]
-        if name == "log":
-            logs.deliver(raw)
-            return
-        text = raw.decode(errors="replace")
-        if name == "stderr":
-            worker.tail.extend(text.splitlines())
-        stream = sys.stdout if name == "stdout" else sys.stderr
-        with contextlib.suppress(Exception):  # the user's stream may be anything, or closed
-            stream.write(text)
-            stream.flush()
-
-    def _drain(self, worker: _Worker) -> None:
-        """Read what a dead worker has left in its pipes; a grandchild may hold them open, so never wait."""
-        for fd in worker.streams:
-            if fd not in self._selector.get_map():
-                continue
-            while True:
-                try:
-                    piece = os.read(fd, 1 << 16)
-                except OSError:
-                    piece = b""
-                if not piece:
-                    break
-                worker.partial[fd] = worker.partial.get(fd, b"") + piece
-            self._selector.unregister(fd)
-            self._print(worker, fd, worker.partial.pop(fd, b""))
-
     # --- death -----------------------------------------------------------------------------------
 
-    def _bury(self, worker: _Worker) -> None:
-        process = worker.process
+    def _bury(self, worker: WorkerProcess) -> None:
         with self._lock:
-            self._selector.unregister(worker.pidfd)
-            self._drain(worker)
-            returncode = process.wait()
-            progress = self._progress(process.pid)
-            leased = self._recover(process.pid)
-            os.close(worker.pidfd)
-            os.close(worker.stack_pipe)
-            os.close(worker.log_pipe)
-            for stream in (process.stdout, process.stderr):
-                if stream is not None:
-                    stream.close()
-            del self._workers[process.pid]
+            worker.drain()
+            returncode = worker.wait()
+            progress = self._progress(worker.pid)
+            leased = self._recover(worker.pid)
+            worker.close()
+            del self._workers[worker.pid]
+            self._poll = None
         tag, index = (progress[0], progress[1]) if progress else (0, 0)
         if returncode == 0 and tag == LEAVING:
             self._missing += 1
@@ -446,7 +368,7 @@ class Pool:
         if not expected:
             self.deaths += 1
         death = Death(
-            process.pid,
+            worker.pid,
             returncode,
             tag,
             index,
@@ -470,7 +392,7 @@ class Pool:
                     self._missing -= 1
                 self._missing, self._retry_at = 0, 0.0
                 return
-            except (OSError, MemoryError) as error:
+            except (OSError, MemoryError, ShmError) as error:
                 failure = str(error) or "no memory"
             nobody_left = not self._workers
         if not self._retry_at:
@@ -513,7 +435,8 @@ class Pool:
 
         `meanwhile` is called now and then until they have ended.
         """
-        self._closing = True
+        with self._lock:  # nobody is just starting one
+            self._closing = True
         if wait:
             self._wake()
             deadline = None
@@ -530,29 +453,35 @@ class Pool:
         self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        self._descriptors.close()
+        for file in (self._setup_file, self._wake_end, self._waker, self._inheritance):
+            file.close()
 
     def kill(self) -> None:
         """End all workers now."""
-        self._closing = True
         with self._lock:
+            self._closing = True
             for worker in self._workers.values():
                 with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+                    worker.send_signal(signal.SIGKILL)
             if not hasattr(self, "_thread"):
                 for worker in list(self._workers.values()):
                     self._bury(worker)
 
 
-def _file_of(raw: bytes) -> int:
-    fd = os.memfd_create("shmengine-setup", os.MFD_CLOEXEC)
+def _wake_pipe() -> tuple[Descriptor, Descriptor]:
+    # Not an eventfd, which could not be told from another one: a pipe also wakes us when its other end is closed.
+    return pipe("the wake-up of a pool", os.O_NONBLOCK)
+
+
+def _file_of(setup: dict[str, Any]) -> Descriptor:
+    file = Descriptor(os.memfd_create("shmengine-setup", os.MFD_CLOEXEC), "what workers are told")
     try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(raw)
+        with open(file.fileno(), "wb", closefd=False) as stream:
+            stream.write(pickle.dumps(setup))
     except BaseException:
-        os.close(fd)
+        file.close()
         raise
-    return fd
+    return file
 
 
 def _oom_kills() -> int:

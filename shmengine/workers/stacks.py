@@ -20,6 +20,7 @@ from pathlib import Path
 
 from shmengine._native import lib
 from shmengine._native.status import OK
+from shmengine.descriptors import Descriptor
 
 __all__ = ["Question", "answer", "answers", "await_standstill", "thread_stack"]
 
@@ -39,6 +40,7 @@ ENDED = "(it has ended)"
 STOPPED = "(no answer: it is stopped)"
 BLOCKED = "(no answer: it blocks signals)"
 STARTING = "(no answer: it is starting)"
+CLOSED = "(no answer: its descriptors were closed by other code)"
 NO_ANSWER = "(no answer)"
 
 
@@ -63,16 +65,19 @@ class Question:
     Parameters
     ----------
     pid : int
-    pipe : int
-        What it answers by.
+    pipe : Descriptor
+        What it answers by, here.
+    end : int
+        The same there: the number that its end has.
     last : bool
         It was stopped: it says where it is, and ends without a step in between. (One that cannot answer goes on
         to stand still.)
     """
 
-    def __init__(self, pid: int, pipe: int, *, last: bool = False) -> None:
+    def __init__(self, pid: int, pipe: Descriptor, end: int, *, last: bool = False) -> None:
         self.pid = pid
         self.pipe = pipe
+        self.end = end
         self.text = ""
         while _read(pipe):  # of an earlier answer that came too late
             pass
@@ -90,10 +95,19 @@ class Question:
         bit = 1 << (number - 1)
         if not caught & bit:
             return STARTING
+        if not self._can_answer():
+            return CLOSED
         if blocked & bit and blocked != bit:  # blocked alone: it is about to return from the handler
             return BLOCKED
         # To its main thread, which runs tasks: others that a library has started could take it.
         return "" if lib.shmr_signal_main_thread(self.pid, number) == OK else ENDED
+
+    def _can_answer(self) -> bool:
+        """Tell whether both ends are still the pipe's; else it would write to somebody else's file."""
+        with contextlib.suppress(OSError):
+            end = os.stat(f"/proc/{self.pid}/fd/{self.end}")
+            return self.pipe.is_ours() and (end.st_dev, end.st_ino) == self.pipe.identity
+        return False
 
     def read(self) -> bool:
         """Take in what there is; tell whether that is all."""
@@ -112,14 +126,14 @@ def answers(questions: list[Question]) -> list[str]:
     poll = select.poll()
     waiting = [question for question in questions if not question.why]
     for question in waiting:
-        poll.register(question.pipe, select.POLLIN)
+        poll.register(question.pipe.number, select.POLLIN)
     deadline = time.monotonic() + ANSWER_SECONDS
     while waiting and time.monotonic() < deadline:
         poll.poll(SLICE_MS)
         for question in list(waiting):
             question.why = _at_rest(question.pid)  # before the last look at what it has said
             if question.read() or question.why:
-                poll.unregister(question.pipe)
+                poll.unregister(question.pipe.number)
                 waiting.remove(question)
     return [question.answer() for question in questions]
 
@@ -143,9 +157,9 @@ def await_standstill(pid: int, seconds: float = 1.0) -> None:
         time.sleep(0.0005)
 
 
-def _read(pipe: int) -> str:
+def _read(pipe: Descriptor) -> str:
     try:
-        return os.read(pipe, 1 << 16).decode(errors="replace")
+        return pipe.read(1 << 16).decode(errors="replace")
     except BlockingIOError:
         return ""
 

@@ -122,6 +122,34 @@ static void a_deep_one(void) {
     in_groups(deep, the_eighth_is_full);
 }
 
+/* Other code has closed all descriptors, and has files of its own under their numbers. */
+static void others_have_our_numbers(shmr *h) {
+    there_is_room(h);
+    for (int which = LIMIT; which <= STATISTICS; which++) {
+        int other = memfd_create("other", MFD_CLOEXEC);
+        write_text(other, "0\n"); /* as a limit it would leave no room */
+        CHECK(dup2(other, faked_files[which]) == faked_files[which]);
+        close(other);
+    }
+    uint32_t before = open_descriptors();
+    for (int which = 0; which < 3; which++) {
+        OK(shmr_reserve(h, 0, SHMR_PAGE)); /* the files are found again, */
+        CHECK_EQ(open_descriptors(), before);
+    }
+    for (int which = LIMIT; which <= STATISTICS; which++) CHECK(fcntl(faked_files[which], F_GETFD) >= 0);
+    files = (const struct fake[]){{0}};
+    OK(shmr_reserve(h, 0, SHMR_PAGE)); /* or the group is gone, which limits nothing */
+}
+
+static void descriptors_closed_under_us(void) {
+    in_groups((const struct fake[]){{"/proc/self/cgroup", "0::/a\n"},
+                                    {"/sys/fs/cgroup/a/memory.max", "1073741824\n"},
+                                    {"/sys/fs/cgroup/a/memory.current", "4096\n"},
+                                    {"/sys/fs/cgroup/a/memory.stat", ""},
+                                    {0}},
+              others_have_our_numbers);
+}
+
 static void none_that_limits(void) {
     static const struct fake cases[][4] = {
         {{"/proc/self/cgroup", "0::/a\n"}, {"/sys/fs/cgroup/a/memory.max", "max\n"}},
@@ -140,6 +168,7 @@ int main(void) {
     RUN(version_2);
     RUN(version_1);
     RUN(a_deep_one);
+    RUN(descriptors_closed_under_us);
     RUN(none_that_limits);
     return summary("unit_cgroup");
 }

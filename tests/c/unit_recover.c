@@ -473,7 +473,7 @@ static void pidfds_of_one_inode(void) {
     open_region();
     struct report r;
     pid_t victim = start_victim(script_nothing, &r);
-    struct shmr_file kept;
+    shmr_file kept;
     int of_victim = (int)syscall(SYS_pidfd_open, victim, 0), of_us = (int)syscall(SYS_pidfd_open, getpid(), 0);
     REQUIRE(of_victim >= 0 && of_us >= 0);
     CHECK_EQ(shmr_pidfd_pid(of_victim), victim);

@@ -71,6 +71,38 @@ static void a_message_arrives_as_it_was_sent(void) {
     close_whole(h);
 }
 
+static void sent_in_one_call(void) {
+    shmr *h = open_ring(1, 0), *other = attach_region(fd);
+    char bytes[3000];
+    for (int i = 0; i < 3000; i++) bytes[i] = (char)(i * 7);
+    shmr_block first = {.kind = 5, .length = 3000, .spec_bytes = 2, .spec = "ab"}, second = first, got;
+    OK(shmr_send(h, 0, 1, NOT_AT_ALL, bytes, &first));
+    CHECK_EQ(first.state, 0);
+    /* The ring is full: the bytes are in place, and are not looked at again. */
+    CHECK_STATUS(shmr_send(h, 0, 1, NOT_AT_ALL, bytes, &second), SHMR_WOULD_BLOCK);
+    CHECK_EQ(kind_of(h, second.block), SHMR_CLAIMED);
+    bytes[0] = 99;
+    OK(shmr_lease(other, 0, 1, NOT_AT_ALL, &got));
+    CHECK(got.kind == 5 && got.length == 3000 && got.spec_bytes == 2 && memcmp(got.spec, "ab", 2) == 0);
+    CHECK(memcmp(bytes_of(other, &got) + 1, bytes + 1, 2999) == 0);
+    OK(shmr_release(other, &got));
+    OK(shmr_send(h, 0, 1, NOT_AT_ALL, bytes, &second));
+    OK(shmr_lease(other, 0, 1, NOT_AT_ALL, &got));
+    CHECK_EQ(bytes_of(other, &got)[0], 0);
+    OK(shmr_release(other, &got));
+    /* One that is given up is nobody's. */
+    OK(shmr_send(h, 0, 0, NOT_AT_ALL, bytes, &first));
+    CHECK_STATUS(shmr_send(h, 0, 0, NOT_AT_ALL, bytes, &second), SHMR_WOULD_BLOCK);
+    OK(shmr_abort(h, &second));
+    OK(shmr_lease(other, 0, 1, NOT_AT_ALL, &got));
+    OK(shmr_release(other, &got));
+    shmr_block large = {.length = UINT64_C(1) << 40};
+    CHECK_STATUS(shmr_send(h, 0, 0, NOT_AT_ALL, bytes, &large), SHMR_TOO_LARGE);
+    CHECK_EQ(large.state, 0);
+    leave_region(other);
+    close_whole(h);
+}
+
 static void empty_messages(void) {
     shmr *h = open_ring(8, 0);
     shmr_block b = claim(h, 0);
@@ -330,6 +362,7 @@ static void memory_comes_back(void) {
 
 int main(void) {
     RUN(a_message_arrives_as_it_was_sent);
+    RUN(sent_in_one_call);
     RUN(empty_messages);
     RUN(first_in_first_out);
     RUN(capacity_is_exact);

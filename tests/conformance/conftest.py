@@ -1,4 +1,4 @@
-"""Each backend in turn: serial is the oracle, the others must not differ from it."""
+"""Each backend in turn: serial is the oracle, the others must not differ from it. And each mechanism of channels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import pytest
 
 from shmengine.engine import Engine
+from tests.helpers.channels import MECHANISMS, STARTS, Partners, make_pair
 
 BACKENDS = ["serial", "thread", "process"]
 
@@ -63,3 +64,45 @@ def wait_for_file(path, value=None):
     while not os.path.exists(path):
         time.sleep(0.001)
     return value
+
+
+# --- channels ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=MECHANISMS)
+def mechanism(request):
+    return request.param
+
+
+@pytest.fixture(params=STARTS)
+def how(request):
+    """How whoever has the other end is started."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def partners():
+    """Those who have the other ends; a module's tests share their processes."""
+    shared = Partners()
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def make_channel(mechanism):
+    """Makes channels, and closes in the end what is still open."""
+    made = []
+
+    def make(**options):
+        made.append(make_pair(mechanism, **options))
+        return made[-1]
+
+    yield make
+    for ends in made:
+        for end in ends:
+            end.close()
+
+
+@pytest.fixture
+def ends(make_channel):
+    return make_channel()

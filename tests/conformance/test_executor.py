@@ -19,6 +19,7 @@ import pytest
 
 import shmengine as shm
 from shmengine.errors import RemoteError, SerializationError, WorkerDied
+from shmengine.workers import messages
 from tests.helpers import poll_until, run_script
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -378,6 +379,26 @@ def test_an_initializer_that_fails_breaks_it(pool, capfd):
         error = executor.submit(square, 1).exception(60)
         assert isinstance(error, BrokenProcessPool)
         poll_until(lambda: executor._broken)
+        with pytest.raises(BrokenProcessPool):
+            executor.submit(square, 1)
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize("step", ["encode_batch", "dispatch", "write_frame"])
+@pytest.mark.parametrize("ended", [False, True])
+def test_also_when_the_worker_is_quicker_than_submit(ours, step, ended, capfd, monkeypatch):
+    with ours(1, initializer=fail) as executor:
+        core = executor._backend._core
+        owner = messages if step == "write_frame" else core
+        go_on = getattr(owner, step)
+
+        def see_it_fail_and_go_on(*args, **kwargs):
+            core.collector.wake()
+            poll_until(lambda: core.closed if ended else executor._broken)
+            return go_on(*args, **kwargs)
+
+        monkeypatch.setattr(owner, step, see_it_fail_and_go_on)
+        assert isinstance(executor.submit(square, 1).exception(60), BrokenProcessPool)
         with pytest.raises(BrokenProcessPool):
             executor.submit(square, 1)
     capfd.readouterr()

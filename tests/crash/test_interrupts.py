@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from shmengine.engine.interrupts import InterruptsLater
+from shmengine.interrupts import InterruptsLater
 from tests.helpers.scripts import run_script
 
 CALLS = {

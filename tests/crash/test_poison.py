@@ -10,8 +10,9 @@ import time
 import numpy as np
 import pytest
 
+from shmengine.attached import read_config
 from shmengine.errors import Corrupt
-from shmengine.ring import Ring, read_config
+from shmengine.ring import Ring
 
 FAR_AWAY = 100_000
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import sys
 import types
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import ROOT, run_script
+from tests.helpers.channels import MECHANISMS
 
 EXPECTED = {
     "hello_map.py": "5000000 values, the last is 3.0; the sum of x is 2500000.0\n",
@@ -102,3 +104,63 @@ def test_the_example_in_the_readme_runs():
     result = run_script(source, check=True)
     expected = [line.partition("# prints ")[2] for line in source.splitlines() if "# prints " in line]
     assert result.stdout.splitlines() == expected
+
+
+LOG = """\
+2026-05-20 10:00:0{0} install package:amd64 <none> 1.{1}
+May 20 10:00:0{0} host sshd[{1}]: error: Failed password user=root port={1}
+10.0.0.{0} - alice [20/May/2026:10:00:0{0} +0200] "GET /{1} HTTP/1.1" 404 17
+Traceback of something without a time {1}
+
+"""
+
+
+@pytest.fixture
+def log_file(tmp_path):
+    path = tmp_path / "some.log"
+    path.write_text("".join(LOG.format(number % 10, number) for number in range(1500)))
+    return path
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_log_pipeline_survives_a_killed_worker(log_file, tmp_path, mechanism):
+    output = tmp_path / "records.json"
+    options = [
+        "--mechanism",
+        mechanism,
+        "--workers",
+        "2",
+        "--bytes",
+        "1",
+        "--batch",
+        "8 KiB",
+        "--kill",
+        "--check",
+    ]
+    result = run_script(
+        ROOT / "examples" / "log_pipeline.py",
+        args=[str(log_file), *options, "--output", str(output)],
+        check=True,
+    )
+    assert f"6000 records through {mechanism} and 2 workers" in result.stdout
+    assert "1 worker killed, 1 replaced" in result.stdout
+    assert "byte for byte" in result.stdout
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["message"].split()[-1] for record in records[3::4]] == [
+        str(number) for number in range(1500)
+    ]
+    assert records[1] == {
+        "time": "1970-05-20T10:00:00+00:00",
+        "format": "syslog",
+        "level": "error",
+        "fields": {"user": "root", "port": "0"},
+        "message": "host sshd[0]: error: Failed password user=root port=0",
+    }
+    assert records[2]["time"] == "2026-05-20T08:00:00+00:00"
+    assert (records[2]["level"], records[2]["fields"]["user"]) == ("warning", "alice")
+
+
+def test_log_pipeline_says_what_it_needs(tmp_path):
+    result = run_script(ROOT / "examples" / "log_pipeline.py", args=[str(tmp_path)])
+    assert result.returncode == 1
+    assert "name some" in result.stderr

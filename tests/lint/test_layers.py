@@ -14,10 +14,10 @@ LAYERS = {
     6: ("engine",),
     5: ("workers",),
     4: ("queues", "channels"),
-    3: ("leases", "ring", "codec", "pickling", "filemap", "plain", "stats"),
-    2: ("region", "arena", "arrays"),
+    3: ("leases", "attached", "ring", "codec", "exceptions", "pickling", "filemap", "plain", "stats"),
+    2: ("region", "arena", "arrays", "descriptors"),
     1: ("_native",),
-    0: ("errors", "config"),
+    0: ("errors", "config", "interrupts"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 TOP = "__init__"  # re-exports; imported by nobody inside

@@ -26,6 +26,15 @@ PARTS = (
     Part("C ring, address sanitizer", 1, c_test("asan/stress_ring")),
     Part("C ring, thread sanitizer", 1, c_test("tsan/stress_ring")),
     Part("stress tests", 3, python_tests("tests/stress/test_ring_stress.py")),
+    Part(
+        "channels",
+        3,
+        python_tests(
+            "tests/conformance/test_channel_deaths.py",
+            "tests/conformance/test_channel_signals.py",
+            "tests/conformance/test_channel_roundtrips.py",
+        ),
+    ),
     Part("storms", 3, python_tests("tests/crash/test_storms.py")),
     Part("explorer", 4, command("make", "--silent", "-C", "csrc", "explore-long", "SECONDS={seconds}")),
     Part(

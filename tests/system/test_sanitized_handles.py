@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.scripts import ROOT
 
-TESTS = ["tests/unit/test_ring.py", "tests/lifetime/test_views.py"]
+TESTS = ["tests/unit/test_ring.py", "tests/unit/test_channel_shm.py", "tests/lifetime/test_views.py"]
 
 
 def library(name):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shmengine._native import ffi, lib
-from shmengine._native._handles import End, Layout, connect
+from shmengine._native._handles import End, Layout, Message, connect
 from shmengine._native.status import FORKED, STALE, WOULD_BLOCK
 from shmengine.errors import Corrupt, LeaseError
 from shmengine.ring import Ring
@@ -342,6 +342,7 @@ def test_an_end_without_memory(ring, allocator):
     each_allocation_fails(
         allocator, lambda: ring, lambda _: Layout(np.dtype("u1"), (3,), b"", 0, 3), lambda: None
     )
+    each_allocation_fails(allocator, lambda: ring, lambda ring: Message(ring, handle, 0), lambda: None)
 
 
 # --- exceptions on the way to whoever leases -------------------------------------------------------
@@ -400,3 +401,41 @@ def test_what_cannot_be_kept_is_forgotten(ring, monkeypatch):
         patch.setattr(ring, "_keep", lambda block: boom())
         with pytest.raises(KeyboardInterrupt):
             (ring.lease(), boom())
+
+
+# --- messages ----------------------------------------------------------------------------------------
+
+
+def address(pointer):
+    return int(ffi.cast("uintptr_t", pointer))
+
+
+def test_a_message_is_released_with_the_last_view(ring):
+    region = ring._region
+    with pytest.raises(TypeError):
+        Message(region)
+    message = Message(region, address(region.handle), address(lib.shmr_base(region.handle)))
+    with pytest.raises(BufferError, match="nothing is leased"):
+        memoryview(message)
+    ring.send(np.arange(5, dtype="u1"))
+    assert lib.shmr_lease(region.handle, 0, 0, 0, ffi.cast("shmr_block *", message.address)) == 0
+    view = memoryview(message)[2:]
+    assert view.readonly
+    del message
+    assert view.tolist() == [2, 3, 4]
+    assert region.leases()
+    del view
+    assert_memory_is_whole(ring)
+
+
+def test_a_message_that_was_released_otherwise(ring):
+    region = ring._region
+    message = Message(region, address(region.handle), address(lib.shmr_base(region.handle)))
+    block = ffi.cast("shmr_block *", message.address)
+    ring.send([1])
+    assert lib.shmr_lease(region.handle, 0, 0, 0, block) == 0
+    assert lib.shmr_release(region.handle, block) == 0
+    ring.send([2])
+    del message
+    assert ring.receive(0)[0] == 2
+    assert_memory_is_whole(ring)

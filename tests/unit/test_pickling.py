@@ -17,12 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from shmengine.codec import (
-    decode,
-    decode_exception,
-    encode,
-    encode_exception,
-)
+from shmengine.codec import decode, encode
 from shmengine.errors import (
     Corrupt,
     RemoteError,
@@ -30,6 +25,7 @@ from shmengine.errors import (
     SerializationError,
     Timeout,
 )
+from shmengine.exceptions import decode_exception, encode_exception
 from tests.helpers import run_script
 from tests.helpers.arrays import frame_of, round_trip, same
 

@@ -28,17 +28,34 @@
 
 /* ---- the world ------------------------------------------------------------------------------------------------ */
 
-typedef uint16_t view[VIEW_WORDS];
+/* What happened before some point of a process, as far as it matters. */
+struct knowledge {
+    uint32_t sc_time;              /* sequentially consistent accesses come after that place in their order */
+    uint32_t clock[EX_PROCESSES];
+    uint16_t words;                /* so many of the following are meant */
+    uint16_t seen[VIEW_WORDS];     /* of each word, the newest message; 0: none */
+};
 
 struct message {
     uint64_t value, obs;     /* obs: all that its writer had read */
     uint32_t next;           /* older one of the word */
     uint16_t stamp;
-    uint8_t writer;
     bool released;
-    uint32_t clock[EX_PROCESSES];
-    view seen;
+    uint32_t sc_at;          /* its place in the order of sequentially consistent writes; 0: it is none */
+    struct knowledge passed; /* to who acquires it */
 };
+
+/* A store that takes effect later than it was made, though it does no harm to who made it. */
+struct late_store {
+    struct cell *cell;
+    uint64_t value;
+    int order;
+    bool continues;
+    int accesses; /* of who made it, until then */
+    struct knowledge known;
+};
+#define LATE_MAX 8         /* of a process, at a time */
+#define LATE_BY_MOST 100   /* accesses */
 
 struct cell {
     const shmr_word *word;
@@ -47,12 +64,13 @@ struct cell {
     bool looked_at, checked;  /* read by the host, after a run: a death before its change makes a difference */
     /* of this run */
     uint32_t run;
-    uint16_t id, stamp, sc_stamp;  /* 0: not written yet */
+    uint16_t id, stamp;            /* 0: not written yet */
     uint32_t newest;               /* message + 1 */
     uint64_t initial;
     uint8_t last_writer;           /* process + 1 */
     uint32_t written_at;
     uint32_t read_at[EX_PROCESSES];
+    uint8_t reserved;              /* for a late read-modify-write of this process + 1 */
 };
 
 enum status { READY, ASLEEP, LOCKED_OUT, DONE, KILLED };
@@ -66,8 +84,9 @@ struct process {
     pthread_mutex_t *mutex;
     int64_t end;
     uint64_t obs;
-    uint32_t clock[EX_PROCESSES];
-    view seen;
+    struct knowledge known;
+    struct late_store late[LATE_MAX];
+    int late_count;
     const struct ex_site *at;
 };
 
@@ -80,7 +99,7 @@ static struct cell cells[CELLS];
 static uint32_t touched[CELLS];
 static uint32_t touched_count, run_number = 1;
 static struct message *messages;
-static uint32_t message_count;
+static uint32_t message_count, sc_clock;
 static uint16_t next_id;
 
 static struct process processes[EX_PROCESSES];
@@ -106,11 +125,11 @@ static struct {
 static int trail_length, replayed;
 static bool randomly;
 static uint64_t seed;
-static unsigned busy, deadly, forgetful; /* one in so many chances, at random, is taken: of this run */
+static unsigned busy, deadly, forgetful, lazy; /* one in so many chances, at random, is taken: of this run */
 
 static struct visited {
     uint64_t hash;
-    uint8_t preemptions, kills, stale, interrupts;
+    uint8_t preemptions, kills, stale, interrupts, late;
 } *visited;
 static uint32_t visited_count;
 
@@ -128,7 +147,7 @@ static void note_log(void) {
 }
 
 /* What is decided: one access may have several decisions, between which nothing is read. */
-enum kind { WHO_BEGINS = 1, WHO_GOES_ON, AT_AN_ACCESS, GOING_ON, GOING_TO_SLEEP, WHICH_MESSAGE, AT_THE_END };
+enum kind { WHO_BEGINS = 1, WHO_GOES_ON, AT_AN_ACCESS, GOING_ON, GOING_TO_SLEEP, WHICH_MESSAGE, WHEN, AT_THE_END };
 
 static uint64_t state_hash(enum kind kind) {
     uint64_t hash = mix(mix(mix(memory_hash, kind), (uint64_t)now), log_hash);
@@ -148,17 +167,17 @@ static bool seen_before(enum kind kind) {
             visited_count++;
             ex_counts.states++;
             *v = (struct visited){hash, (uint8_t)left.preemptions, (uint8_t)left.kills, (uint8_t)left.stale,
-                                  (uint8_t)left.interrupts};
+                                  (uint8_t)left.interrupts, (uint8_t)left.late};
             return false;
         }
         if (v->hash != hash) continue;
         if (v->preemptions >= left.preemptions && v->kills >= left.kills && v->stale >= left.stale &&
-            v->interrupts >= left.interrupts)
+            v->interrupts >= left.interrupts && v->late >= left.late)
             return true;
         if (v->preemptions <= left.preemptions && v->kills <= left.kills && v->stale <= left.stale &&
-            v->interrupts <= left.interrupts)
+            v->interrupts <= left.interrupts && v->late <= left.late)
             *v = (struct visited){hash, (uint8_t)left.preemptions, (uint8_t)left.kills, (uint8_t)left.stale,
-                                  (uint8_t)left.interrupts};
+                                  (uint8_t)left.interrupts, (uint8_t)left.late};
         return false;
     }
 }
@@ -211,8 +230,11 @@ void ex_fail(const char *format, ...) {
 
 /* ---- cells --------------------------------------------------------------------------------------------------------- */
 
+/* In explore_memory.h. */
 static bool is_data(const shmr_word *word);
 static void observe(uint64_t value);
+static void take_effect(struct process *p, int which);
+static void show_everything(void);
 
 static struct cell *cell_of(const shmr_word *word) {
     uint32_t i = (uint32_t)(mix((uintptr_t)word >> 3, 0) & (CELLS - 1));
@@ -224,9 +246,9 @@ static struct cell *cell_of(const shmr_word *word) {
     }
     if (c->run != run_number) {
         c->run = run_number;
-        c->id = c->stamp = c->sc_stamp = 0;
+        c->id = c->stamp = 0;
         c->newest = 0;
-        c->last_writer = 0;
+        c->last_writer = c->reserved = 0;
         memset(c->read_at, 0, sizeof c->read_at);
         c->initial = word->value;
         if (touched_count >= CELLS / 2) {
@@ -308,15 +330,6 @@ static void resume(int process) {
     if (_setjmp(processes[before].context) == 0) _longjmp(processes[process].context, 1);
 }
 
-/* What was written becomes visible "in a reasonable amount of time" (C11 7.17.3): by the time that a sleep ends. That orders nothing. */
-static void show_everything(void) {
-    for (uint32_t k = 0; weak && k < touched_count; k++) {
-        const struct cell *c = &cells[touched[k]];
-        for (int i = 0; c->id && i < process_count; i++)
-            if (processes[i].seen[c->id] < c->stamp) processes[i].seen[c->id] = c->stamp;
-    }
-}
-
 /* The running process cannot go on: who does? Comes back when it is to go on itself. */
 static void leave_to_others(void) {
     for (;;) {
@@ -339,8 +352,14 @@ static void leave_to_others(void) {
     }
 }
 
+/* What it had not yet written, by the word of the language, may or may not be there. */
 static void perish(void) {
     struct process *p = &processes[current];
+    while (p->late_count)
+        if (choose(WHEN, 2, 2))
+            p->late_count--;
+        else
+            take_effect(p, p->late_count - 1);
     if (p->at) count_at(p->at, true);
     if (tracing) printf("  %d  dies\n", current);
     p->status = KILLED;
@@ -383,371 +402,8 @@ static void step(struct cell *c, bool write, const struct ex_site *site) {
     if (mortal) may_die(); /* having stood there while others went on */
 }
 
-/* ---- memory ---------------------------------------------------------------------------------------------------------------- */
-
-static bool acquires(int order) { return order == EX_ACQUIRE || order == EX_ACQ_REL || order == EX_SEQ_CST; }
-static bool releases(int order) { return order == EX_RELEASE || order == EX_ACQ_REL || order == EX_SEQ_CST; }
-
-static void learn(struct process *p, const view seen, const uint32_t *clock) {
-    for (int i = 0; i <= next_id; i++)
-        if (seen[i] > p->seen[i]) p->seen[i] = seen[i];
-    for (int i = 0; i < process_count; i++)
-        if (clock[i] > p->clock[i]) p->clock[i] = clock[i];
-}
-
-static void observe(uint64_t value) { processes[current].obs = mix(processes[current].obs, value); }
-
-static void put(struct cell *c, uint64_t value, int order, bool continues) {
-    shmr_word *word = (shmr_word *)(uintptr_t)c->word;
-    struct process *p = &processes[current];
-    if (!weak) {
-        memory_hash ^= mix((uintptr_t)word, word->value) ^ mix((uintptr_t)word, value);
-        word->value = value;
-        return;
-    }
-    if (!c->id) {
-        if (next_id + 1 >= VIEW_WORDS) {
-            fprintf(stderr, "the explorer's views are full\n");
-            exit(2);
-        }
-        c->id = ++next_id;
-    }
-    if (message_count >= MESSAGES) ex_fail("more than %d messages in one run", MESSAGES);
-    struct message *m = &messages[message_count], *before = c->newest ? &messages[c->newest - 1] : NULL;
-    c->stamp++;
-    p->seen[c->id] = c->stamp;
-    m->value = value;
-    m->obs = p->obs;
-    m->stamp = c->stamp;
-    m->writer = (uint8_t)current;
-    m->next = c->newest;
-    m->released = releases(order);
-    size_t bytes = (size_t)(next_id + 1) * sizeof(uint16_t);
-    if (m->released) {
-        memcpy(m->seen, p->seen, bytes);
-        memcpy(m->clock, p->clock, sizeof m->clock);
-    } else {
-        memset(m->seen, 0, bytes);
-        memset(m->clock, 0, sizeof m->clock);
-        m->seen[c->id] = c->stamp;
-    }
-    memset((char *)m->seen + bytes, 0, sizeof m->seen - bytes);
-    if (continues && before) { /* a read-modify-write goes on with the release sequence */
-        for (int i = 0; i <= next_id; i++)
-            if (before->seen[i] > m->seen[i]) m->seen[i] = before->seen[i];
-        for (int i = 0; i < process_count; i++)
-            if (before->clock[i] > m->clock[i]) m->clock[i] = before->clock[i];
-        m->released |= before->released;
-    }
-    memory_hash ^= mix(mix((uintptr_t)word, value), mix(p->obs, c->stamp));
-    c->newest = ++message_count;
-    if (order == EX_SEQ_CST) c->sc_stamp = c->stamp;
-    word->value = value;
-}
-
-/* Which message a load returns: NULL, the initial value. */
-static const struct message *pick(struct cell *c, int order, bool must_be_newest, bool *other_than, uint64_t not_this) {
-    struct process *p = &processes[current];
-    uint16_t least = c->id ? p->seen[c->id] : 0;
-    if (order == EX_SEQ_CST && c->sc_stamp > least) least = c->sc_stamp;
-    const struct message *choices[8];
-    int count = 0;
-    for (uint32_t link = c->newest; count < 8; link = messages[link - 1].next) {
-        if (!link) { /* the initial value */
-            if (least == 0) choices[count++] = NULL;
-            break;
-        }
-        if (messages[link - 1].stamp < least) break;
-        choices[count++] = &messages[link - 1];
-    }
-    if (count == 0) return NULL; /* nothing was written in this run */
-    if (must_be_newest || left.stale <= 0 || count == 1) return choices[0];
-    if (other_than) { /* a failing compare-exchange may be stale, too, if it then fails */
-        int kept = 1;
-        for (int i = 1; i < count; i++)
-            if ((choices[i] ? choices[i]->value : c->initial) != not_this) choices[kept++] = choices[i];
-        count = kept;
-    }
-    int taken = choose(WHICH_MESSAGE, count, forgetful);
-    if (taken) {
-        left.stale--;
-        ex_counts.stale++;
-        if (tracing) printf("  %d  reads stale\n", current);
-    }
-    return choices[taken];
-}
-
-static void race(const struct cell *c, int other, const char *what, const struct ex_site *site) {
-    const char *file = site ? strrchr(site->file, '/') : NULL;
-    ex_fail("race: %s by process %d at %s:%d with process %d, word at %td", what, current,
-            site ? (file ? file + 1 : site->file) : "payload", site ? site->line : 0, other, (const char *)c->word - region);
-}
-
-static void check_data(struct cell *c, bool write, const struct ex_site *site) {
-    if (!weak || !c->data) return;
-    struct process *p = &processes[current];
-    if (c->last_writer && c->last_writer != current + 1 && c->written_at > p->clock[c->last_writer - 1])
-        race(c, c->last_writer - 1, write ? "write after write" : "read after write", site);
-    for (int i = 0; write && i < process_count; i++)
-        if (i != current && c->read_at[i] > p->clock[i]) race(c, i, "write after read", site);
-    if (write) {
-        c->last_writer = (uint8_t)(current + 1);
-        c->written_at = p->clock[current];
-    } else {
-        c->read_at[current] = p->clock[current];
-    }
-}
-
-static uint64_t get(struct cell *c, int order, bool newest, bool *other_than, uint64_t not_this) {
-    struct process *p = &processes[current];
-    if (!weak) return c->word->value;
-    const struct message *m = pick(c, order, newest, other_than, not_this);
-    uint64_t value = m ? m->value : c->initial;
-    if (m) {
-        if (m->stamp > p->seen[c->id]) p->seen[c->id] = m->stamp;
-        if (acquires(order)) learn(p, m->seen, m->clock);
-        observe(mix(m->obs, m->stamp));
-    } else if (!c->id) {
-        value = c->word->value;
-    }
-    return value;
-}
-
-uint64_t ex_load(const shmr_word *word, const struct ex_site *site) {
-    if (current < 0) {
-        note_check(word);
-        return word->value;
-    }
-    struct cell *c = cell_of(word);
-    step(c, false, site);
-    processes[current].clock[current]++;
-    check_data(c, false, site);
-    uint64_t value = get(c, site->order, false, NULL, 0);
-    observe(value);
-    trace("load", site, word, value);
-    return value;
-}
-
-void ex_store(shmr_word *word, uint64_t value, const struct ex_site *site) {
-    struct cell *c = cell_of(word);
-    if (current < 0) {
-        note_check(word);
-        word->value = value;
-        return;
-    }
-    step(c, true, site);
-    processes[current].clock[current]++;
-    check_data(c, true, site);
-    put(c, value, site->order, false);
-    observe(0); /* it is one access further */
-    trace("store", site, word, value);
-}
-
-bool ex_cas(shmr_word *word, uint64_t *expected, uint64_t desired, const struct ex_site *site) {
-    struct cell *c = cell_of(word);
-    if (current < 0) {
-        note_check(word);
-        bool equal = word->value == *expected;
-        if (equal)
-            word->value = desired;
-        else
-            *expected = word->value;
-        return equal;
-    }
-    step(c, true, site);
-    processes[current].clock[current]++;
-    bool may_fail = false, equal = word->value == *expected;
-    uint64_t found = equal ? get(c, site->order, true, NULL, 0) : get(c, site->failure, false, &may_fail, *expected);
-    observe(found);
-    if (equal)
-        put(c, desired, site->order, true);
-    else
-        *expected = found;
-    trace(equal ? "cas" : "cas failed", site, word, equal ? desired : found);
-    return equal;
-}
-
-uint64_t ex_rmw(shmr_word *word, uint64_t operand, const struct ex_site *site) {
-    struct cell *c = cell_of(word);
-    if (current >= 0) {
-        step(c, true, site);
-        processes[current].clock[current]++;
-    }
-    uint64_t before = current < 0 ? word->value : get(c, site->order, true, NULL, 0), after = before;
-    switch (site->verb) {
-    case EX_ADD: after = before + operand; break;
-    case EX_OR: after = before | operand; break;
-    case EX_AND: after = before & operand; break;
-    case EX_EXCHANGE: after = operand; break;
-    }
-    if (current < 0) {
-        note_check(word);
-        word->value = after;
-        return before;
-    }
-    observe(before);
-    put(c, after, site->order, true);
-    trace("rmw", site, word, after);
-    return before;
-}
-
-static struct ex_site plain = {"payload", "", 0, EX_LOAD, EX_RELAXED, EX_RELAXED, false};
-uint64_t ex_data(const shmr_word *word) { return ex_load(word, &plain); }
-void ex_set_data(shmr_word *word, uint64_t value) { ex_store(word, value, &plain); }
-
-/* ---- the kernel -------------------------------------------------------------------------------------------------------------- */
-
-static struct ex_site futex_site = {"futex", "", 0, EX_LOAD, EX_RELAXED, EX_RELAXED, false};
-
-/* Sleep until it is woken (on a word) or `end`. The value: as errno has it. */
-static int sleep_on(shmr_word *word, int64_t end) {
-    struct process *p = &processes[current];
-    int kill = left.kills > 0, interrupt = left.interrupts > 0;
-    int taken = choose(GOING_TO_SLEEP, 1 + kill + interrupt, deadly);
-    if (kill && taken == 1) perish();
-    if (taken) {
-        left.interrupts--;
-        observe(3);
-        return EINTR;
-    }
-    if (tracing) printf("  %d  sleeps until %lld\n", current, (long long)end);
-    p->status = ASLEEP;
-    p->word = word;
-    p->woken = false;
-    p->end = end;
-    leave_to_others();
-    may_die();
-    observe((uint64_t)now);
-    observe(p->woken);
-    if (tracing) printf("  %d  %s\n", current, p->woken ? "is woken" : "its time is over");
-    return p->woken ? 0 : ETIMEDOUT;
-}
-
-/* The kernel looks at the word as it is, and wakes who sleeps on it; neither orders anything. */
-static long futex(shmr_word *word, int operation, uint32_t expected, const struct timespec *end) {
-    step(cell_of(word), true, &futex_site);
-    if (operation == FUTEX_WAKE) {
-        long count = 0;
-        for (int i = 0; i < process_count; i++)
-            if (processes[i].status == ASLEEP && processes[i].word == word && !processes[i].woken) {
-                processes[i].woken = true;
-                count++;
-            }
-        observe((uint64_t)count);
-        return count;
-    }
-    observe(word->value);
-    errno = (uint32_t)word->value == expected ? sleep_on(word, (int64_t)end->tv_sec * 1000000000 + end->tv_nsec) : EAGAIN;
-    return errno ? -1 : 0;
-}
-
-int ex_nanosleep(const struct timespec *time, struct timespec *rest) {
-    (void)rest;
-    errno = sleep_on(NULL, now + (int64_t)time->tv_sec * 1000000000 + time->tv_nsec);
-    return errno ? -1 : 0;
-}
-int ex_clock_gettime(clockid_t clock, struct timespec *time) {
-    (void)clock;
-    time->tv_sec = now / 1000000000;
-    time->tv_nsec = now % 1000000000;
-    if (current >= 0) observe((uint64_t)now);
-    return 0;
-}
-
-pid_t ex_getpid(void) { return FIRST_PID + (current >= 0 ? current : host_as >= 0 ? host_as : EX_PROCESSES); }
-
-static int process_of(long pid) { return (int)(pid - FIRST_PID); }
-
-/* pidfd_open: a descriptor that is the pid. Death is learnt from the kernel, after all that the dead one did. */
-long ex_syscall(long number, ...) {
-    va_list arguments;
-    va_start(arguments, number);
-    long result = -1;
-    if (number == SYS_pidfd_open) {
-        result = va_arg(arguments, pid_t);
-    } else if (number == SYS_futex) {
-        shmr_word *word = va_arg(arguments, shmr_word *);
-        int operation = va_arg(arguments, int);
-        uint32_t value = va_arg(arguments, uint32_t);
-        const struct timespec *end = va_arg(arguments, const struct timespec *);
-        result = current < 0 ? 0 : futex(word, operation, value, end);
-    }
-    va_end(arguments);
-    return result;
-}
-/* Of a pidfd, the number alone says whose it is. */
-int ex_fstat(int fd, struct stat *out) {
-    return fd < FIRST_PID ? fstat(fd, out) : (memset(out, 0, sizeof *out), 0);
-}
-int ex_poll(struct pollfd *fds, nfds_t count, int timeout) {
-    (void)count, (void)timeout;
-    int i = process_of(fds->fd);
-    bool dead = i >= 0 && i < process_count && processes[i].status == KILLED;
-    fds->revents = dead ? POLLIN : 0;
-    if (current >= 0) {
-        observe(dead);
-        if (dead && weak) learn(&processes[current], processes[i].seen, processes[i].clock);
-    }
-    return dead;
-}
-
-void *ex_malloc(size_t bytes) {
-    size_t room = (bytes + 15) & ~(size_t)15;
-    if (heap_used + room + 16 > HEAP_BYTES) {
-        fprintf(stderr, "the explorer's heap is full\n");
-        exit(2);
-    }
-    char *at = heap + heap_used;
-    *(size_t *)(void *)at = room;
-    heap_used += room + 16;
-    if (heap_used > heap_peak) heap_peak = heap_used;
-    return at + 16;
-}
-void *ex_calloc(size_t count, size_t bytes) { return ex_malloc(count * bytes); } /* fresh memory is zero */
-void *ex_realloc(void *old, size_t bytes) {
-    size_t room = old ? *(size_t *)(void *)((char *)old - 16) : 0;
-    if (bytes <= room) return old;
-    void *fresh = ex_malloc(bytes);
-    if (room) memcpy(fresh, old, room);
-    return fresh;
-}
-void *ex_mmap(void *at, size_t bytes, int protection, int flags, int fd, off_t offset) {
-    if (fd < 0 && protection != PROT_NONE) return ex_malloc(bytes);
-    if (fd >= 0 && !(flags & MAP_FIXED)) return region; /* a look at the header */
-    /* All participants are in this process: private, so that a fork has a world of its own. */
-    if (fd >= 0) flags = (flags & ~MAP_SHARED) | MAP_PRIVATE;
-    void *mapped = mmap(at, bytes, protection, flags, fd, offset);
-    if (fd >= 0) region = mapped;
-    return mapped;
-}
-
-int ex_lock(pthread_mutex_t *mutex) {
-    int *word = (int *)mutex;
-    while (*word && current >= 0) {
-        processes[current].status = LOCKED_OUT;
-        processes[current].mutex = mutex;
-        leave_to_others();
-    }
-    *word = 1;
-    return 0;
-}
-int ex_unlock(pthread_mutex_t *mutex) {
-    *(int *)mutex = 0;
-    return 0;
-}
-
-/* What is written in the records beside their words of state, and payload, is data. */
-static bool is_data(const shmr_word *word) {
-    const shmr *h = ex_survivor();
-    if (!h || !h->base || (const char *)word < h->base) return false;
-    uint64_t at = (uint64_t)((const char *)word - h->base);
-    if (at >= h->g.total) return false;
-    if (at >= h->g.arena_at) return true;
-    if (at < h->g.records_at || at >= h->g.records_at + h->g.config.blocks * sizeof(struct shmr_record)) return false;
-    uint64_t field = (at - h->g.records_at) % sizeof(struct shmr_record);
-    return field != offsetof(struct shmr_record, state) && field != offsetof(struct shmr_record, version) &&
-           !(field >= offsetof(struct shmr_record, holders) && field < offsetof(struct shmr_record, references));
-}
+#include "explore_memory.h"
+#include "explore_kernel.h"
 
 /* ---- for scenarios --------------------------------------------------------------------------------------------------------------- */
 
@@ -763,6 +419,7 @@ static void coroutine(int i) {
     if (_setjmp(processes[i].entry) == 0) to_host();
     observe(1); /* to have begun is different from not yet */
     scenario->script[i]();
+    settle(&processes[i]);
     processes[i].status = DONE;
     note_log();
     leave_to_others();
@@ -791,7 +448,7 @@ static void put_back(void) {
     memcpy(heap, heap_copy, heap_saved);
     if (heap_peak > heap_saved) memset(heap + heap_saved, 0, heap_peak - heap_saved);
     heap_used = heap_peak = heap_saved;
-    message_count = 0;
+    message_count = sc_clock = 0;
     next_id = 0;
     now = 1000000000;
     memory_hash = log_hash = 0;
@@ -804,9 +461,9 @@ static void put_back(void) {
         p->woken = false;
         p->at = NULL;
         p->obs = (uint64_t)i;
+        p->late_count = 0;
         memcpy(p->context, p->entry, sizeof p->context);
-        memset(p->clock, 0, sizeof p->clock);
-        memset(p->seen, 0, sizeof p->seen);
+        forget_all(&p->known);
     }
 }
 
@@ -866,10 +523,11 @@ bool ex_random(const struct ex_limits *limits, uint64_t count, uint64_t first_se
     for (uint64_t i = 0; i < count; i++) {
         if (newly_shared) begin_pass();
         seed = first_seed + i;
-        static const unsigned rarities[3][3] = {{2, 6, 25}, {8, 40, 150}, {1, 2, 6}};
+        static const unsigned rarities[4][3] = {{2, 6, 25}, {8, 40, 150}, {1, 2, 6}, {1, 4, 16}};
         busy = rarities[0][random_below(&seed, 3)];
         deadly = rarities[1][random_below(&seed, 3)];
         forgetful = rarities[2][random_below(&seed, 3)];
+        lazy = rarities[3][random_below(&seed, 3)];
         run_once(limits);
         if (failed) {
             *failed_seed = first_seed + i;

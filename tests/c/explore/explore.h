@@ -8,7 +8,10 @@
  *
  * With `stale` above zero, memory is a history of messages for each word, after C11: a load may return any message that is
  * neither older than what this process has seen of the word nor hidden by what happened before it; acquire and release
- * pass on what was seen. Sequentially consistent loads see at least the last sequentially consistent write of their word.
+ * pass on what was seen. Sequentially consistent accesses have one order, in which the writes stand as they were made; a load has
+ * any place in it after what happens before it, and sees at least the last such write of its word that precedes it there.
+ * With `late` above zero, too, a store that is no acquire may take effect after what its process does next, until that releases or asks
+ * the kernel; if it dies first, the store may be lost, as if the compiler had moved it.
  * Data (descriptors, payload) must not race: each write happens after every earlier access.
  * (View-based semantics: J. Kang et al., "A promising semantics for relaxed-memory concurrency", POPL 2017, without promises;
  * races by vector clocks: C. Flanagan, S. Freund, "FastTrack", PLDI 2009.)
@@ -21,7 +24,7 @@
 #define EX_PROCESSES 6
 
 struct ex_limits {
-    int preemptions, kills, stale, interrupts;
+    int preemptions, kills, stale, interrupts, late;
 };
 
 struct ex_scenario {

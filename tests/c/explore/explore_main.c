@@ -2,7 +2,7 @@
 /* explore [options] [SCENARIO ...]: play through small configurations of the real core.
  *
  *   --long             the larger limits of each scenario
- *   --limits P,K,T,I   at most so many preemptions, kills, stale readings, interrupts
+ *   --limits P,K,T,I,L at most so many preemptions, kills, stale readings, interrupts, late stores
  *   --random N         N runs at random instead of all;  --seed S: begin with that one
  *   --seconds S        no longer than that, each scenario having an equal part
  *   --sites            list the accesses of the core
@@ -17,7 +17,7 @@ extern struct ex_site __start_ex_sites[], __stop_ex_sites[];
 static bool long_form, show, coverage;
 static uint64_t random_runs, mutant_runs, first_seed = 1;
 static double seconds = 1e9;
-static struct ex_limits given = {-1, 0, 0, 0};
+static struct ex_limits given = {-1, 0, 0, 0, 0};
 static char **wanted;
 
 static double clock_now(void) {
@@ -40,8 +40,8 @@ static int explore(const struct ex_scenario *s) {
     uint64_t failed_seed = 0;
     bool complete = true, ok = random_runs ? ex_random(&limits, random_runs, first_seed, &failed_seed)
                                            : ex_everything(&limits, seconds, &complete);
-    printf("%-6s %-12s preemptions %d, kills %d, stale %d, interrupts %d: %9llu states, %9llu schedules, %9llu kills%s, %.1f s\n",
-           ok ? "ok" : "FAILED", s->name, limits.preemptions, limits.kills, limits.stale, limits.interrupts,
+    printf("%-6s %-12s preemptions %d, kills %d, stale %d, interrupts %d, late %d: %9llu states, %9llu schedules, %9llu kills%s, %.1f s\n",
+           ok ? "ok" : "FAILED", s->name, limits.preemptions, limits.kills, limits.stale, limits.interrupts, limits.late,
            (unsigned long long)ex_counts.states, (unsigned long long)ex_counts.runs, (unsigned long long)ex_counts.killed,
            complete ? "" : " (not all)", clock_now() - begin);
     if (!ok) {
@@ -106,7 +106,7 @@ static void weaken(const struct mutant *m) {
 }
 
 static bool try_mutant(struct mutant *m, struct mutant *told) {
-    static const struct ex_limits ways[] = {{99, 0, 30, 0}, {99, 1, 30, 0}, {99, 0, 30, 1}, {99, 2, 30, 0}};
+    static const struct ex_limits ways[] = {{99, 0, 30, 0, 0}, {99, 1, 30, 0, 30}, {99, 0, 30, 1, 30}, {99, 2, 30, 0, 30}};
     pid_t child = fork();
     if (child == 0) {
         if (!freopen("/dev/null", "w", stderr)) _exit(2);
@@ -144,7 +144,7 @@ static int run_mutants(void) {
         if (child == 0) {
             uint64_t none;
             ex_prepare(ex_scenarios[k]);
-            ex_random(&(struct ex_limits){99, 1, 30, 1}, 1000, first_seed, &none); /* which accesses it has */
+            ex_random(&(struct ex_limits){99, 1, 30, 1, 30}, 1000, first_seed, &none); /* which accesses it has */
             for (int i = 0; i < count; i++) {
                 if (mutants[i].caught_by || !has_met(&mutants[i])) continue;
                 mutants[i].met = true;
@@ -178,7 +178,7 @@ int main(int count, char **arguments) {
         else if (!strcmp(option, "--mutants")) mutant_runs = strtoull(arguments[at], NULL, 10);
         else if (!strcmp(option, "--seed")) first_seed = strtoull(arguments[at], NULL, 10);
         else if (!strcmp(option, "--limits"))
-            sscanf(arguments[at], "%d,%d,%d,%d", &given.preemptions, &given.kills, &given.stale, &given.interrupts);
+            sscanf(arguments[at], "%d,%d,%d,%d,%d", &given.preemptions, &given.kills, &given.stale, &given.interrupts, &given.late);
         else return 2;
     }
     wanted = arguments + at;

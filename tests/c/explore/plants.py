@@ -33,7 +33,8 @@ CHANGE = re.compile(
     r"^@@ (?P<file>\S+)\n(?P<before>.*?)^@@ instead\n(?P<after>.*?)^@@\n", re.MULTILINE | re.DOTALL
 )
 SAID = re.compile(
-    r"^FAILED \S+ +preemptions (\d+), kills (\d+), stale (\d+), interrupts (\d+):.*? (\d+) schedules.*\n(.*)",
+    r"^FAILED \S+ +preemptions (\d+), kills (\d+), stale (\d+), interrupts (\d+), late (\d+):"
+    r".*? (\d+) schedules.*\n(.*)",
     re.MULTILINE,
 )
 
@@ -134,7 +135,7 @@ def look(plant: Plant, *, show: bool = False) -> Outcome:
         first = re.search(r"\.[ch]:\d+: (.*)", done.stderr)
         reason = f"check: `{first[1]}`" if first else reason
     limits = " ".join(
-        f"{count}{letter}" for count, letter in zip(counts, "pdsi", strict=True) if count != "0"
+        f"{count}{letter}" for count, letter in zip(counts, "pdsil", strict=True) if count != "0"
     )
     return Outcome(True, reason, limits, int(schedules), output)
 

@@ -29,6 +29,51 @@ static const struct ex_scenario heir = {
     "heir", "one sends and leaves while another joins", setup_heir, 2, {leave_with_a_message, join_and_receive}, check_one,
     {2, 1, 0, 0}, {3, 1, 0, 0}};
 
+/* ---- attaching early -------------------------------------------------------------------------------------------------------------------- */
+
+/* As if the region had not been laid out yet, but for the host's own place in the table. */
+static shmr_config early_config;
+
+static void make_anew_and_send(void) {
+    shmr *h = NULL;
+    OK(shmr_create(region_fd, &early_config, &h));
+    if (!h) return;
+    no_spinning(h);
+    send(h, 0, 1, 64);
+    OK(shmr_close(h, 0));
+}
+static void attach_early(void) {
+    shmr *h = NULL;
+    int status = SHMR_WOULD_BLOCK;
+    for (int turn = 0; turn < 3 && (status = shmr_attach(region_fd, &h)) == SHMR_WOULD_BLOCK; turn++) {
+        struct timespec a_while = {0, 300000000};
+        nanosleep(&a_while, NULL);
+    }
+    promise(status == SHMR_OK || (status == SHMR_WOULD_BLOCK && ex_kills()), "a region was attached to before it was whole");
+    if (status != SHMR_OK) return;
+    no_spinning(h);
+    receive(h, 0);
+    OK(shmr_close(h, 0));
+}
+static void setup_early(void) {
+    make_world((shmr_config){.start = 5}, 0);
+    struct shmr_header *header = shmr_header_of(host_handle);
+    struct shmr_ring *q = shmr_ring_at(host_handle, 0);
+    memset(handles, 0, sizeof handles);
+    early_config = host_handle->g.config;
+    memset(header, 0, offsetof(struct shmr_header, pad0));
+    shmr_store_relaxed(&q->commit_cursor, 0);
+    shmr_store_relaxed(&q->lease_cursor, 0);
+    for (uint32_t k = 0; k < host_handle->g.slots[0]; k++) shmr_store_relaxed(shmr_slot_at(host_handle, 0, k), 0);
+    time_passes = true;
+}
+static void check_early(void) {
+    if (shmr_load_relaxed(&shmr_header_of(host_handle)->magic)) check_all(1);
+}
+static const struct ex_scenario early = {
+    "early", "one attaches while the region is still being laid out", setup_early, 2, {make_anew_and_send, attach_early},
+    check_early, {1, 1, 0, 0}, {2, 1, 0, 0}};
+
 /* ---- two who clear up ----------------------------------------------------------------------------------------------------------------- */
 
 static void send_and_take(void) {
@@ -145,10 +190,7 @@ static void send_one_and_leave(void) {
 static void join_if_there_is_room(void) {
     shmr *h = NULL;
     int status = SHMR_CROWDED;
-    for (int turn = 0; turn < 3 && (status = shmr_attach(region_fd, &h)) == SHMR_CROWDED; turn++) {
-        struct timespec a_while = {0, 300000000};
-        nanosleep(&a_while, NULL);
-    }
+    for (int turn = 0; turn < 6 && status == SHMR_CROWDED; turn++) status = shmr_attach(region_fd, &h);
     CHECK(status == SHMR_OK || status == SHMR_CROWDED);
     if (status != SHMR_OK) return;
     no_spinning(h);
@@ -192,6 +234,48 @@ static void check_successor(void) {
 static const struct ex_scenario successor = {
     "successor", "one takes the place of the dead as soon as it is free", setup_successor, 3,
     {send_one, recover_and_receive, join_and_send}, check_successor, {1, 1, 0, 0}, {2, 1, 0, 0}};
+
+/* ---- taken for the one before ------------------------------------------------------------------------------------------------------------- */
+
+static void leave(void) { OK(shmr_close(mine(), 0)); }
+static void join_and_send_number(uint64_t number) {
+    shmr *h = NULL;
+    int status = SHMR_CROWDED;
+    for (int turn = 0; turn < 6 && status == SHMR_CROWDED; turn++) status = shmr_attach(region_fd, &h);
+    CHECK(status == SHMR_OK || status == SHMR_CROWDED);
+    if (status != SHMR_OK) return;
+    no_spinning(h);
+    send(h, 0, number, 64);
+    OK(shmr_close(h, 0));
+}
+static void join_and_send_one(void) { join_and_send_number(1); }
+static void join_and_send_two(void) { join_and_send_number(2); }
+static void look_for_deaths(void) {
+    for (int turn = 0; turn < 3; turn++)
+        promise(shmr_check_deaths(mine()) == 0 || ex_kills(), "one who lives was found dead");
+    receive_if_any(mine(), 0);
+}
+static void setup_newcomer(void) {
+    make_world((shmr_config){.participants = 3}, 2);
+    handles[2] = NULL;
+    time_passes = true;
+}
+static void check_turns(void) { /* either may come too late */
+    check_messages(2, false);
+    check_world();
+}
+static const struct ex_scenario newcomer = {
+    "newcomer", "one takes the place of who leaves, while another looks for the dead", setup_newcomer, 3,
+    {leave, look_for_deaths, join_and_send_one}, check_turns, {1, 1, 0, 0}, {2, 1, 0, 0}};
+
+static void setup_turns(void) {
+    make_world((shmr_config){.participants = 2}, 1);
+    handles[1] = handles[2] = NULL;
+    time_passes = true;
+}
+static const struct ex_scenario turns = {
+    "turns", "one place, and two who take it one after the other", setup_turns, 3, {leave, join_and_send_one, join_and_send_two},
+    check_turns, {1, 0, 0, 0}, {2, 1, 0, 0}};
 
 /* ---- in time -------------------------------------------------------------------------------------------------------------------------------- */
 
@@ -290,5 +374,39 @@ static void setup_forced(void) {
 static const struct ex_scenario forced = {
     "forced", "one leaves with a message leased: that is done with", setup_forced, 3,
     {send_one_two, lease_and_leave, receive_one}, check_two, {1, 1, 0, 0}, {2, 1, 0, 0}};
+
+static void wait_until_idle(void) { is_done(RETRIED(shmr_wait_idle(mine(), 0, soon()))); }
+static void leave_with_leased(void) {
+    ex_log[SENT + 1] = ex_log[FIRST + 1] = 1;
+    OK(shmr_close(mine(), 1));
+    ex_log[RELEASED + 1] = 1;
+}
+static void setup_forced_idle(void) {
+    make_world((shmr_config){0}, 2);
+    shmr_block b = {0};
+    ex_be(0);
+    OK(try_send(handles[0], 0, 1, 64));
+    OK(shmr_lease(handles[0], 0, 0, NOT_AT_ALL, &b));
+    ex_be(-1);
+}
+static const struct ex_scenario forced_idle = {
+    "forced_idle", "one leaves with the last message leased, and another waits for that", setup_forced_idle, 2,
+    {leave_with_leased, wait_until_idle}, check_one, {2, 1, 0, 0}, {3, 1, 0, 0}};
+
+/* ---- records of one who left ------------------------------------------------------------------------------------------------------------------ */
+
+static void use_and_leave(void) {
+    send(mine(), 0, 1, 64);
+    receive(mine(), 0);
+    OK(shmr_close(mine(), 0));
+}
+static void setup_handed_over(void) {
+    make_world((shmr_config){.blocks = SHMR_GROUP}, 2);
+    warm(0);
+    time_passes = true;
+}
+static const struct ex_scenario handed_over = {
+    "handed_over", "one leaves, and another needs its records", setup_handed_over, 2, {use_and_leave, send_two}, check_turns,
+    {1, 1, 0, 0}, {2, 1, 0, 0}};
 
 #endif

@@ -157,10 +157,66 @@ static void setup_denied(void) {
     whole_arena = (shmr_block){0};
     OK(shmr_claim(handles[1], 1200000, NULL, 0, -1, NOT_AT_ALL, &whole_arena));
 }
-static void check_none(void) { check_all(0); }
 static const struct ex_scenario denied = {
     "denied", "one waits for memory, watched, until it is told not to, or gets some", setup_denied, 2,
-    {claim_or_be_denied, deny_and_abort}, check_none, {2, 1, 0, 0}, {3, 1, 0, 0}};
+    {claim_or_be_denied, deny_and_abort}, check_nothing_sent, {2, 1, 0, 0}, {3, 1, 0, 0}};
+
+/* Nothing else comes: told at once, or not before the slice ends. */
+enum { TOLD_AT = 62, HEARD_AT = 63 };
+static void check_told(void) {
+    shmr *h = host_handle;
+    if (!ex_kills() && ex_log[HEARD_AT]) promise(ex_log[HEARD_AT] == ex_log[TOLD_AT], "somebody slept on after it had been told");
+    shmr_store_relaxed(&shmr_header_of(h)->poisoned, 0);
+    shmr_store_relaxed(&shmr_ring_at(h, 0)->closed, 0);
+    if (!ex_was_killed(1)) {
+        ex_be(1);
+        OK(shmr_abort(handles[1], &(shmr_block){.state = whole_arena.state, .block = whole_arena.block}));
+        ex_be(-1);
+    }
+    check_nothing_sent();
+}
+static void claim_until_told(void) {
+    shmr_block b = {0};
+    int status = shmr_claim(mine(), 1200000, NULL, 0, -1, soon(), &b);
+    if (status == SHMR_INTERRUPTED) return; /* what it was told before it calls again is forgotten */
+    ex_log[HEARD_AT] = (uint64_t)shmr_now();
+    CHECK(status == SHMR_DENIED || status == SHMR_CORRUPT || ex_kills());
+    if (status == SHMR_OK) OK(shmr_abort(mine(), &b));
+}
+static void lease_until_told(void) {
+    shmr_block b = {0};
+    int status = RETRIED(shmr_lease(mine(), 0, 0, soon(), &b));
+    ex_log[HEARD_AT] = (uint64_t)shmr_now();
+    CHECK(status == SHMR_CORRUPT || ex_kills());
+}
+static void deny_once_it_waits(void) {
+    uint32_t other = shmr_self(handles[0]);
+    uint64_t tag, index, since, starving = 0;
+    for (int turn = 0; turn < 20 && !starving; turn++) {
+        struct timespec a_while = {0, 1000000};
+        if (turn > 15) nanosleep(&a_while, NULL);
+        OK(shmr_progress(mine(), other, &tag, &index, &since, &starving));
+    }
+    shmr_deny(mine(), other);
+    ex_log[TOLD_AT] = (uint64_t)shmr_now();
+}
+static void poison(void) {
+    shmr_poison(mine(), "found by the explorer");
+    ex_log[TOLD_AT] = (uint64_t)shmr_now();
+}
+static void setup_told(void) {
+    setup_denied();
+    time_passes = true;
+}
+static const struct ex_scenario told_no = {
+    "told_no", "one waits for memory until it is told not to", setup_told, 2, {claim_until_told, deny_once_it_waits}, check_told,
+    {1, 1, 0, 0}, {2, 1, 0, 0}};
+static const struct ex_scenario poisoned = {
+    "poisoned", "one waits for memory until the region is found damaged", setup_told, 2, {claim_until_told, poison}, check_told,
+    {1, 1, 0, 0}, {2, 1, 0, 0}};
+static const struct ex_scenario poisoned_ring = {
+    "poisoned_ring", "one waits for a message until the region is found damaged", setup_told, 2, {lease_until_told, poison},
+    check_told, {1, 1, 0, 0}, {2, 1, 0, 0}};
 
 /* ---- by reference --------------------------------------------------------------------------------------------------------------------- */
 
@@ -237,8 +293,8 @@ static const struct ex_scenario held_full = {
 /* ---- holders in two words ----------------------------------------------------------------------------------------------------------- */
 
 /* The maker's bit is in the second word, the readers' in the first: what is read one after the other changes in between. */
-static void setup_wide(void) {
-    make_world((shmr_config){.participants = 66}, 0);
+static void make_wide_world(uint64_t arena_bytes) {
+    make_world((shmr_config){.participants = 66, .arena_bytes = arena_bytes}, 0);
     for (int i = 2; i >= 0; i--) {
         ex_be(i);
         handles[i] = attach_region(region_fd);
@@ -249,6 +305,8 @@ static void setup_wide(void) {
     ex_be(-1);
     warm(0);
 }
+static void setup_wide(void) { make_wide_world(0); }
+static void setup_wide_full(void) { make_wide_world(SHMR_EXTENT); }
 static void broadcast_and_sweep(void) {
     broadcast();
     shmr_trim(mine());
@@ -262,6 +320,10 @@ static void check_wide(void) {
 static const struct ex_scenario wide = {
     "wide", "one block, named by two messages, read by two, their marks in another word than the maker's", setup_wide, 3,
     {broadcast_and_sweep, receive_reference, receive_reference}, check_wide, {1, 0, 0, 0}, {1, 1, 0, 0}};
+
+static const struct ex_scenario wide_full = {
+    "wide_full", "memory for one block, let go by its maker and a reader at once, their marks in two words", setup_wide_full, 2,
+    {broadcast_and_go_on, receive_reference_and_more}, check_wide, {1, 0, 0, 0}, {1, 1, 0, 0}};
 
 /* ---- a stale reference --------------------------------------------------------------------------------------------------------------- */
 

@@ -123,10 +123,19 @@ static const struct ex_scenario forwarded = {
     "forwarded", "leased from one ring, committed to another", setup_forward, 3, {send_one, forward, receive_from_second},
     check_one, {1, 1, 0, 0}, {2, 1, 0, 0}};
 
+/* Both for the first time, so that their states look alike. */
+static void forward_both(void) {
+    forward();
+    forward();
+}
 static void receive_two_from_second(void) {
     receive(mine(), 1);
     receive(mine(), 1);
 }
+static const struct ex_scenario forwarded_twice = {
+    "forwarded_twice", "two messages, leased from one ring, committed to another", setup_forward, 3,
+    {send_one_two, forward_both, receive_two_from_second}, check_two, {1, 0, 0, 0}, {1, 1, 0, 0}};
+
 static void setup_forward_to_full(void) {
     make_world((shmr_config){.rings = 2, .capacity = {4, 1}}, 3);
     warm(0);
@@ -229,6 +238,15 @@ static const struct ex_scenario finish = {
     "finish", "what was sent before the ring was closed is received before that is noticed", setup_closing, 2,
     {send_and_close, receive_until_closed}, check_finished, {2, 1, 0, 0}, {4, 1, 0, 0}};
 
+static void wait_until_closed(void) {
+    int status = RETRIED(shmr_wait_item(mine(), 0, soon()));
+    CHECK(status == SHMR_CLOSED || ex_kills());
+}
+static void check_nothing_sent(void) { check_all(0); }
+static const struct ex_scenario unfilled = {
+    "unfilled", "one waits for an item, and the ring is closed", setup_closing, 2, {close_ring, wait_until_closed},
+    check_nothing_sent, {2, 0, 0, 0}, {4, 0, 0, 0}};
+
 /* ---- all is done ---------------------------------------------------------------------------------------------------------------- */
 
 /* A task that gives birth to another before it is done, as in a queue whose join() waits for both. */
@@ -295,17 +313,13 @@ static void submit_and_drain(void) {
         back++;
     }
 }
-static void forward_two(void) {
-    forward();
-    forward();
-}
 static void setup_items(void) {
     make_world((shmr_config){.rings = 2, .capacity = {1, 1}, .arena_bytes = SHMR_EXTENT}, 2);
     warm(0);
 }
 static const struct ex_scenario items = {
     "items", "memory for one task: its result, which is the same block, has to be taken for the next one", setup_items, 2,
-    {submit_and_drain, forward_two}, check_two, {1, 1, 0, 0}, {2, 1, 0, 0}};
+    {submit_and_drain, forward_both}, check_two, {1, 1, 0, 0}, {2, 1, 0, 0}};
 
 /* ---- scattered ---------------------------------------------------------------------------------------------------------------------- */
 

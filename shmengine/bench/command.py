@@ -1,0 +1,220 @@
+"""The command line of ``shmengine bench``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any, Final, TextIO
+
+from shmengine.bench.plan import FULL, MODES, QUICK, Plan, parse_size
+
+__all__ = ["add_arguments", "run"]
+
+EPILOG: Final = (
+    "Targets are mechanism (the channels shm, pipe, mqueue and socket), ours (Ring, Queue), rival (whatever is"
+    " installed of multiprocessing, faster-fifo, kickmsg, iceoryx2 and pyzmq), or single names of the table."
+    " docs/benchmark.md tells how to read it."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the verb."""
+    parser.epilog = EPILOG
+    add = parser.add_argument
+    add("--quick", action="store_true", help="five sizes, three repeats, in half a minute")
+    add("--targets", type=_list, metavar="NAME,...", help="what to measure (default: all)")
+    add("--sizes", type=_sizes, metavar="SIZE,...", help="of messages, such as 64,4KiB,16MiB")
+    add("--modes", type=_modes, metavar="MODE,...", help="copy (an array is sent), block (filled in place)")
+    add(
+        "--repeats",
+        type=_positive(int),
+        metavar="N",
+        help=f"interleaved rounds of each (default {FULL.repeats})",
+    )
+    add(
+        "--seconds",
+        type=_positive(float),
+        metavar="S",
+        help=f"for all of it (default {FULL.total_seconds:g})",
+    )
+    add("--no-pin", action="store_true", help="let the kernel choose the cores")
+    add("--load", metavar="FILE", help="measure nothing: show results that --json has written")
+    add(
+        "--json", nargs="?", const="-", metavar="FILE", help="everything, for programs (- or nothing: stdout)"
+    )
+    add("--csv", nargs="?", const="-", metavar="FILE", help="the rows, for spreadsheets")
+    add("--markdown", nargs="?", const="-", metavar="FILE", help="the tables, for documents")
+    add(
+        "--plot",
+        metavar="FILE",
+        type=_plot_file,
+        help="throughput and round trip, as .png or .svg (needs matplotlib)",
+    )
+    add("--html", metavar="FILE", help="one page with all of it (with a plot if there is matplotlib)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, or load, and show; return the exit status."""
+    from shmengine.bench.results import Report
+
+    if options.plot and (trouble := _no_matplotlib()):
+        return _fail(trouble)  # before all that time
+    try:
+        report = _load(options.load, Report) if options.load else _measure(options)
+        to_stdout = _write(options, report)
+    except (OSError, ValueError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    if not to_stdout:
+        _show(report)
+    return 0
+
+
+def _fail(text: str, status: int = 2) -> int:
+    print(f"shmengine bench: {text}", file=sys.stderr)
+    return status
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    plan = QUICK if options.quick else FULL
+    chosen: dict[str, Any] = {
+        "sizes": options.sizes,
+        "modes": options.modes,
+        "repeats": options.repeats,
+        "total_seconds": options.seconds,
+    }
+    plan = replace(plan, **{name: value for name, value in chosen.items() if value is not None})
+    return replace(plan, pinned=not options.no_pin)
+
+
+def _measure(options: argparse.Namespace) -> Any:
+    from shmengine.bench import environment, registry
+    from shmengine.bench.measure import measure
+    from shmengine.bench.recommend import recommend
+    from shmengine.bench.results import Report
+
+    plan = _plan(options)
+    targets = registry.TARGETS if options.targets is None else registry.choose(options.targets)
+    missing = {each.name: why for each in targets if (why := registry.missing(each)) is not None}
+    load = environment.load_per_core()
+    stamp = environment.stamp(pinned=plan.pinned)
+    with _progress() as progress:
+        rows = measure(plan, [each for each in targets if each.name not in missing], progress)
+    rounds = sorted({row.rounds for row in rows if row.error is None})
+    stamp["rounds"] = " to ".join(map(str, dict.fromkeys(rounds[:1] + rounds[-1:]))) or "none"
+    return Report(stamp, asdict(plan), missing, rows, recommend(rows, load))
+
+
+def _load(path: str, kind: Any) -> Any:
+    with open(path) as file:
+        return kind.from_json(file.read())
+
+
+def _write(options: argparse.Namespace, report: Any) -> bool:
+    """Write the files that were asked for; tell whether one of them was stdout."""
+    from shmengine.bench.table import markdown
+
+    to_stdout = False
+    texts: tuple[tuple[str | None, Callable[[], str]], ...] = (
+        (options.json, report.to_json),
+        (options.csv, report.to_csv),
+        (options.markdown, lambda: markdown(report)),
+        (options.html, lambda: _page(report)),
+    )
+    for path, make in texts:
+        if path == "-":
+            sys.stdout.write(make())
+            to_stdout = True
+        elif path is not None:
+            text = make()
+            with open(path, "w") as file:
+                file.write(text)
+    if options.plot:
+        from shmengine.bench.plot import save
+
+        save(report, options.plot)
+    return to_stdout
+
+
+def _page(report: Any) -> str:
+    from shmengine.bench.page import page
+
+    return page(report, with_plot=_no_matplotlib() is None)
+
+
+def _no_matplotlib() -> str | None:
+    if importlib.util.find_spec("matplotlib") is not None:
+        return None
+    return "--plot needs matplotlib: pip install 'shmengine[bench]'"
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    if _has_rich(sys.stderr):
+        from shmengine.bench.screen import progress
+
+        with progress() as update:
+            yield update
+    else:
+        yield lambda *_: None
+
+
+def _show(report: Any) -> None:
+    if _has_rich(sys.stdout):
+        from shmengine.bench.screen import show
+
+        show(report)
+    else:
+        from shmengine.bench.table import plain
+
+        print(plain(report), end="")
+
+
+def _has_rich(stream: TextIO) -> bool:
+    return stream.isatty() and importlib.util.find_spec("rich") is not None
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(sorted({parse_size(part) for part in _list(text)}))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not sizes:
+        raise argparse.ArgumentTypeError("no size is given")
+    return sizes
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    wanted = _list(text)
+    if not wanted or any(mode not in MODES for mode in wanted):
+        raise argparse.ArgumentTypeError(f"modes are {' and '.join(MODES)}, not {text!r}")
+    return tuple(mode for mode in MODES if mode in wanted)
+
+
+def _positive(kind: type[Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be positive, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def _plot_file(path: str) -> str:
+    if not path.endswith((".png", ".svg")):
+        raise argparse.ArgumentTypeError(f"a plot is a .png or .svg file, not {path!r}")
+    return path

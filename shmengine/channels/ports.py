@@ -1,0 +1,542 @@
+"""Sockets of ZeroMQ as channels use them, and the one thread of a process that serves them beside its user's work.
+
+A socket is used by whoever has something to do there, under its port's lock: who sends, who receives, and the service,
+which greets, sees connections end, and goes on with what others have left. What somebody takes out for another one he
+puts where that one looks, and wakes him.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from shmengine.channels import hub
+from shmengine.channels.keys import Keys
+from shmengine.channels.sessions import PREFIX_BYTES, Greeting, Kind, Proof, Session, refusal
+from shmengine.channels.zeromq import zmq
+
+if TYPE_CHECKING:
+    from shmengine.channels.socket import SocketLink
+
+__all__ = ["DialPort", "ListenPort", "Port", "Waiter"]
+
+BATCH = 64  # parts that are taken from a socket at once
+FEW = 8
+RECONNECT_MS = (5, 200)  # first and longest pause between two attempts
+LINGER_MS = 500  # for what was handed over when a socket is closed
+GREETING_SECONDS = 2.0  # within which a connection is expected to say who it is
+MOST_UNKNOWN = 1024  # sessions that wait for `accept`
+
+_EVENTS = (
+    zmq.Event.HANDSHAKE_SUCCEEDED
+    | zmq.Event.DISCONNECTED
+    | zmq.Event.HANDSHAKE_FAILED_AUTH
+    | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
+)
+_EVENT = struct.Struct("=Hi")  # what it is, and for some of them the connection's descriptor
+_EVENTS_OPTION = int(zmq.EVENTS)
+_POLLIN = int(zmq.POLLIN)
+_MORE = int(zmq.SNDMORE | zmq.DONTWAIT)
+_NOW = int(zmq.DONTWAIT)
+
+
+class Waiter:
+    """Where one thread at a time waits for a port: for its socket, or for somebody who has used that meanwhile."""
+
+    def __init__(self, port: Port) -> None:
+        self._port = port
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll = select.epoll()
+        self._epoll.register(self._event, select.EPOLLIN)
+        self._epoll.register(port.fd, select.EPOLLIN)
+        self._woken = False
+        self.fd = self._epoll.fileno()
+
+    def arm(self) -> None:
+        """Be woken from here on. Under the port's lock, and when its socket has nothing more."""
+        if self._woken:
+            try:
+                os.eventfd_read(self._event)
+            except BlockingIOError:
+                pass
+            self._woken = False
+        self._port.armed.add(self)
+
+    def wake(self) -> None:
+        """Wake who waits, or is about to. Under the port's lock."""
+        if not self._woken:
+            self._woken = True
+            os.eventfd_write(self._event, 1)
+
+    def wait(self, deadline: int) -> None:
+        """Wait, after `arm`, until it may be time to look again; until the deadline at the latest."""
+        seconds = -1.0 if deadline < 0 else max(0, deadline - time.monotonic_ns()) / 1e9
+        self._epoll.poll(seconds, 1)
+
+    def disarm(self) -> None:
+        """Need not be woken."""
+        self._port.armed.discard(self)
+
+    def close(self) -> None:
+        self._port.armed.discard(self)
+        if self._event >= 0:
+            self._epoll.close()
+            event, self._event = self._event, -1
+            os.close(event)
+
+
+class Port:
+    """One socket of this process."""
+
+    def __init__(self, kind: int, peer_timeout: float, auth: Keys | None, *, serves: bool) -> None:
+        self.lock = threading.Lock()
+        self.armed: set[Waiter] = set()
+        self.waiters: dict[bytes, tuple[Waiter, Waiter]] = {}  # who reads, and who writes, by session
+        self.sessions: dict[bytes, Session] = {}
+        self.links: dict[bytes, SocketLink] = {}
+        self.greeting_until = 0.0  # somebody is expected to say who he is
+        self.closed = False
+        self.denied = ""
+        self._raw: deque[zmq.Frame] = deque()
+        self.hub = hub.enter(self)
+        socket = self._socket = self.hub.context.socket(kind)
+        socket.sndhwm = socket.rcvhwm = 0  # the window of each session is the limit
+        socket.linger = LINGER_MS
+        beat = max(1, int(peer_timeout * 250))
+        socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = beat, 2 * beat, 0
+        socket.handshake_ivl = socket.connect_timeout = max(50, int(peer_timeout * 500))
+        socket.reconnect_ivl, socket.reconnect_ivl_max = RECONNECT_MS
+        if auth is not None:
+            auth.apply(socket, serves=serves, allow=self.hub.allow)
+        self.monitor = socket.get_monitor_socket(int(_EVENTS))
+        self.fd = int(socket.fd)
+        self._may_have_lost = False
+        # Called from C, so that there is no bytecode between taking a part and putting it somewhere.
+        receive: Any = partial(super(zmq.Socket, socket).recv, _NOW, False, False)
+        self._incoming: Iterator[zmq.Frame] = iter(receive, None)
+        self._step = 2 if kind == zmq.ROUTER else 1  # parts of a message
+        self._send: Callable[..., Any] = super(zmq.Socket, socket).send
+        self._poll: Callable[[int], Any] = super(zmq.Socket, socket).get
+
+    # --- under the lock ------------------------------------------------------------------------------
+
+    def pump(self, most: int = 2 * BATCH) -> bool:
+        """Take in what has come: about so many parts, -1: all. True: there may be more."""
+        raw, step = self._raw, self._step
+        if raw:
+            self._sort()  # a signal's handler has kept somebody from it
+        if self._may_have_lost:
+            self._ask_again()
+        taken = 0
+        while most < 0 or taken < most:
+            if not self._poll(_EVENTS_OPTION) & _POLLIN:
+                return False
+            # Not to find anything is an exception, and slow: few parts are better taken one by one.
+            count = step if taken < FEW else BATCH
+            self._may_have_lost = True  # if a signal's handler, which pyzmq calls, raises
+            try:
+                raw.extend(islice(self._incoming, count))
+            except zmq.Again:
+                self._may_have_lost = False
+                self._sort()
+                return False
+            self._may_have_lost = False
+            self._sort()
+            taken += count
+        return True
+
+    def _ask_again(self) -> None:
+        for session in self.sessions.values():
+            if session.peer is not None:
+                self._request(session, session.peer)
+        self._may_have_lost = False
+
+    def _request(self, session: Session, peer: bytes) -> None:
+        self.post(peer, session.request())
+        session.requested()
+
+    def hand_over(self, session: Session) -> None:
+        """Give the connection of a session all that was kept for it."""
+        self._hand_over(session)
+        if self.armed:  # sending may have swallowed the sign that something has come
+            self.pump(-1)
+
+    def acknowledge(self, session: Session) -> None:
+        """Tell the other end what was taken, if it does not know."""
+        if session.peer is not None and (part := session.acknowledgement()) is not None:
+            self.post(session.peer, part)
+            session.told()
+            if self.armed:
+                self.pump(-1)
+
+    def _hand_over(self, session: Session) -> None:
+        peer = session.peer
+        if peer is not None:
+            for number, part in session.to_hand_over():
+                if not self.post(peer, part):
+                    session.disconnected()
+                    break
+                session.handed_over(number)
+
+    def post(self, peer: bytes, part: Any) -> bool:
+        """Send a part; False: this connection has ended."""
+        raise NotImplementedError
+
+    def _sort(self) -> None:
+        raise NotImplementedError
+
+    def _feed(self, session: Session, part: Any) -> int:
+        """Give a session what has come for it, and wake who waits for that; return of which kind it is."""
+        kind, more, room = session.feed(part)
+        if more or room:
+            reader, writer = self.waiters[session.key]
+            if more:
+                reader.wake()
+            if room:
+                writer.wake()
+        if session.peer is not None:
+            if session.misses:
+                self._request(session, session.peer)
+            elif kind == Kind.REPEAT:
+                self._hand_over(session)
+                self.post(session.peer, session.prefix(Kind.ACKNOWLEDGE))
+        return kind
+
+    def on_event(self, event: int, fd: int) -> None:
+        """Note what has happened to a connection."""
+        raise NotImplementedError
+
+    # --- of the service --------------------------------------------------------------------------------
+
+    def read_events(self, *, pumps: bool = True) -> None:
+        """Note all that has happened to connections, after what they have brought. Under the lock."""
+        while not self.closed:
+            try:
+                message = self.monitor.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            event, value = _EVENT.unpack_from(message[0])
+            if pumps and event == zmq.Event.DISCONNECTED:
+                self.pump(-1)
+            self.on_event(event, value)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the service should look here again soon."""
+        return self.greeting_until > 0 or any(session.outstanding for session in self.sessions.values())
+
+    def serve(self) -> None:
+        """Do what is left to do. Under the lock."""
+        self.pump(-1)
+        for session in list(self.sessions.values()):
+            self.hand_over(session)
+        if 0 < self.greeting_until < time.monotonic():
+            self.greeting_until = 0.0
+
+    def rest(self) -> None:
+        """Note that nothing has happened here for a while."""
+        for session in list(self.sessions.values()):
+            session.drop_spare()
+
+    def add(self, session: Session) -> tuple[Waiter, Waiter]:
+        """Have a session here; return who waits to read, and who waits to write."""
+        pair = self.waiters.get(session.key)
+        if pair is None:
+            pair = self.waiters[session.key] = Waiter(self), Waiter(self)
+        self.sessions[session.key] = session
+        return pair
+
+    def end(self) -> None:
+        """At the end of the process: close all channels here. Waits for nothing."""
+        for link in list(self.links.values()):
+            link.close()
+
+    def wake_all(self) -> None:
+        """Let everybody look what has become of his session. Under the lock."""
+        for pair in self.waiters.values():
+            for waiter in pair:
+                waiter.wake()
+
+    def remove(self, session: Session) -> None:
+        """Have a session here no more. Under the lock."""
+        if self.sessions.pop(session.key, None) is not None:
+            self.links.pop(session.key, None)
+            for waiter in self.waiters.pop(session.key):
+                waiter.close()
+        if self.is_over:
+            self.close()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody needs the socket any more."""
+        return not self.sessions
+
+    def close(self) -> None:
+        """Let go of the socket. Under the lock."""
+        if not self.closed:
+            self.closed = True
+            for session in list(self.sessions.values()):
+                self.remove(session)
+            self.hub.forget(self)
+            self._socket.disable_monitor()
+            self.monitor.close(0)
+            self._socket.close()
+
+
+class DialPort(Port):
+    """The socket of a session that connects."""
+
+    def __init__(
+        self, kind: int, address: str, session: Session, proof: Proof, peer_timeout: float, auth: Keys | None
+    ) -> None:
+        super().__init__(kind, peer_timeout, auth, serves=False)
+        self._session = session
+        self._proof = proof
+        self._nonce = b""
+        self.answered = threading.Event()
+        self._socket.ipv6 = "[" in address
+        self.add(session)
+        self._socket.connect(address)
+        self.hub.watch(self)
+
+    def on_event(self, event: int, fd: int) -> None:  # noqa: ARG002  there is one connection
+        session = self._session
+        if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+            self._greet()
+        elif event == zmq.Event.DISCONNECTED:
+            self._nonce = b""
+            session.disconnected()
+            self.wake_all()
+        elif event == zmq.Event.HANDSHAKE_FAILED_AUTH and session.missed_since == 0:
+            session.refusal = "it does not know the key of this end"
+            self.answered.set()
+            self.wake_all()
+
+    def serve(self) -> None:
+        super().serve()
+        if self._nonce and self.greeting_until == 0 and self._session.peer is None:
+            self._greet()  # the answer, or the question, was lost on arrival
+
+    def _greet(self) -> None:
+        self._nonce = os.urandom(16)
+        greeting = self._proof.greeting(Kind.HELLO, self._session.key, self._nonce)
+        self.post(b"", self._session.greet(Kind.HELLO, greeting))
+        self.greeting_until = time.monotonic() + GREETING_SECONDS
+
+    def post(self, peer: bytes, part: Any) -> bool:  # noqa: ARG002  there is one
+        self._send(part, _NOW, False)
+        return True
+
+    def _sort(self) -> None:
+        raw, session = self._raw, self._session
+        while raw:
+            part = raw[0]
+            if session.peer is not None:
+                self._feed(session, part)
+            elif not part.more and len(part) >= PREFIX_BYTES:
+                self._read_answer(part)
+            raw.popleft()
+
+    def _read_answer(self, part: zmq.Frame) -> None:
+        session, kind = self._session, part.buffer[0]
+        greeting = Greeting.unpack(part)
+        if greeting is None or greeting.key != session.key or greeting.nonce != self._nonce:
+            return
+        if not self._proof.holds(Kind(kind), greeting) or kind not in (Kind.WELCOME, Kind.REFUSAL):
+            return
+        self._nonce, self.greeting_until = b"", 0.0
+        if kind == Kind.REFUSAL:
+            session.refusal = greeting.text
+        else:
+            session.connected(b"", part, greeting.text)
+            self._hand_over(session)
+        self.answered.set()
+        self.wake_all()
+
+
+class ListenPort(Port):
+    """A socket that others connect to: any number of them, or, with ``alone=``, the other end of one session.
+
+    Attributes
+    ----------
+    arrived : deque of Session
+        Those that nobody has accepted so far.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        proof: Proof,
+        peer_timeout: float,
+        auth: Keys | None = None,
+        *,
+        alone: Session | None = None,
+        make: Callable[[bytes], Session] | None = None,
+    ) -> None:
+        super().__init__(zmq.PAIR if alone else zmq.ROUTER, peer_timeout, auth, serves=True)
+        self._alone = alone
+        self._make = make
+        self._proof = proof
+        self._may_be_half = False
+        self._peers: dict[bytes, Session] = {}
+        self._by_fd: dict[int, Session] = {}
+        self.arrived: deque[Session] = deque()
+        self.news = threading.Event()
+        if alone:
+            self.add(alone)
+        else:
+            self._socket.router_mandatory = True
+        if address.startswith("ipc:"):
+            self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
+        self._socket.ipv6 = "[" in address
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError:
+            self.close()
+            raise
+        self.address = bytes(self._socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
+        self.hub.watch(self)
+
+    def finish(self, *, hurry: bool) -> bool:  # noqa: ARG002  as of a link
+        """Refuse new sessions; those that were accepted may still come back."""
+        with self.lock:
+            self._make = None
+            while self.arrived:
+                session = self.arrived.popleft()
+                session.keep([session.prefix(Kind.GOODBYE, session.next_number)])
+                self._hand_over(session)
+                self.remove(session)
+            self.news.set()
+            if self.is_over:
+                self.close()
+        return True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody needs the socket any more."""
+        return not self.sessions and self._make is None
+
+    def end(self) -> None:
+        super().end()
+        self.hub.finish(self)
+
+    def on_event(self, event: int, fd: int) -> None:
+        if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+            self.greeting_until = time.monotonic() + GREETING_SECONDS
+        elif event == zmq.Event.DISCONNECTED and (session := self._by_fd.pop(fd, None)) is not None:
+            if session.peer is not None:
+                self._peers.pop(session.peer, None)
+            session.disconnected()
+            self.wake_all()
+
+    def remove(self, session: Session) -> None:
+        super().remove(session)
+        if session.peer is not None:
+            self._peers.pop(session.peer, None)
+        self._by_fd = {fd: other for fd, other in self._by_fd.items() if other is not session}
+
+    def post(self, peer: bytes, part: Any) -> bool:
+        try:
+            if self._alone:
+                self._send(part, _NOW, False)
+                return True
+            if self._may_be_half:
+                self._end_half()
+            self._may_be_half = True  # if a signal's handler, which pyzmq calls, raises
+            deque(map(self._send, (peer, part), (_MORE, _NOW), (False, False)), 0)
+            self._may_be_half = False
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            self._may_be_half = False
+            return False
+        return True
+
+    def _end_half(self) -> None:
+        """End a message of which only the address was sent, if there is one: nobody is called like this."""
+        try:
+            self._send(b"", _NOW, False)
+        except zmq.ZMQError:
+            pass
+        self._may_be_half = False
+
+    def _sort(self) -> None:
+        raw = self._raw
+        if self._alone:
+            while raw:
+                self._receive(b"", raw[0])
+                raw.popleft()
+            return
+        while raw:
+            if not raw[0].more:  # the second half of what was dealt with when somebody interrupted
+                raw.popleft()
+                continue
+            if len(raw) < 2:  # the rest is there, but in the next batch
+                return
+            part = raw[1]
+            if part.more:
+                self._drop_long()
+                continue
+            self._receive(raw[0].bytes, part)
+            raw.popleft()
+            raw.popleft()
+
+    def _drop_long(self) -> None:
+        """Drop a message of more parts than there should be."""
+        raw = self._raw
+        while raw.popleft().more:
+            if not raw:
+                raw.extend(islice(self._incoming, 1))
+
+    def _receive(self, peer: bytes, part: zmq.Frame) -> None:
+        session = self._peers.get(peer)
+        kind = part.buffer[0] if session is None and len(part) >= PREFIX_BYTES else 0
+        if session is not None:
+            kind = self._feed(session, part)
+        if kind == Kind.HELLO:
+            self._greet(peer, part)
+
+    def _greet(self, peer: bytes, part: zmq.Frame) -> None:
+        greeting = Greeting.unpack(part)
+        if greeting is None or not self._proof.holds(Kind.HELLO, greeting):
+            return
+        self.read_events(
+            pumps=False
+        )  # so that none of an earlier connection with this descriptor comes later
+        session = self._session_of(greeting, part)
+        if session is None:
+            why = "it does not know this session any more, or takes no new ones"
+            self.post(peer, refusal(self._proof.greeting(Kind.REFUSAL, greeting.key, greeting.nonce, why)))
+            return
+        if session.peer is not None:
+            self._peers.pop(session.peer, None)
+            session.disconnected()
+        self._by_fd = {fd: other for fd, other in self._by_fd.items() if other is not session}
+        self._by_fd[int(part.get(zmq.SRCFD))] = session
+        self._peers[peer] = session
+        answer = self._proof.greeting(Kind.WELCOME, greeting.key, greeting.nonce)
+        self.post(peer, session.greet(Kind.WELCOME, answer))
+        session.connected(peer, part, greeting.text)
+        self._hand_over(session)
+        self.wake_all()
+
+    def _session_of(self, greeting: Greeting, part: zmq.Frame) -> Session | None:
+        """Return the session that a greeting is of, made if it is new; None: it is refused."""
+        session = self.sessions.get(greeting.key)
+        if session is None and self._alone is None and self._make is not None:
+            number = int.from_bytes(part.buffer[8:PREFIX_BYTES], "little")
+            if number == 0 and len(self.arrived) < MOST_UNKNOWN:
+                session = self._make(greeting.key)
+                self.add(session)
+                self.arrived.append(session)
+                self.news.set()
+        return session

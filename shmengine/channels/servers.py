@@ -1,0 +1,319 @@
+"""Channels between machines, or between processes that are not related: `listen`, `connect`."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket as sockets
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from shmengine._native.status import deadline_of
+from shmengine.channels.base import Counts, End, Options
+from shmengine.channels.keys import Keys
+from shmengine.channels.open import check_options
+from shmengine.channels.ports import DialPort, ListenPort, Port
+from shmengine.channels.presence import Fate
+from shmengine.channels.sessions import SESSION_BYTES, Proof, Session, is_gone
+from shmengine.channels.socket import PEER_SECONDS, SocketLink
+from shmengine.channels.zeromq import zmq
+from shmengine.errors import Closed, PeerLost, SerializationError, Timeout, UseAfterFork, WouldBlock
+
+__all__ = ["Server", "connect", "listen"]
+
+_LONG = 3600.0  # seconds; "for ever", but in steps
+
+Auth = Keys | str | os.PathLike[str] | None
+
+
+class _RemoteLink(SocketLink):
+    """An end of a channel whose other end was made elsewhere."""
+
+    def __init__(self, options: Options, port: Port, session: Session, peer_timeout: float) -> None:
+        super().__init__(options)
+        self.counts = session.counts
+        self._patience_ns = int(peer_timeout * 1e9)
+        self._attach(port, session)
+
+    def start(self) -> None:
+        """Check that it is this process's."""
+        if self._pid != os.getpid():
+            raise UseAfterFork("this end of a channel is used by the parent of this forked process")
+
+    def token(self) -> Any:
+        """Refuse: the connection is this process's."""
+        raise SerializationError(
+            "an end from connect or accept is the process's that made it: pass the address on, and connect there"
+        )
+
+    def _fate(self) -> Fate:
+        session = self._session
+        if session.peer is not None:
+            return Fate.ALIVE
+        patience = 0 if is_gone(session.other) else self._patience_ns
+        return Fate.ALIVE if time.monotonic_ns() - session.missed_since < patience else Fate.LOST
+
+
+class Server:
+    """Accepts channels at an address; made by `listen`.
+
+    Attributes
+    ----------
+    address : str
+        Where it listens; give this to `connect`.
+    """
+
+    def __init__(self, address: str, auth: Keys | None, options: Options, peer_timeout: float) -> None:
+        self._options = options
+        self._peer_timeout = peer_timeout
+        self._closed = False
+        self._pid = os.getpid()
+        self._accepting = threading.Lock()
+
+        def make(key: bytes) -> Session:
+            return Session(key, Counts(), options.buffer_bytes)
+
+        try:
+            self._port = ListenPort(address, Proof(b""), peer_timeout, auth, make=make)
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, f"cannot listen at {address}: {error.strerror}") from None
+        self.address = self._port.address
+
+    def accept(self, timeout: float | None = None) -> End:
+        """Wait for somebody to connect, and return this side's end of the channel.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds; None: for ever, 0: do not wait.
+
+        Raises
+        ------
+        Timeout
+        WouldBlock
+            With a timeout of 0.
+        Closed
+            The server was closed.
+        UseAfterFork
+            It belongs to the parent of this forked process.
+        """
+        deadline = deadline_of(timeout)
+        if self._pid != os.getpid():
+            raise UseAfterFork("this server belongs to the parent of this forked process")
+        port = self._port
+        while True:
+            self._check_open()
+            port.news.clear()
+            with self._accepting:
+                if port.arrived:
+                    session = port.arrived[0]
+                    link = _RemoteLink(self._options, port, session, self._peer_timeout)
+                    end = End(link, self._options)
+                    port.arrived.popleft()
+                    return end
+            now = time.monotonic_ns()
+            if deadline == 0:
+                raise WouldBlock("accept: nobody waits to be accepted")
+            if 0 < deadline <= now:
+                raise Timeout("accept: nobody has connected", timeout)
+            port.news.wait(_LONG if deadline < 0 else (deadline - now) / 1e9)
+
+    def __iter__(self) -> Iterator[End]:
+        """Accept until the server is closed."""
+        while True:
+            try:
+                end = self.accept()
+            except Closed:
+                return
+            yield end
+
+    def close(self) -> None:
+        """Accept nobody any more. Ends that were accepted go on, and may still come back after an interruption."""
+        if not self._closed:
+            self._closed = True
+            if self._pid == os.getpid():
+                self._port.hub.finish(self._port)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed("this server is closed")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<shmengine server at {self.address}{', closed' if self._closed else ''}>"
+
+
+def listen(
+    address: str,
+    auth: Auth = None,
+    *,
+    check: str = "frame",
+    allow_pickle: bool | None = None,
+    compression: str | None = None,
+    buffer_bytes: int | str = "64 MiB",
+    peer_timeout: float = PEER_SECONDS,
+) -> Server:
+    """Listen at an address for channels from other processes or machines.
+
+    Parameters
+    ----------
+    address : str
+        ``"tcp://host:port"`` (port 0: a free one, see `Server.address`; host ``*``: all interfaces), or
+        ``"ipc://path"`` or ``"ipc://@name"`` for this machine and this user.
+    auth : Keys, path, or "none", optional
+        Whom to let in: only those whose public key these keys know; everything is encrypted then. A path is that of a
+        key file (see `Keys.load`). Beyond this machine there is no other way, but to say ``"none"``: everybody.
+    allow_pickle : bool, optional
+        As for `channel`; by default not over TCP: who may send pickles may run any code here.
+    check, compression, buffer_bytes
+        As for `channel`.
+    peer_timeout : float, optional
+        Seconds without a connection after which the other end of a channel is lost. One that comes back sooner goes
+        on where it was.
+
+    Raises
+    ------
+    ValueError
+        There is no such address or option, or it needs ``auth=``.
+    OSError
+        The address cannot be had.
+    ModuleNotFoundError
+        pyzmq is not installed.
+    """
+    place = _Place.of(address, auth, "listen")
+    options = place.options(check, allow_pickle, compression, buffer_bytes, peer_timeout)
+    return Server(place.address, place.keys, options, peer_timeout)
+
+
+def connect(
+    address: str,
+    auth: Auth = None,
+    timeout: float | None = 5,
+    *,
+    check: str = "frame",
+    allow_pickle: bool | None = None,
+    compression: str | None = None,
+    buffer_bytes: int | str = "64 MiB",
+    peer_timeout: float = PEER_SECONDS,
+) -> End:
+    """Connect to a server, and return this side's end of a new channel.
+
+    Parameters
+    ----------
+    address : str
+        That of `Server.address`.
+    auth : Keys, path, or "none", optional
+        Own keys, which know the server's. A path is that of a key file (see `Keys.load`).
+    timeout : float, optional
+        Seconds to try; None: for ever.
+    check, allow_pickle, compression, buffer_bytes, peer_timeout
+        As for `listen`.
+
+    Raises
+    ------
+    Timeout
+        No server has answered; one that has other keys does not answer, either.
+    PeerLost
+        The server refuses: it does not know this key, or was closed.
+    ValueError
+        There is no such address or option, or it needs ``auth=``.
+    ModuleNotFoundError
+        pyzmq is not installed.
+    """
+    until = deadline_of(timeout)
+    place = _Place.of(address, auth, "connect")
+    options = place.options(check, allow_pickle, compression, buffer_bytes, peer_timeout)
+    session = Session(os.urandom(SESSION_BYTES), Counts(), options.buffer_bytes)
+    port = DialPort(zmq.DEALER, place.address, session, Proof(b""), peer_timeout, place.keys)
+    link = _RemoteLink(options, port, session, peer_timeout)
+    end = End(link, options)
+    try:
+        while not port.answered.wait(_LONG if until < 0 else max(0, until - time.monotonic_ns()) / 1e9):
+            if until >= 0 and time.monotonic_ns() >= until:
+                hint = "" if place.keys is None else ", with a key that this end knows"
+                raise Timeout(f"connect to {address}: no server answers there{hint}", timeout)
+        if session.refusal:
+            raise PeerLost(f"connect to {address}: the server refuses: {session.refusal}")
+    except BaseException:
+        end.close()
+        raise
+    return end
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An address, as ZeroMQ takes it, and what follows from it."""
+
+    address: str
+    keys: Keys | None
+    is_remote: bool
+
+    @classmethod
+    def of(cls, address: str, auth: Auth, what: str) -> _Place:
+        """Check an address and whether it needs keys."""
+        keys = None
+        if isinstance(auth, Keys):
+            keys = auth
+        elif auth is not None and auth != "none":
+            keys = Keys.load(auth)
+        transport, _, rest = address.partition("://")
+        if transport == "ipc" and rest:
+            if keys is not None:
+                raise ValueError(f"{what}: ipc:// is for one user of one machine, and takes no auth=")
+            return cls(address, None, is_remote=False)
+        host, colon, port = rest.rpartition(":")
+        if transport != "tcp" or not colon or not port.isdigit() or int(port) > 65535 or not host:
+            raise ValueError(
+                f"{what}: an address is 'tcp://host:port', 'ipc://path' or 'ipc://@name', not {address!r}"
+            )
+        numeric = host if host == "*" else _numeric(host.strip("[]"), what)
+        if keys is None and auth is None and not _is_loopback(numeric):
+            raise ValueError(
+                f"{what}: {address} can be reached by other machines: give auth= keys (`shmengine keys` makes"
+                " them), or auth='none' to let everybody in, unencrypted"
+            )
+        if ":" in numeric:
+            numeric = f"[{numeric}]"
+        return cls(f"tcp://{numeric}:{port}", keys, is_remote=True)
+
+    def options(
+        self,
+        check: str,
+        allow_pickle: bool | None,
+        compression: str | None,
+        buffer_bytes: int | str,
+        peer_timeout: float,
+    ) -> Options:
+        """Return the options of channels, checked."""
+        if not 0.1 <= peer_timeout <= 86400:
+            raise ValueError(f"peer_timeout must be from 0.1 to 86400 seconds, not {peer_timeout!r}")
+        return check_options(
+            check=check,
+            allow_pickle=not self.is_remote if allow_pickle is None else allow_pickle,
+            compression=compression,
+            buffer_bytes=buffer_bytes,
+        )
+
+
+def _numeric(host: str, what: str) -> str:
+    try:
+        return str(sockets.getaddrinfo(host, None, type=sockets.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise ValueError(f"{what}: there is no host {host!r}: {error.strerror or error}") from None
+
+
+def _is_loopback(host: str) -> bool:
+    return host != "*" and ipaddress.ip_address(host.partition("%")[0]).is_loopback

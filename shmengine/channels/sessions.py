@@ -1,0 +1,404 @@
+"""What lets a connection break and come back, and still each message arrive once: numbers, acknowledgements, resending.
+
+A sender keeps a copy of each message until the other end has taken it. Both say in their greeting what they have, and
+go on from there. Each part that travels begins with a prefix, and a whole frame follows::
+
+    | kind, 8 bytes | number, 8 | how many messages of the other end its user has taken, 8 | frame
+
+Of what several steps change here each one can be repeated: a signal's handler may raise between any two of them.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import hmac
+import os
+import struct
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from shmengine.channels.base import Counts
+from shmengine.region import start_time
+
+__all__ = [
+    "PREFIX_BYTES",
+    "SESSION_BYTES",
+    "Greeting",
+    "Kind",
+    "Proof",
+    "Session",
+    "is_gone",
+    "refusal",
+]
+
+PREFIX = struct.Struct("<B7xQQ")
+PREFIX_BYTES = PREFIX.size
+MESSAGE_COST = 256  # bytes of memory that a small message takes beside its own
+ACKNOWLEDGE_MESSAGES = 1024
+ACKNOWLEDGE_BYTES = 2 << 20
+VERSION = 1
+SESSION_BYTES = 16
+_GREETING = struct.Struct("<4sI16s16s32s")
+_MAGIC = b"SHMC"
+
+
+class Kind(enum.IntEnum):
+    """What a part is."""
+
+    HELLO = 1
+    """Who connects, and what he has received; first on each connection."""
+    WELCOME = 2
+    """The answer."""
+    REFUSAL = 3
+    """The other answer; a text follows that says why."""
+    DATA = 4
+    """A message, or the last part of a large one."""
+    GOODBYE = 5
+    """The last message."""
+    ACKNOWLEDGE = 6
+    REPEAT = 7
+    """All from this number on is to be sent again, and what was taken to be told: something was lost on arrival."""
+    BEGINNING = 8
+    """A part of a large message, before others of it."""
+
+
+_HELLO, _DATA, _GOODBYE = int(Kind.HELLO), int(Kind.DATA), int(Kind.GOODBYE)
+_REPEAT, _BEGINNING = int(Kind.REPEAT), int(Kind.BEGINNING)
+
+
+class Session:
+    """Both directions of a channel at one of its ends, over one connection or several that follow each other.
+
+    Everything but `next_message` and `take` is called under the lock of the port.
+
+    Attributes
+    ----------
+    peer : bytes or None
+        Where the other end can be reached through the port now; None: nowhere.
+    missed_since : int
+        Since when that has been so, in nanoseconds of the monotonic clock; 0: it has never been reached.
+    refusal : str
+        Why the other end does not go on with this session; empty: it does.
+    other : str
+        The process of the other end, from its greeting.
+    """
+
+    def __init__(self, key: bytes, counts: Counts, window: int) -> None:
+        self.key = key
+        self.counts = counts
+        self.window = window
+        self.peer: bytes | None = None
+        self.missed_since = 0
+        self.refusal = ""
+        self.other = ""
+        self.goodbye = False  # of the other end has come
+        # (number, position of its end in the stream, part, how many messages end up to it) of what may have to be sent
+        # again
+        self._kept: deque[tuple[int, int, Any, int]] = deque()
+        self._acknowledged = 0  # parts
+        self._messages = 0  # of these
+        self._released = 0  # position in the stream
+        self._handed_over = 0  # the next message that the connection gets
+        self._handed_over_most = 0
+        # (number, kind, part) of what has come and was not taken
+        self._inbox: deque[tuple[int, int, Any]] = deque()
+        self._received = 0  # the number of the next message to come
+        self._asked = -1  # the one that was asked for last
+        self.misses = False  # something came that should have come after something else
+        self._taken = 0
+        self._told = 0
+        self._telling = (0, 0)
+        self._taken_bytes = 0
+        self._told_bytes = 0
+        self._shown = -1
+        self.answers = False  # the other end has been taking messages lately
+        self._acknowledge_bytes = min(ACKNOWLEDGE_BYTES, window // 8)
+        self._spare: list[Any] = []  # parts whose memory can be used again, all of one size
+
+    # --- sending -----------------------------------------------------------------------------------
+
+    @property
+    def next_number(self) -> int:
+        """The number of the next message."""
+        return self._kept[-1][0] + 1 if self._kept else self._acknowledged
+
+    @property
+    def messages(self) -> int:
+        """How many messages were sent."""
+        return self._kept[-1][3] if self._kept else self._messages
+
+    @property
+    def outstanding(self) -> bool:
+        """Whether the other end has not yet taken all."""
+        return bool(self._kept)
+
+    def has_room(self, nbytes: int, window: int) -> bool:
+        """Whether a message of this size may be sent now, with so many bytes on their way. One alone always may."""
+        kept = self._kept
+        return not kept or kept[-1][1] - self._released + nbytes + MESSAGE_COST <= window
+
+    def keep(self, parts: list[Any]) -> None:
+        """Take over the parts of a message: from here on it is sent."""
+        kept = self._kept
+        number, end, messages = self._acknowledged, self._released, self._messages
+        if kept:
+            number, end, _, messages = kept[-1]
+            number += 1
+        if len(parts) == 1:
+            kept.append((number, end + len(parts[0]) + MESSAGE_COST, parts[0], messages + 1))
+            return
+        entries: list[tuple[int, int, Any, int]] = []
+        for part in parts:
+            end += len(part) + MESSAGE_COST
+            entries.append((number + len(entries), end, part, messages))
+        entries[-1] = (*entries[-1][:3], messages + 1)
+        kept.extend(entries)  # all at once, whatever a signal's handler raises
+
+    def to_hand_over(self) -> Iterator[tuple[int, Any]]:
+        """Return (number, part) of all that the connection has not got; say `handed_over` after each."""
+        kept = self._kept
+        count = min(self.next_number - self._handed_over, len(kept))
+        if count == 1:  # as always but after a new connection
+            entry = kept[-1]
+            return iter(((entry[0], entry[2]),))
+        return ((entry[0], entry[2]) for entry in list(islice(kept, len(kept) - count, None)))
+
+    def handed_over(self, number: int) -> None:
+        """Note that the connection has got this message."""
+        if number < self._handed_over_most:
+            self.counts.resent += 1
+        else:
+            self._handed_over_most = number + 1
+        self._handed_over = number + 1
+
+    def spare(self, nbytes: int) -> Any:
+        """Return a part of this size to write to, from those that are no longer needed, or None."""
+        spare = self._spare
+        if spare and len(spare[-1]) == nbytes:
+            return spare.pop()
+        return None
+
+    def drop_spare(self) -> None:
+        """Keep no memory for later parts."""
+        self._spare.clear()
+
+    def _acknowledge(self, count: int) -> bool:
+        """Let go of the first `count` messages of all; tell whether there were any left of them."""
+        kept = self._kept
+        if not kept or kept[0][0] >= count:
+            return False
+        while kept and kept[0][0] < count:
+            number, end, part, messages = kept[0]
+            self._acknowledged, self._released, self._messages = number + 1, end, messages
+            kept.popleft()
+            if type(part) is not bytes:
+                self._put_aside(part)
+        self.answers = True
+        return True
+
+    def _put_aside(self, part: Any) -> None:
+        spare = self._spare
+        if spare and len(spare[0]) != len(part):
+            spare.clear()
+        if len(part) * (len(spare) + 1) <= self.window:
+            spare.append(part)
+
+    # --- receiving ---------------------------------------------------------------------------------
+
+    def feed(self, part: Any) -> tuple[int, bool, bool]:
+        """Take in a part that has come: its kind, whether there is more to take now, whether there is more room."""
+        try:
+            kind, number, count = PREFIX.unpack_from(part)
+        except struct.error:
+            self.counts.corrupt += 1
+            return 0, False, False
+        if kind == _HELLO:
+            return kind, False, False
+        room = self._acknowledge(count)
+        if kind == _REPEAT:
+            self._handed_over = max(self._acknowledged, min(number, self._handed_over))
+        if kind != _DATA and kind != _GOODBYE and kind != _BEGINNING:
+            return kind, False, room
+        if number > self._received:
+            self.misses = self._asked != self._received
+            return kind, False, room
+        if number < self._received:
+            self.counts.duplicates += 1
+            return kind, False, room
+        self._inbox.append((number, kind, part))
+        self._received = number + 1
+        if kind == _GOODBYE:
+            self.goodbye = True
+        return kind, True, room
+
+    def next_message(self) -> tuple[bool, list[Any]] | None:
+        """Return the first message that was not taken: whether it is the goodbye, and its parts; None: there is none.
+
+        The same one is returned again until `take`.
+        """
+        inbox = self._inbox
+        while inbox:
+            number, kind, part = inbox[0]
+            if number < self._taken:
+                inbox.popleft()
+            elif kind != _BEGINNING:
+                self._shown = number
+                return kind == _GOODBYE, [part]
+            else:
+                return self._next_in_parts()
+        return None
+
+    def _next_in_parts(self) -> tuple[bool, list[Any]] | None:
+        parts: list[Any] = []
+        for number, kind, part in list(self._inbox):
+            parts.append(part)
+            if kind != _BEGINNING:
+                self._shown = number
+                return False, parts
+        return None
+
+    def take(self) -> None:
+        """Take what `next_message` has returned; another call does no harm."""
+        number = self._shown
+        if number >= self._taken:
+            inbox = self._inbox
+            self._taken = number + 1
+            while inbox and inbox[0][0] <= number:
+                self._taken_bytes += len(inbox[0][2])
+                inbox.popleft()
+
+    @property
+    def owes_acknowledgement(self) -> bool:
+        """Whether enough has been taken for the other end to be told."""
+        return (
+            self._taken - self._told >= ACKNOWLEDGE_MESSAGES
+            or self._taken_bytes - self._told_bytes >= self._acknowledge_bytes
+        )
+
+    def acknowledgement(self) -> bytes | None:
+        """Return the part that tells the other end what was taken; None: it knows."""
+        return self.prefix(Kind.ACKNOWLEDGE) if self._told < self._taken else None
+
+    def prefix(self, kind: int, number: int = 0) -> bytes:
+        """Return the beginning of a part, which tells what was taken, too; say `told` when it has gone."""
+        self._telling = taken, _ = self._taken, self._taken_bytes
+        return PREFIX.pack(kind, number, taken)
+
+    def told(self) -> None:
+        """Note that the last part has gone that tells what was taken."""
+        self._told, self._told_bytes = self._telling
+
+    # --- connections ---------------------------------------------------------------------------------
+
+    def greet(self, kind: Kind, body: bytes) -> bytes:
+        """Return a greeting with what this end has received."""
+        return self.prefix(kind, self._received) + body
+
+    def request(self) -> bytes:
+        """Return the part that asks for all that this end has not received; say `requested` when it has gone."""
+        return self.prefix(_REPEAT, self._received)
+
+    def requested(self) -> None:
+        """Note that the other end was asked."""
+        self._asked = self._received
+        self.misses = False
+
+    def connected(self, peer: bytes, part: Any, other: str) -> None:
+        """Go on over a new connection, from where the other end's greeting says."""
+        _, received, taken = PREFIX.unpack_from(part)
+        self._acknowledge(taken)
+        self._handed_over = max(self._acknowledged, min(received, self.next_number))
+        if self.missed_since:
+            self.counts.reconnects += 1
+        self.peer, self.missed_since, self.other = peer, 0, other
+
+    def disconnected(self) -> None:
+        """Note that the connection has ended."""
+        if self.peer is not None:
+            self.peer = None
+            self.missed_since = time.monotonic_ns()
+
+
+def refusal(body: bytes) -> bytes:
+    """Return the part that refuses a session."""
+    return PREFIX.pack(Kind.REFUSAL, 0, 0) + body
+
+
+# --- greetings -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """The body of a HELLO or WELCOME."""
+
+    key: bytes
+    """Names the session."""
+    nonce: bytes
+    """Of the one who connects; the answer repeats it."""
+    proof: bytes
+    """That the sender knows the secret of the channel."""
+    text: str
+    """The process that sends this; in a REFUSAL why."""
+
+    def pack(self) -> bytes:
+        """Return it as bytes."""
+        return _GREETING.pack(_MAGIC, VERSION, self.key, self.nonce, self.proof) + self.text.encode()
+
+    @classmethod
+    def unpack(cls, part: Any) -> Greeting | None:
+        """Read one from a part; None: this is none, or one of another version."""
+        body = bytes(memoryview(part)[PREFIX_BYTES : PREFIX_BYTES + 512])
+        if len(body) < _GREETING.size:
+            return None
+        magic, version, key, nonce, proof = _GREETING.unpack_from(body)
+        if magic != _MAGIC or version != VERSION:
+            return None
+        return cls(key, nonce, proof, body[_GREETING.size :].decode(errors="replace"))
+
+
+class Proof:
+    """Makes and checks proofs that the sender of a greeting knows a secret."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    def greeting(self, kind: Kind, key: bytes, nonce: bytes, text: str = "") -> bytes:
+        """Return the body of a greeting, of this process or with another text."""
+        text = text or identity_of_this_process()
+        return Greeting(key, nonce, self._of(kind, key, nonce), text).pack()
+
+    def holds(self, kind: Kind, greeting: Greeting) -> bool:
+        """Whether a greeting is from somebody who knows the secret."""
+        return hmac.compare_digest(greeting.proof, self._of(kind, greeting.key, greeting.nonce))
+
+    def _of(self, kind: Kind, key: bytes, nonce: bytes) -> bytes:
+        return hmac.digest(self._secret, bytes([kind]) + key + nonce, hashlib.sha256)
+
+
+def identity_of_this_process() -> str:
+    """Return what names this process among all of all machines: ``boot pid-namespace pid start-time``."""
+    pid = os.getpid()
+    return f"{_host()} {pid} {start_time(pid)}"
+
+
+def is_gone(identity: str) -> bool:
+    """Whether a process of this machine has ended; False, too, if it is of another one."""
+    host, _, process = identity.rpartition(" ")[0].rpartition(" ")
+    if host != _host() or not process.isdigit():
+        return False
+    try:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return fields[0] in b"ZX" or fields[19].decode() != identity.rpartition(" ")[2]
+
+
+def _host() -> str:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return f"{file.read().strip()} {os.stat('/proc/self/ns/pid').st_ino}"

@@ -1,0 +1,391 @@
+"""Channels over sockets (ZeroMQ), and such a channel between two processes of one machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import numpy as np
+
+from shmengine.arrays import Bytes, address_of
+from shmengine.channels.base import NOTHING, Capabilities, Link, Options
+from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
+from shmengine.channels.ports import DialPort, ListenPort, Port, Waiter
+from shmengine.channels.presence import Fate, Presence, PresenceToken
+from shmengine.channels.sessions import PREFIX_BYTES, Kind, Proof, Session
+from shmengine.channels.small import UNKNOWN, encode_small, open_small, seal_small
+from shmengine.channels.zeromq import zmq
+from shmengine.codec import KIND_ARRAY, KIND_PICKLE
+
+__all__ = ["SocketLink", "pair"]
+
+PEER_SECONDS = 10.0
+SMALL_BYTES = 1 << 12  # up to here few steps count, and not few copies
+SMALL_FRAME_BYTES = SMALL_BYTES + 512
+LARGE_BYTES = 1 << 16  # from here on a message is not copied where that can be avoided
+PART_BYTES = 8 << 20  # larger messages are cut: nobody seems dead while a part is on its way
+ALIGNMENT = 16  # of frames that are used where they arrived; malloc gives it
+DRAIN_NS = 500_000_000  # after a death, for what the kernel still has of the dead
+# While the other end keeps taking messages no more than this is on its way, so that the copies stay in the cache; a
+# sender waits for that so long, and then goes on until all of the buffer is full.
+PACE_BYTES = 8 << 20
+PACE_NS = 10_000_000
+LOOK_EVERY = 64  # messages of a sender, between looks what was acknowledged
+
+_DATA: Final = int(Kind.DATA)
+_BEGINNING: Final = int(Kind.BEGINNING)
+_CAPABILITIES = Capabilities(
+    mechanism="socket",
+    between_hosts=True,
+    in_place=False,
+    compresses=True,
+    priorities=1,
+    reconnects=True,
+    writable=True,
+    outlives_sender=False,
+)
+
+
+class SocketLink(FrameLink):
+    """A session of this process, and the port that it goes through."""
+
+    capabilities: ClassVar[Capabilities] = _CAPABILITIES
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self._checks_all = options.check == "payload"
+        self._known = (KIND_ARRAY, KIND_PICKLE) if options.allow_pickle else (KIND_ARRAY,)
+        self._pid = 0
+        self._closed = False
+        self._said_goodbye = False
+        self._port: Port
+        self._session: Session
+        self._reader: Waiter
+        self._writer: Waiter
+
+    def _attach(self, port: Port, session: Session) -> None:
+        """Become the one who uses a session in this process."""
+        self._port, self._session = port, session
+        self._reader, self._writer = port.add(session)
+        self.read_fd, self.write_fd = self._reader.fd, self._writer.fd
+        port.links[session.key] = self
+        self._pid = os.getpid()
+
+    # --- messages --------------------------------------------------------------------------------
+
+    def next_sequence(self, priority: int) -> int:  # noqa: ARG002  there are none
+        """Return the number of the next message."""
+        return self._session.messages
+
+    def encode(self, obj: Any) -> Any:
+        """Make an object ready for `send`: a small frame in one piece, any other as `FrameLink` does."""
+        frame = encode_small(obj, allow_pickle=self.options.allow_pickle, most_bytes=SMALL_BYTES)
+        return super().encode(obj) if frame is None else frame
+
+    def send(self, message: Any, priority: int, deadline: int) -> bool:
+        """Send a message that was encoded."""
+        if type(message) is not bytes:
+            return super().send(message, priority, deadline)
+        nbytes = len(message)
+        frame = seal_small(message, self.next_sequence(priority), checks_all=self._checks_all)
+        if not self.write([frame], nbytes, priority, deadline):
+            return False
+        counts = self.counts
+        counts.messages_sent += 1
+        counts.bytes_sent += nbytes
+        counts.wire_bytes_sent += nbytes
+        return True
+
+    def write(self, pieces: list[Any], nbytes: int, priority: int, deadline: int) -> bool:  # noqa: ARG002
+        """Keep a copy of a message until the other end has it, and send that; wait while there is no room."""
+        session, port = self._session, self._port
+        window = self.options.buffer_bytes
+        paces = session.answers and deadline != 0
+        with port.lock:
+            number = session.next_number
+            if number % LOOK_EVERY == 0:
+                port.pump(-1)
+            if session.has_room(nbytes, min(window, PACE_BYTES) if paces else window):
+                self._keep(number, pieces, nbytes)
+                return True
+        return self._write_later(pieces, nbytes, deadline, time.monotonic_ns() + PACE_NS if paces else 0)
+
+    def _keep(self, number: int, pieces: list[Any], nbytes: int) -> None:
+        session, port = self._session, self._port
+        port.hub.notice()  # which goes on with it if a signal's handler raises here
+        session.keep(self._parts(number, pieces, nbytes))
+        port.hand_over(session)
+        session.told()
+
+    def _write_later(self, pieces: list[Any], nbytes: int, deadline: int, paced_until: int) -> bool:
+        """Write a message when there is room, until `paced_until` more than that."""
+        session, port = self._session, self._port
+        window = self.options.buffer_bytes
+        try:
+            while True:
+                with port.lock:
+                    port.pump(-1)
+                    if session.has_room(nbytes, min(window, PACE_BYTES) if paced_until else window):
+                        self._keep(session.next_number, pieces, nbytes)
+                        return True
+                    self._writer.arm()
+                    port.acknowledge(session)
+                now = time.monotonic_ns()
+                if deadline == 0 or 0 < deadline <= now:
+                    return False
+                if 0 < paced_until <= now:
+                    paced_until = 0
+                    session.answers = False
+                elif paced_until:
+                    self._writer.wait(paced_until if deadline < 0 else min(paced_until, deadline))
+                else:
+                    self._writer.wait(deadline)
+        finally:
+            if deadline:
+                self._writer.disarm()
+
+    def _parts(self, number: int, pieces: list[Any], nbytes: int) -> list[Any]:
+        """Return a copy of a message, in one part, or in several if it is large.
+
+        They are bytes, or frames of ZeroMQ, which it sends without another copy.
+        """
+        prefix = self._session.prefix
+        if nbytes < LARGE_BYTES:
+            return [b"".join((prefix(_DATA, number), *pieces))]
+        if nbytes <= PART_BYTES:
+            return [self._frame([prefix(_DATA, number), *pieces], nbytes)]
+        parts: list[Any] = []
+        for some in _cut(pieces, PART_BYTES):
+            nbytes -= PART_BYTES
+            kind = _DATA if nbytes <= 0 else _BEGINNING
+            parts.append(self._frame([prefix(kind, number + len(parts)), *some], PART_BYTES + min(nbytes, 0)))
+        return parts
+
+    def _frame(self, pieces: list[Any], nbytes: int) -> Any:
+        nbytes += PREFIX_BYTES
+        part = self._session.spare(nbytes)
+        if part is None:
+            part = zmq.Frame(memoryview(np.empty(nbytes, np.uint8)), copy=True)  # type: ignore[arg-type]
+        _join(pieces, np.frombuffer(part, np.uint8))
+        return part
+
+    def give_up(self) -> None:
+        """Take back nothing: a message is sent whole, or not at all."""
+
+    def read(self, deadline: int) -> Bytes | bytes | object:
+        """Return the next message."""
+        session, port = self._session, self._port
+        try:
+            while True:
+                found = session.next_message()
+                if found is None:
+                    with port.lock:
+                        more = port.pump()
+                        found = session.next_message()
+                        if found is None:
+                            if more:
+                                continue
+                            self._reader.arm()
+                            port.acknowledge(session)
+                            found = session.next_message()
+                if found is not None:
+                    return self._opened(*found)
+                if deadline == 0 or 0 < deadline <= time.monotonic_ns():
+                    return NOTHING
+                self._reader.wait(deadline)
+        finally:
+            if deadline:
+                self._reader.disarm()
+
+    def _opened(self, goodbye: bool, parts: list[Any]) -> Bytes | bytes | object:
+        if goodbye:
+            self._session.take()
+            with self._port.lock:
+                self._port.acknowledge(self._session)
+            return GOODBYE
+        if len(parts) > 1:
+            pieces = [memoryview(part)[PREFIX_BYTES:] for part in parts]
+            whole = aligned_empty(sum(map(len, pieces)))
+            _join(pieces, whole)
+            return whole
+        if len(parts[0]) <= SMALL_FRAME_BYTES:
+            return bytes(memoryview(parts[0])[PREFIX_BYTES:])
+        message = np.frombuffer(parts[0], np.uint8, -1, PREFIX_BYTES)
+        if len(message) < LARGE_BYTES or address_of(message) % ALIGNMENT:
+            return message.copy()
+        return message
+
+    def _open(self, wire: Any) -> Any:
+        """Check a message and make it the current one."""
+        if type(wire) is not bytes:
+            return super()._open(wire)
+        obj, number = open_small(wire, self._known)
+        if obj is UNKNOWN:
+            return super()._open(np.frombuffer(bytearray(wire), np.uint8))
+        self._accept(obj, number, 0, len(wire), len(wire))
+        return obj
+
+    def taken(self) -> None:
+        """Forget the message that `read` has returned."""
+        session = self._session
+        session.take()
+        if session.owes_acknowledgement:
+            with self._port.lock:
+                self._port.acknowledge(session)
+
+    # --- the other end -----------------------------------------------------------------------------
+
+    def fate(self) -> Fate:
+        """Say what has become of the other end."""
+        session = self._session
+        with self._port.lock:
+            if not self._port.closed:
+                self._port.pump(-1)
+        if session.goodbye:
+            return Fate.CLOSED
+        if session.refusal:
+            return Fate.LOST
+        return self._fate()
+
+    @abstractmethod
+    def _fate(self) -> Fate:
+        """Say it of an end that has not said goodbye."""
+
+    # --- the end of it -----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Leave the rest to the service: it says goodbye when all that was sent has been taken."""
+        if not self._closed:
+            self._closed = True
+            if self._pid == os.getpid():
+                self._port.hub.finish(self)
+            else:
+                self._closed_unused()
+
+    def _closed_unused(self) -> None:
+        """Close an end that this process does not use."""
+
+    def _finished(self, *, delivered: bool) -> None:
+        """Note that the session is over; some of what was sent may not have been taken."""
+
+    def finish(self, *, hurry: bool) -> bool:
+        """End the session, if there is nothing left to wait for. Called by the service, again and again."""
+        port, session = self._port, self._session
+        with port.lock:
+            if not self._said_goodbye:
+                self._said_goodbye = True
+                session.keep([session.prefix(Kind.GOODBYE, session.next_number)])
+            port.read_events()
+            port.pump(-1)
+            port.hand_over(session)
+        unheard = session.missed_since == 0 and session.peer is None and session.next_number == 1
+        delivered = not session.outstanding or unheard
+        if not (delivered or hurry) and self.fate() in (Fate.UNUSED, Fate.ALIVE):
+            return False
+        with port.lock:
+            port.acknowledge(session)
+            port.remove(session)
+        self._finished(delivered=delivered or not hurry)
+        return True
+
+
+def _join(pieces: list[Any], target: Bytes) -> None:
+    at = 0
+    for piece in pieces:
+        end = at + len(piece)
+        target[at:end] = np.frombuffer(piece, np.uint8)
+        at = end
+
+
+def _cut(pieces: list[Any], nbytes: int) -> Iterator[list[Any]]:
+    """Cut into runs of so many bytes; the last one may be shorter."""
+    some: list[Any] = []
+    room = nbytes
+    for piece in pieces:
+        rest = memoryview(piece)
+        while rest:
+            some.append(rest[:room])
+            rest = rest[room:]
+            room -= len(some[-1])
+            if not room:
+                yield some
+                some, room = [], nbytes
+    if some:
+        yield some
+
+
+@dataclass(frozen=True)
+class _PairToken:
+    """What another process needs to have a copy of an end of `pair`."""
+
+    options: Options
+    name: str
+    secret: bytes
+    presence: PresenceToken
+
+    def __call__(self) -> Link:
+        return _PairLink(self.options, self.name, self.secret, Presence.from_token(self.presence))
+
+
+class _PairLink(SocketLink):
+    """An end of a channel between two processes of one machine: the left one listens, the right one connects.
+
+    The name of the socket is an abstract one: it ends with the process that listens, whatever becomes of that.
+    """
+
+    def __init__(self, options: Options, name: str, secret: bytes, presence: Presence) -> None:
+        super().__init__(options)
+        self._name = name
+        self._secret = secret
+        self._presence = presence
+        self._dead_since = 0
+
+    def start(self) -> None:
+        """Become this process's."""
+        if self._pid == os.getpid():
+            return
+        self._presence.use()
+        proof = Proof(self._secret)
+        key = self._secret[:16]
+        session = Session(key, self.counts, self.options.buffer_bytes)
+        address = f"ipc://@{self._name}"
+        port: Port
+        if self._presence.side == 0:
+            port = ListenPort(address, proof, PEER_SECONDS, alone=session)
+        else:
+            port = DialPort(zmq.PAIR, address, session, proof, PEER_SECONDS, None)
+        self._attach(port, session)
+
+    def token(self) -> Any:
+        """Return what another process needs for a copy of this end."""
+        return _PairToken(self.options, self._name, self._secret, self._presence.token())
+
+    def _fate(self) -> Fate:
+        fate = self._presence.fate()
+        if fate is Fate.UNUSED or fate is Fate.ALIVE:
+            self._dead_since = 0
+            return fate
+        # What it has sent may still be on its way: until the connection ends, or, should a forked child have
+        # inherited that, for a moment.
+        now = time.monotonic_ns()
+        self._dead_since = self._dead_since or now
+        waits = self._session.peer is not None and now - self._dead_since < DRAIN_NS
+        return Fate.ALIVE if waits else fate
+
+    def _closed_unused(self) -> None:
+        self._presence.close()
+
+    def _finished(self, *, delivered: bool) -> None:
+        if delivered:  # else the end of the process tells the other end that something is missing
+            self._presence.close()
+
+
+def pair(options: Options) -> tuple[Link, Link]:
+    """Return the links of both ends of a channel between two processes of this machine."""
+    left, right = Presence.pair()
+    name, secret = f"shmengine-{os.urandom(16).hex()}", os.urandom(32)
+    return _PairLink(options, name, secret, left), _PairLink(options, name, secret, right)

@@ -1,0 +1,79 @@
+"""Exceptions on their way between processes: whatever becomes of their class, the text arrives."""
+
+from __future__ import annotations
+
+from shmengine.codec import decode, encode
+from shmengine.errors import RemoteError, RemoteTraceback
+
+__all__ = ["EncodedException", "decode_exception", "encode_exception"]
+
+EncodedException = tuple[str, str, str, bytes | None, list[str]]
+"""Name of the class, message, traceback, a frame (if any) and notes: see `encode_exception`."""
+
+
+def encode_exception(error: BaseException) -> EncodedException:
+    """Make an exception ready to travel, whatever its class.
+
+    Returns
+    -------
+    type_name : str
+        Qualified name of its class.
+    message : str
+    traceback : str
+        Formatted, with causes and context.
+    frame : bytes or None
+        The exception itself; None if it cannot be pickled, or not be unpickled again.
+    notes : list of str
+    """
+    import traceback
+
+    cls = type(error)
+    type_name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    try:
+        message = str(error)
+    except Exception:
+        message = f"<the text of this {type_name} cannot be made>"
+    try:
+        text = "".join(traceback.format_exception(error))
+    except Exception:
+        text = f"{type_name}: {message}\n"
+    notes = getattr(error, "__notes__", None)
+    notes = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+    frame: bytes | None
+    try:
+        frame = encode(error, memmap_mode=None).to_bytes()
+        if not _is_same_error(decode(frame), cls):
+            frame = None
+    except Exception:
+        frame = None
+    return type_name, message, text, frame, notes
+
+
+def _is_same_error(loaded: object, cls: type) -> bool:
+    return isinstance(loaded, BaseException) and type(loaded).__qualname__ == cls.__qualname__
+
+
+def decode_exception(encoded: EncodedException) -> BaseException:
+    """Return the exception from `encode_exception`, with the remote traceback as ``__cause__``.
+
+    Returns
+    -------
+    BaseException
+        Of the original class if that could travel, otherwise a `RemoteError`.
+    """
+    type_name, message, text, frame, notes = encoded
+    error: BaseException | None = None
+    if frame is not None:
+        try:
+            loaded = decode(frame, copy=True)
+            error = loaded if isinstance(loaded, BaseException) else None
+        except Exception:  # its class cannot be had in this process
+            error = None
+    if error is None:
+        error = RemoteError(f"{type_name}: {message}" if message else type_name, type_name)
+    present = getattr(error, "__notes__", [])
+    for note in notes:
+        if note not in present:
+            error.add_note(note)
+    error.__cause__ = RemoteTraceback(text)
+    return error

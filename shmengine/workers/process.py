@@ -1,0 +1,245 @@
+"""One worker process as the main process sees it: how it is started, watched, signalled and listened to.
+
+What we have of it are descriptors: its pidfd, and pipes of what it prints, logs and answers. Where other code has
+closed them, they are opened anew: the worker still has its ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from shmengine.descriptors import Descriptor, pipe
+from shmengine.errors import ShmError
+from shmengine.region import Region, start_time
+from shmengine.workers import logs
+from shmengine.workers.inheritance import Inheritance
+from shmengine.workers.stacks import Question
+
+__all__ = ["WorkerProcess"]
+
+PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+# Not `-m`: the package may be importable for the main process only. -P: the working directory must not shadow it.
+BOOTSTRAP = "import sys; sys.path.append({root!r}); from shmengine.workers.child import main; main({fds})"
+STDERR_LINES = 20
+LONGEST_LINE = 1 << 20
+PIECE = 1 << 16
+
+STACK = "stack"
+OUTPUTS = ("stdout", "stderr", "log")
+
+
+class WorkerProcess:
+    """A worker that was started.
+
+    Parameters
+    ----------
+    region : Region
+        What it works on.
+    setup : Descriptor
+        File with what it is told.
+    inheritance : Inheritance
+        Descriptors for its initializer.
+    environment : dict
+        Variables set before exec, over the main process's.
+
+    Attributes
+    ----------
+    pid : int
+    process : subprocess.Popen
+    pidfd : Descriptor
+    started : int
+        Monotonic nanoseconds.
+    tail : deque of str
+        The last lines that it wrote to stderr.
+    killed_for : tuple of int or None
+        Task that took too long, as (tag, index).
+    stack : str
+        Where it was then.
+    """
+
+    def __init__(
+        self, region: Region, setup: Descriptor, inheritance: Inheritance, environment: dict[str, str]
+    ) -> None:
+        self.started = time.monotonic_ns()
+        self.tail: deque[str] = deque(maxlen=STDERR_LINES)
+        self.killed_for: tuple[int, int] | None = None
+        self.stack = ""
+        self._partial: dict[str, bytes] = {}
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            self._pipes: dict[str, Descriptor] = {}
+            ends = {}
+            for name in (*OUTPUTS, STACK):
+                self._pipes[name], ends[name] = pipe(f"a worker's {name}")
+                ours.enter_context(self._pipes[name])
+                theirs.enter_context(ends[name])
+                os.set_blocking(self._pipes[name].number, False)
+            os.set_blocking(ends[STACK].number, False)
+            main = theirs.enter_context(Descriptor(os.pidfd_open(os.getpid()), "this process"))
+            inherited = [region.fd, main.number, setup.fileno(), ends[STACK].number, ends["log"].number]
+            self.process = _execute(
+                inherited, inheritance.filenos(), ends["stdout"].number, ends["stderr"].number, environment
+            )
+            self.pid = self.process.pid
+            try:
+                self._start_time = start_time(self.pid)
+                self.pidfd = self._open_pidfd()
+            except OSError:
+                self.process.kill()
+                self.process.wait()
+                raise
+            self._ends = {"stdout": 1, "stderr": 2, "log": ends["log"].number, STACK: ends[STACK].number}
+            ours.pop_all()
+
+    # --- descriptors -----------------------------------------------------------------------------
+
+    def watched(self) -> Iterator[tuple[str, Descriptor]]:
+        """Yield what tells of its end (named "pidfd"), and where its output comes from (by name)."""
+        yield "pidfd", self.pidfd
+        for name in OUTPUTS:
+            if name in self._pipes:
+                yield name, self._pipes[name]
+
+    def regain(self) -> bool:
+        """Open anew what other code has closed, as far as that is possible; tell whether there was anything.
+
+        Raises
+        ------
+        ProcessLookupError
+            It has ended, and other code has waited for it.
+        """
+        lost = [name for name, file in self._pipes.items() if not file.is_ours()]
+        if alone := not self.pidfd.is_ours():
+            self.pidfd = self._open_pidfd()
+        for name in lost:
+            with contextlib.suppress(OSError):
+                self._pipes[name] = self._reopened(name)
+        return alone or bool(lost)
+
+    def _open_pidfd(self) -> Descriptor:
+        pidfd = Descriptor(os.pidfd_open(self.pid), f"worker {self.pid}")
+        try:
+            if start_time(self.pid) == self._start_time:
+                return pidfd
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            pidfd.close()
+            raise
+        pidfd.close()
+        raise ProcessLookupError(errno.ESRCH, "it has ended, and other code has waited for it")
+
+    def _reopened(self, name: str) -> Descriptor:
+        """Return our end of a pipe, opened by way of the worker's."""
+        lost, path = self._pipes[name], f"/proc/{self.pid}/fd/{self._ends[name]}"
+        info = os.stat(path)
+        if (info.st_dev, info.st_ino) != lost.identity:  # it was closed there, too
+            raise FileNotFoundError(errno.ENOENT, "it is another file's end", path)
+        return Descriptor.open(path, os.O_RDONLY | os.O_NONBLOCK, lost.what)
+
+    # --- signals and questions -------------------------------------------------------------------
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to this very process.
+
+        Raises
+        ------
+        ProcessLookupError
+            It has ended.
+        """
+        if self.pidfd.is_ours():
+            signal.pidfd_send_signal(self.pidfd.number, number)
+        else:
+            self.process.send_signal(number)
+
+    def ask(self, files: contextlib.ExitStack) -> Question:
+        """Ask where it is; `files` closes what is needed for that, whatever becomes of the worker meanwhile."""
+        pipe = self._pipes[STACK]
+        with contextlib.suppress(ShmError):
+            pipe = files.enter_context(pipe.duplicate())
+        return Question(self.pid, pipe, self._ends[STACK])
+
+    def ask_at_last(self) -> Question:
+        """Ask where it is, as the last thing that it does: it was stopped."""
+        return Question(self.pid, self._pipes[STACK], self._ends[STACK], last=True)
+
+    # --- output ----------------------------------------------------------------------------------
+
+    def forward(self, name: str) -> bool:
+        """Pass on what it printed, whole lines at a time; False at the end."""
+        try:
+            piece = self._pipes[name].read(PIECE)
+        except BlockingIOError:
+            return True
+        partial = self._partial.pop(name, b"")
+        if not piece:
+            self._print(name, partial)
+            self._pipes.pop(name).close()
+            return False
+        whole, newline, rest = (partial + piece).rpartition(b"\n")
+        if len(rest) > LONGEST_LINE:
+            whole, newline, rest = whole + newline + rest, b"", b""
+        if rest:
+            self._partial[name] = rest
+        self._print(name, whole + newline)
+        return True
+
+    def _print(self, name: str, raw: bytes) -> None:
+        if not raw:
+            return
+        if name == "log":
+            logs.deliver(raw)
+            return
+        text = raw.decode(errors="replace")
+        if name == "stderr":
+            self.tail.extend(text.splitlines())
+        stream = sys.stdout if name == "stdout" else sys.stderr
+        with contextlib.suppress(Exception):  # the user's stream may be anything, or closed
+            stream.write(text)
+            stream.flush()
+
+    # --- end -------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Pass on what it has left in its pipes; a grandchild may hold them open, so never wait."""
+        for name in OUTPUTS:
+            pieces = [self._partial.pop(name, b"")]
+            with contextlib.suppress(BlockingIOError):
+                while name in self._pipes and (piece := self._pipes[name].read(PIECE)):
+                    pieces.append(piece)
+            self._print(name, b"".join(pieces))
+
+    def wait(self) -> int:
+        """Wait for its end; return its exit code, or minus the signal that ended it (0: other code has waited)."""
+        return self.process.wait()
+
+    def close(self) -> None:
+        """Close what we have of it."""
+        self.pidfd.close()
+        for file in self._pipes.values():
+            file.close()
+
+
+def _execute(
+    fds: list[int], more_fds: list[int], stdout: int, stderr: int, environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    source = BOOTSTRAP.format(root=PACKAGE_ROOT, fds=", ".join(map(str, fds)))
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    flags = [flag for flag in flags if flag != "-i"]
+    return subprocess.Popen(
+        [sys.executable, *flags, "-P", "-c", source],
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        pass_fds=[*fds, *more_fds],
+        env={**os.environ, **environment},
+        process_group=0,  # Ctrl-C at the terminal reaches main alone
+    )

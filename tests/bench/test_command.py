@@ -1,0 +1,155 @@
+"""`shmengine bench` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from shmengine.bench.results import Report
+from shmengine.cli import main
+from tests.helpers.leftovers import descendants
+from tests.helpers.scripts import poll_until
+
+TINY = ("--quick", "--sizes", "64,4KiB", "--repeats", "2", "--targets", "Ring,multiprocessing.Pipe")
+
+
+def bench(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "shmengine", "bench", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        start_new_session=True,  # what outlives it is then known to be its own
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """One real run, as files."""
+    directory = tmp_path_factory.mktemp("results")
+    names = {kind: directory / f"run.{kind}" for kind in ("json", "csv", "html", "svg", "md")}
+    done = bench(
+        *TINY,
+        *("--json", names["json"], "--csv", names["csv"], "--html", names["html"]),
+        *("--plot", names["svg"], "--markdown", names["md"]),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout, {kind: path.read_text() for kind, path in names.items()}, names["json"]
+
+
+def test_a_run_prints_tables_and_writes_files(results):
+    printed, texts, _ = results
+    assert "Throughput, one way, MB/s" in printed
+    assert "Ring, in place" in printed
+    assert "Measured on: date 20" in printed
+    report = Report.from_json(texts["json"])
+    assert [(row.name, row.nbytes) for row in report.rows] == [
+        (name, size) for size in (64, 4096) for name in ("Ring", "Ring, in place", "multiprocessing.Pipe")
+    ]
+    assert [row.error for row in report.rows] == [None] * 6
+    assert {
+        "processor",
+        "cores",
+        "kernel",
+        "python",
+        "numpy",
+        "shmengine",
+        "load",
+        "governor",
+        "/dev/shm",
+    } <= set(report.environment)
+    assert report.plan["repeats"] == 2
+    assert report.environment["rounds"] in ("1", "1 to 2", "2")  # as many as there was time for
+    assert texts["csv"].count("\n") == 7
+    assert texts["html"].startswith("<!doctype html>")
+    assert "<svg" in texts["svg"]
+    assert "| Ring |" in texts["md"]
+
+
+def test_a_run_can_be_shown_again(results, capsys):
+    printed, texts, path = results
+    assert main(["bench", "--load", str(path)]) == 0
+    assert capsys.readouterr().out == printed
+    assert main(["bench", "--load", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(texts["json"])
+
+
+def test_on_a_terminal_it_is_shown_by_rich(results, monkeypatch, capsys):
+    monkeypatch.setattr("shmengine.bench.command._has_rich", lambda _: True)
+    path = results[-1]
+    assert main(["bench", "--load", str(path)]) == 0
+    shown = capsys.readouterr().out
+    for name in ("Ring, in place", "Round trip, microseconds", "Measured on: date"):
+        assert name in shown
+    assert "━" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--sizes", "3"), "a message has from 8 B to 1 GiB, not 3"),
+        (("--sizes", ","), "no size is given"),
+        (("--modes", "fast"), "modes are copy and block, not 'fast'"),
+        (("--repeats", "0"), "must be positive, not 0"),
+        (("--repeats", "x"), "invalid int value: 'x'"),
+        (("--seconds", "inf"), "must be positive, not inf"),
+        (("--plot", "out.jpg"), "a plot is a .png or .svg file, not 'out.jpg'"),
+        (("--targets", "carrier-pigeon"), "there is no 'carrier-pigeon' to measure"),
+        (("--load", "/no/such/file"), "No such file"),
+        (("--load", "/dev/null"), "these are no results of `shmengine bench --json`"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments, says, capsys):
+    try:
+        status = main(["bench", *arguments])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert says in capsys.readouterr().err
+
+
+def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench", "--plot", "out.png"]) == 2
+    assert "pip install 'shmengine[bench]'" in capsys.readouterr().err
+
+
+def test_other_verbs_and_the_package_load_nothing_of_it():
+    code = """
+        import sys, shmengine, shmengine.ring
+        from shmengine.cli import main
+        main(["clean"])
+        loaded = [name for name in sys.modules if name.startswith(("shmengine.bench", "matplotlib", "zmq"))]
+        assert not loaded, loaded
+    """
+    subprocess.run([sys.executable, "-c", "if True:" + code], check=True, timeout=100, stdout=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_when_it_is_ended_nothing_is_left(number):
+    # Background jobs of a shell ignore SIGINT, and so would we.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code += "; from shmengine.cli import main; sys.exit(main())"
+    targets = ("--targets", "Ring,multiprocessing.Queue")
+    command = [sys.executable, "-c", code, "bench", "--sizes", "64", "--seconds", "600", *targets]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        poll_until(lambda: len(descendants(process.pid)) >= 4, what="two pairs are at work")
+        children = descendants(process.pid)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+        poll_until(lambda: not any(map(alive, children)), what="its processes are gone")
+    if number == signal.SIGINT:
+        assert (process.returncode, error) == (130, "shmengine bench: interrupted\n")
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,129 @@
+"""Round trips of anything: nested objects, dtypes, layouts and sizes, through one channel that stays open."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tests.helpers.arrays import DTYPES, LAYOUTS, same, same_bytes
+from tests.helpers.channels import MECHANISMS, make_pair, trip
+from tests.helpers.fault_points import SOAK
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.complex_numbers(),
+    st.text(),
+    st.binary(max_size=3000),
+)
+ARRAYS = st.one_of(
+    hnp.arrays(
+        st.one_of(
+            hnp.integer_dtypes(endianness="?"),
+            hnp.floating_dtypes(endianness="?"),
+            hnp.complex_number_dtypes(),
+            hnp.boolean_dtypes(),
+            hnp.byte_string_dtypes(),
+            hnp.unicode_string_dtypes(),
+        ),
+        hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=7),
+    ),
+    st.builds(
+        lambda dtype, layout: LAYOUTS[layout](dtype), st.sampled_from(DTYPES), st.sampled_from(list(LAYOUTS))
+    ),
+    st.builds(
+        lambda dtype, count, step: np.arange(count).astype(dtype)[::step],
+        st.sampled_from(["u1", "<i4", ">f8"]),
+        st.integers(0, 100_000),
+        st.sampled_from([1, 2, -1, -3]),
+    ),
+)
+OBJECTS = st.recursive(
+    st.one_of(SCALARS, ARRAYS),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.tuples(inner, inner),
+        st.dictionaries(st.one_of(st.text(max_size=5), st.integers()), inner, max_size=4),
+    ),
+    max_leaves=12,
+)
+
+
+@pytest.fixture(scope="module", params=["frame", "payload", "no pickle"])
+def check(request):
+    return request.param
+
+
+@pytest.fixture
+def travel(mechanism, check):
+    """A function that sends something and returns what comes."""
+    options = {"allow_pickle": False} if check == "no pickle" else {"check": check}
+    left, right = make_pair(mechanism, **options)
+    with left, right:
+        yield lambda obj: trip(left, right, obj)
+        assert right.stats().gaps == right.stats().corrupt == 0
+
+
+def test_nested_objects(travel):
+    @settings(max_examples=40, deadline=None)
+    @given(OBJECTS)
+    def one(obj):
+        assert alike(travel(obj), obj)
+
+    one()
+
+
+def test_arrays(travel):
+    @settings(max_examples=60, deadline=None)
+    @given(ARRAYS)
+    def one(array):
+        got = travel(array)
+        assert got.dtype == array.dtype
+        assert same_bytes(got, array)
+
+    one()
+
+
+def alike(one, other):
+    """`same`, but of arrays whatever their bytes between fields are."""
+    if isinstance(one, np.ndarray):
+        return type(one) is type(other) and same_bytes(one, other)
+    if isinstance(one, dict):
+        return (
+            type(other) is dict
+            and list(one) == list(other)
+            and all(alike(one[key], other[key]) for key in one)
+        )
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(alike, one, other))
+    return same(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.watchdog(300)
+@pytest.mark.parametrize("mechanism", MECHANISMS if SOAK else ["pipe", "shm"])
+def test_more_than_two_gigabytes(mechanism):
+    """Lengths beyond 31 bits; hardly any of the memory that is sent was ever touched."""
+    big = np.zeros(5 << 29, "u1")
+    marks = [0, 1, (1 << 31) - 1, 1 << 31, (1 << 31) + 12_345, big.size - 1]
+    big[marks] = range(1, 7)
+    left, right = make_pair(mechanism, buffer_bytes="3 GiB")
+    got = []
+    with left, right:
+        thread = threading.Thread(target=lambda: got.append(right.receive()))
+        thread.start()
+        left.send(big)
+        thread.join()
+        (array,) = got
+        assert array.shape == big.shape
+        assert array[marks].tolist() == [1, 2, 3, 4, 5, 6]
+        assert np.count_nonzero(array) == 6
+        del array
+        got.clear()

@@ -1,0 +1,218 @@
+"""Signals: handlers that run, and handlers that raise at any moment; no message is lost, doubled or torn."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from shmengine import Timeout
+from tests.helpers.channels import FOREVER, Child, drain, fill, is_message, message, number_of
+from tests.helpers.scripts import soak_seconds
+
+pytestmark = [
+    # Python itself swallows what is raised in a callback of the garbage collector.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+BLOCK = (np.arange(20_000) % 251).astype("u1")
+MESSAGES = int(300 * max(1.0, soak_seconds(1, 24)))
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt."""
+
+
+class Alarm:
+    """Raises at a random moment of a call."""
+
+    def __init__(self):
+        self.random = random.Random(7)
+        self.armed = False
+        self.hits = 0
+
+    def attempt(self, call, *args):
+        """Return whether a call returned, and what."""
+        self.armed = True
+        try:
+            signal.setitimer(signal.ITIMER_REAL, self.random.uniform(0.00003, 0.0015))
+            result = call(*args)
+            self.armed = False
+        except Interrupted:
+            self.hits += 1
+            return False, None
+        finally:
+            self.armed = False
+        return True, result
+
+    def handle(self, number, frame):
+        # Not between the return of the call and where its result is kept: that is ours to lose.
+        if self.armed and frame.f_code is not Alarm.attempt.__code__:
+            self.armed = False
+            raise Interrupted
+
+
+@pytest.fixture
+def alarm():
+    alarm = Alarm()
+    before = signal.signal(signal.SIGALRM, alarm.handle)
+    yield alarm
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def assert_sound(end):
+    """Nothing was missing or damaged; and nothing came twice, unless it may be sent again."""
+    stats = end.stats()
+    assert stats.gaps == stats.corrupt == 0
+    assert stats.duplicates == 0 or end.capabilities.reconnects
+
+
+def send_all(end, count):
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    for number in range(count):
+        end.send(message(number), FOREVER)
+
+
+def receive_all(end):
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    numbers = []
+    for obj in end:
+        assert is_message(obj)
+        numbers.append(number_of(obj))
+    assert_sound(end)
+    return numbers
+
+
+def test_receive_is_interrupted(ends, alarm):
+    left, right = ends
+    child = Child(send_all, right, MESSAGES)
+    right.close()
+    for number in range(MESSAGES):
+        done = False
+        while not done:
+            done, obj = alarm.attempt(left.receive)
+        assert number_of(obj) == number
+        assert is_message(obj)
+        del obj
+    assert child.outcome() == (True, None)
+    assert alarm.hits
+    assert_sound(left)
+
+
+def test_send_is_interrupted(ends, alarm):
+    """What was interrupted has been sent or not, but never in part or twice; what was not, has."""
+    left, right = ends
+    child = Child(receive_all, right)
+    right.close()
+    sure = [number for number in range(MESSAGES) if alarm.attempt(left.send, message(number))[0]]
+    left.close()
+    good, numbers = child.outcome()
+    assert good, numbers
+    assert numbers == sorted(set(numbers))
+    assert set(sure) <= set(numbers)
+    assert alarm.hits
+
+
+def echo(end):
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    for obj in end:
+        end.send(obj)
+
+
+def test_both_are_interrupted(ends, alarm):
+    left, right = ends
+    child = Child(echo, right)
+    right.close()
+    got = []
+    for number in range(MESSAGES // 4):
+        sent, _ = alarm.attempt(left.send, message(number))
+        with contextlib.suppress(Timeout):
+            while number not in got:  # if it was interrupted it may have been sent or not
+                received, obj = alarm.attempt(left.receive) if sent else (True, left.receive(0.01))
+                if received:
+                    assert is_message(obj)
+                    got.append(number_of(obj))
+    assert got == sorted(set(got))
+    assert alarm.hits
+    left.close()
+    assert child.outcome()[0]
+
+
+@pytest.fixture
+def ctrl_c():
+    """Raises KeyboardInterrupt in the main thread, as Ctrl-C does, a moment later."""
+    before = [(number, signal.signal(number, signal.default_int_handler)) for number in (signal.SIGALRM,)]
+    yield lambda: signal.setitimer(signal.ITIMER_REAL, 0.03)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+def test_ctrl_c_ends_a_wait(ends, ctrl_c):
+    """And the channel goes on."""
+    left, right = ends
+    for timeout in (None, FOREVER):
+        ctrl_c()
+        with pytest.raises(KeyboardInterrupt):
+            left.receive(timeout)
+    sent = fill(left, BLOCK)
+    for timeout in (None, FOREVER):
+        ctrl_c()
+        with pytest.raises(KeyboardInterrupt):
+            left.send(BLOCK, timeout)
+    for obj in drain(right, sent):
+        assert np.array_equal(obj, BLOCK)
+    left.send("on", FOREVER)
+    assert right.receive(FOREVER) == "on"
+    right.send("and on")
+    assert left.receive(FOREVER) == "and on"
+
+
+def storm(end, count, *, begins):
+    """Under a thousand signals a second: send and receive; return the numbers that came, and of how many signals."""
+    handled = []
+    signal.signal(signal.SIGALRM, lambda number, frame: handled.append(number))
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        got = []
+        for number in range(count):
+            if begins:
+                end.send(message(number))
+            obj = end.receive()
+            assert is_message(obj)
+            got.append(number_of(obj))
+            del obj  # over shared memory, messages that are kept fill the channel
+            if not begins:
+                end.send(message(number))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return got, len(handled)
+
+
+def test_a_thousand_signals_a_second(ends, alarm):
+    """Every system call may be interrupted, at both ends: nothing comes of it."""
+    left, right = ends
+    child = Child(lambda: storm(right, MESSAGES // 3, begins=False))
+    right.close()
+    numbers, handled = storm(left, MESSAGES // 3, begins=True)
+    good, (others, others_handled) = child.outcome()
+    assert good
+    assert numbers == others == list(range(MESSAGES // 3))
+    assert handled > 10
+    assert others_handled > 10
+
+
+def test_signals_shorten_no_timeout(ends, alarm):
+    left, _ = ends
+    signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    fill(left, BLOCK)
+    for call in (left.receive, lambda timeout: left.send(BLOCK, timeout)):
+        start = time.monotonic()
+        with pytest.raises(Timeout):
+            call(0.1)
+        assert time.monotonic() - start >= 0.1

@@ -1,0 +1,48 @@
+"""Numbers in documents are those of a committed run of `shmengine bench`."""
+
+from __future__ import annotations
+
+import pytest
+
+from benches.tables import documents, renewed
+from shmengine.bench.results import Report
+from tests.helpers.sources import ROOT
+
+
+@pytest.mark.parametrize("path", list(documents()), ids=lambda path: str(path.relative_to(ROOT)))
+def test_tables_are_those_of_their_results(path):
+    text = path.read_text()
+    assert renewed(text) == text, "run: python -m benches.tables"
+
+
+def test_results_can_be_read_and_name_their_machine():
+    for path in (ROOT / "docs" / "results").glob("*.json"):
+        report = Report.from_json(path.read_text())
+        named = {"processor", "kernel", "python", "numpy", "load", "date"}
+        assert named <= set(report.environment), path.name
+
+
+EMPTY = Report({"processor": "made up"}, {}, {"pipe": "not installed"}, [], ["Take shm."]).to_json()
+DOCUMENT = "before\n\n<!-- bench run -->\n{}<!-- bench end -->\n\nafter `<!-- bench run -->`\n"
+
+
+def test_this_test_sees(tmp_path):
+    (tmp_path / "run.json").write_text(EMPTY)
+    made = renewed(DOCUMENT.format("9 GB/s\n"), tmp_path)
+    assert "9 GB/s" not in made
+    assert "- Take shm." in made
+    assert made.startswith("before\n\n<!-- bench run -->\n")
+    assert made.endswith("<!-- bench end -->\n\nafter `<!-- bench run -->`\n")
+    assert renewed(made, tmp_path) == made
+
+
+def test_a_document_without_tables_stays_as_it_is():
+    assert (
+        renewed("`<!-- bench NAME -->` and `<!-- bench end -->`\n")
+        == "`<!-- bench NAME -->` and `<!-- bench end -->`\n"
+    )
+
+
+def test_a_result_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run\.json"):
+        renewed(DOCUMENT.format(""), tmp_path)
