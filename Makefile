@@ -12,7 +12,7 @@ stamp  := $(venv)/.stamp
 native := setup.py shmengine/_native/build.py $(wildcard csrc/*.c csrc/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rebuild demo test quick bench soak points fuzz coverage lint format ctest clean
+.PHONY: help setup rebuild demo test quick bench peers soak points fuzz coverage lint format ctest clean
 
 help: ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -48,6 +48,9 @@ quick: $(stamp) ## The Python tests that take no more than a few seconds each
 bench: $(stamp) ## Speed, as ratios against rivals in one run
 	@$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[bench,rivals]'
 	@$(python) -m pytest benches --check-targets
+
+peers: $(stamp) ## Other projects' own tests, of the interfaces that we implement; writes docs/peers.md
+	@$(python) -m tests.peers
 
 soak: $(stamp) ## Kills, stops and load for MINUTES=5 in all, with SEED=... or a random one; one report
 	@$(python) -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from shmengine.engine.stalls import Stall as Stall
     from shmengine.engine.stalls import Stalls as Stalls
     from shmengine.errors import Full as Full
+    from shmengine.futures import Executor as Executor
     from shmengine.queues import JoinableQueue as JoinableQueue
     from shmengine.queues import Queue as Queue
     from shmengine.ring import Ring as Ring
@@ -70,6 +71,7 @@ __all__ = [
     "EndOfStream",
     "Engine",
     "EngineStats",
+    "Executor",
     "Full",
     "JoinableQueue",
     "Keys",
@@ -109,6 +111,7 @@ _HOMES = {
     "End": "shmengine.channels.base",
     "Engine": "shmengine.engine",
     "EngineStats": "shmengine.stats",
+    "Executor": "shmengine.futures",
     "Full": "shmengine.errors",
     "JoinableQueue": "shmengine.queues",
     "Queue": "shmengine.queues",

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pickle import PickleBuffer
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,7 +31,16 @@ from shmengine import filemap
 from shmengine.arrays import Array, is_plain_dtype
 from shmengine.errors import SerializationError
 
-__all__ = ["MultiprocessingReducers", "Parts", "Reducers", "dump", "find_culprit", "substitute"]
+__all__ = [
+    "MultiprocessingReducers",
+    "Parts",
+    "Reducers",
+    "dump",
+    "find_culprit",
+    "goes_by_reference",
+    "original_error",
+    "substitute",
+]
 
 PROTOCOL = 5
 _ndarray = np.ndarray
@@ -295,6 +304,11 @@ def _make_value_pickler() -> Any:
                 return reduced
             if isinstance(obj, _CachedFunction):
                 return _reduce_cached_function(obj)
+            if type(obj) is MethodType and getattr(obj.__self__, obj.__name__, None) == obj:
+                return getattr, (
+                    obj.__self__,
+                    obj.__name__,
+                )  # cloudpickle would take a classmethod apart, by value
             if isinstance(obj, (type, FunctionType)):
                 module = sys.modules.get(obj.__module__) if type(obj.__module__) is str else None
                 if module is not None and not _is_importable(obj.__module__):
@@ -318,6 +332,24 @@ def _reduce_cached_function(obj: Any) -> Any:
             return NotImplemented
     parameters = obj.cache_parameters()
     return _cached_function, (obj.__wrapped__, parameters["maxsize"], parameters["typed"])
+
+
+def goes_by_reference(fn: Any) -> bool:
+    """Tell whether a function is pickled as its name, so that its pickle is the same each time."""
+    if type(fn) not in (FunctionType, BuiltinFunctionType):
+        return False
+    name = fn.__module__
+    module = sys.modules.get(name) if type(name) is str and name != "__main__" else None
+    if getattr(module, fn.__qualname__, None) is not fn or not _is_importable(name):
+        return False
+    return _is_stable(name) or name.partition(".")[0] not in _by_value()
+
+
+def _by_value() -> set[str]:
+    """Return the packages of which something was registered to go by value."""
+    import cloudpickle
+
+    return {name.partition(".")[0] for name in cloudpickle.list_registry_pickle_by_value()}
 
 
 _importable: dict[str, bool] = {"__main__": True}  # cloudpickle knows __main__ itself
@@ -382,6 +414,15 @@ def dump(obj: Any, parts: Parts, *, by_value: bool = True, label: str = "") -> l
         what = f"{type(culprit).__qualname__!r} object"
         message = f"cannot pickle {what} at {path}" if path else f"cannot pickle {what}"
         raise SerializationError(f"{message}: {reason or error}", path) from (reason or error)
+
+
+def original_error(error: BaseException) -> BaseException:
+    """Return what pickle raised, with the path to the culprit as a note; other errors as they are."""
+    cause = error.__cause__
+    if not isinstance(error, SerializationError) or cause is None:
+        return error
+    cause.add_note(str(error))
+    return cause
 
 
 def _dump(obj: Any, parts: Parts, by_value: bool) -> list[Any]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from shmengine.config import default_workers, parse_bytes
+from shmengine.engine.aio import Asynchronous
 from shmengine.engine.backend import (
     CLOSED_TEXT,
     PLACED,
@@ -65,7 +66,7 @@ CHECKS = ("frame", "payload")
 _MISSING: Any = object()
 
 
-class Engine(Observed):
+class Engine(Observed, Asynchronous):
     """Runs functions over large arrays and streams of tasks, in parallel, on this machine.
 
     Workers start with the engine and are reused by all its calls. Results do not depend on the backend
@@ -256,7 +257,7 @@ class Engine(Observed):
         self._check_usable()
         check_callable("fn", fn)
         options = TaskOptions(label=f"submit({function_name(fn)})")
-        return self._backend.submit(fn, args, kwargs, options)
+        return self._backend.submitter(fn, options)(args, kwargs)
 
     # -- arrays in blocks ----------------------------------------------------------------------
 

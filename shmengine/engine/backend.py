@@ -33,6 +33,7 @@ __all__ = [
     "Entropy",
     "Outcome",
     "Ref",
+    "Submit",
     "TaskOptions",
     "Writable",
     "annotate",
@@ -58,6 +59,10 @@ class Call(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = {}
+
+
+Submit: TypeAlias = "Callable[[tuple[Any, ...], Mapping[str, Any]], Future[Any]]"
+"""Takes args and kwargs of one task."""
 
 
 class Outcome(NamedTuple):
@@ -129,10 +134,12 @@ class Backend(Protocol):
         """
         ...
 
-    def submit(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: TaskOptions
-    ) -> Future[Any]:
-        """Run one task; its errors (after `annotate`) are set on the future."""
+    def submitter(self, fn: Callable[..., Any], options: TaskOptions) -> Submit:
+        """Return a function that runs `fn` once for each of its calls; errors (after `annotate`) are set on futures."""
+        ...
+
+    def withdraw(self, future: Future[Any], *, kill: bool) -> None:
+        """Keep a task that was sent, and cannot be cancelled any more, from running, or (`kill`) end its process."""
         ...
 
     def put(self, obj: Any) -> Ref:

@@ -23,7 +23,7 @@ class Deaths:
 
     def __init__(self, core: Dispatcher) -> None:
         self._core = core
-        self._announced: dict[int, Death] = {}
+        self.announced: dict[int, Death] = {}
         self._failed_starts_allowed = core.workers + 3
         self.failed_starts = 0  # workers that died before their first task, since the last result
 
@@ -39,7 +39,7 @@ class Deaths:
         with core.lock:
             self.failed_starts += death.starting
             number = core.in_flight.reserve()
-            self._announced[number] = death
+            self.announced[number] = death
         block = ffi.new("shmr_block *")
         status = WOULD_BLOCK
         while status != OK:
@@ -51,6 +51,9 @@ class Deaths:
             if core.has_ended():
                 lib.shmr_abort(core.handle, block)
                 return False
+        if core.policy.fragile:
+            core.collector.wake()
+            return False
         # Not drained here: what it makes due may have to wait for room, and the dead must be replaced meanwhile.
         return (
             not core.has_ended() and core.broken is None and self.failed_starts < self._failed_starts_allowed
@@ -59,7 +62,11 @@ class Deaths:
     def settle(self, number: int) -> None:
         """All results of the dead worker have been received: what it still had is run again, or fails."""
         core = self._core
-        death = self._announced.pop(number)
+        death = self.announced.pop(number)
+        if core.policy.fragile:
+            loss = self._loss(death)
+            core.fail_all(lambda: core.policy.broken(loss))
+            return
         if death.starting and self.failed_starts >= self._failed_starts_allowed:
             core.fail_all(lambda: self._start_error(death))
             return
@@ -95,22 +102,19 @@ class Deaths:
 
     def _start_error(self, death: Death) -> WorkerDied:
         """Say that workers die before they can do anything."""
-        return WorkerDied(
-            death.pid,
-            death.returncode,
-            "its start and the initializer" if death.pid else "",
-            self.failed_starts,
-            death.cause,
-            death.stderr_tail,
-        )
+        return _worker_died(death, "its start and the initializer" if death.pid else "", self.failed_starts)
+
+    def _loss(self, death: Death) -> WorkerDied:
+        """Say which worker is lost, and with what."""
+        if death.starting:
+            return self._start_error(death)
+        return _worker_died(death, self._core.in_flight.whose(death.tag, death.index)[0])
+
+
+def _worker_died(death: Death, task: str, attempts: int = 1) -> WorkerDied:
+    return WorkerDied(death.pid, death.returncode, task, attempts, death.cause, death.stderr_tail)
 
 
 def _death_error(death: Death, job: Job, task: Task) -> WorkerDied:
-    return WorkerDied(
-        death.pid,
-        death.returncode,
-        f"task {task.index} of {job.options.label}" if job.options.label else f"task {task.index}",
-        task.attempts,
-        death.cause,
-        death.stderr_tail,
-    )
+    task_name = f"task {task.index} of {job.options.label}" if job.options.label else f"task {task.index}"
+    return _worker_died(death, task_name, task.attempts)

@@ -15,7 +15,6 @@ for room.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 import threading
@@ -41,22 +40,25 @@ from shmengine._native.status import (
 from shmengine.arena import Arena
 from shmengine.arrays import has_views
 from shmengine.engine.backend import CLOSED_TEXT
+from shmengine.engine.collector import Collector
 from shmengine.engine.deaths import Deaths
 from shmengine.engine.futures import Futures
-from shmengine.engine.inflight import Batch, InFlight, Job, Task, always
+from shmengine.engine.inflight import Batch, InFlight, Job, Task
+from shmengine.engine.policy import Policy
 from shmengine.engine.shortage import LOOK_NS, Patience, Shortage
-from shmengine.errors import ArrayError, Closed, Corrupt, RemoteError, ShmError
+from shmengine.errors import ArrayError, Closed, Corrupt, RemoteError
 from shmengine.exceptions import decode_exception
 from shmengine.filemap import forget_files
 from shmengine.interrupts import InterruptsLater
 from shmengine.leases import release_with
 from shmengine.region import EXTENT_BYTES, Region
-from shmengine.stats import EngineStats
 from shmengine.workers import logs, messages
+from shmengine.workers.inheritance import Inheritance
 from shmengine.workers.messages import (
     BROKEN,
     EVENT,
     NUMBER,
+    PART,
     PLACED,
     RESULT_RING,
     SHORT,
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
 __all__ = ["BATCHES_PER_WORKER", "RING_CAPACITY", "Dispatcher"]
 
 RING_CAPACITY = 4096
+HELD_NS = 20_000_000  # what a task is taken to need after one of its kind has held up others
 BATCHES_PER_WORKER = 3  # one running, some waiting: main may be held up for as long as they last
 
 
@@ -84,9 +87,11 @@ class Dispatcher:
         workers: int,
         retries: int,
         payload_check: int,
-        initializer: bytes | None,
+        inheritance: Inheritance,
         threads: int,
+        policy: Policy,
     ) -> None:
+        self.policy = policy
         self.region = region
         self.handle = region.handle
         self.arena = Arena(region)
@@ -113,7 +118,7 @@ class Dispatcher:
             deque()
         )  # due when nothing is on its way: there was no room for their results
         self.flushing = threading.local()
-        self.collector: threading.Thread | None = None
+        self.collector = Collector(self)
         self.done = self.failed = self.retried = 0
         self.bytes_copied = self.bytes_shared = 0
         self.spare: list[Any] = []
@@ -123,13 +128,23 @@ class Dispatcher:
             "cwd": os.getcwd(),
             "arena_limit": self.budget * 3 // 4 // workers,
             "payload_check": payload_check,
-            "initializer": initializer,
             "log_levels": logs.levels(),
+            "tasks": policy.tasks_per_worker,
+            **policy.setup(),
         }
         limits = config.thread_limit_environment(threads)
         environment = {name: value for name, value in limits.items() if name not in os.environ}
         environment["SHMENGINE_WORKER"] = "1"
-        self.pool = Pool(region, workers, setup, environment, self.deaths.announce, self.time_limit)
+        self.pool = Pool(
+            region,
+            workers,
+            setup,
+            inheritance,
+            environment,
+            self.deaths.announce,
+            self.in_flight.limit,
+            start=workers if policy.start == "now" else 0,
+        )
 
     def has_ended(self) -> bool:
         """Tell whether `end` was called, by any thread."""
@@ -138,9 +153,14 @@ class Dispatcher:
     def check_open(self) -> None:
         self.region.check_fork()
         if self.closed:
-            raise Closed(CLOSED_TEXT)
+            raise self.broken() if self.broken is not None and self.policy.fragile else _closed()
 
     # --- out -------------------------------------------------------------------------------------
+
+    def provide_workers(self) -> None:
+        """Before a future is sent: start a worker for it, if they start on demand."""
+        if self.policy.start != "now" and not self.closed:
+            self.pool.provide(self.futures.count() + 1, at_once=self.policy.start == "first task")
 
     def put(self, encoded: codec.Encoded) -> Any:
         """Write a frame into a shared block of its own; return its bytes, which hold it."""
@@ -217,7 +237,6 @@ class Dispatcher:
             self.dispatch(Batch(batch.job, batch.tasks[:half]))
             self.dispatch(Batch(batch.job, batch.tasks[half:]))
             return
-        batch.job.begin = always
         batch.nbytes = encoded.nbytes
         number = self.in_flight.reserve()
         self.in_flight.add(batch, number)
@@ -294,6 +313,17 @@ class Dispatcher:
                 self.drainer = None
                 self.turn.notify_all()
 
+    def recall(self) -> list[Batch]:
+        """Take the tasks that no worker has begun off the ring."""
+        block = ffi.new("shmr_block *")
+        recalled = []
+        while lib.shmr_lease(self.handle, TASK_RING, 0, 0, block) == OK:
+            lib.shmr_release(self.handle, block)
+            batch = self.in_flight.take(block.tag)
+            if batch is not None and not batch.job.abandoned:
+                recalled.append(batch)
+        return recalled
+
     def flush(self) -> None:
         """Send the batches that results have made due."""
         if getattr(self.flushing, "now", False):
@@ -304,12 +334,14 @@ class Dispatcher:
                 batch = (self.outbox or self.later).popleft()
                 if batch.job.abandoned:
                     continue
-                if not batch.job.begin():
-                    self.futures.ended(batch.job.future_bytes)
-                    continue
                 try:
                     self.dispatch(batch)
                 except BaseException as error:
+                    if isinstance(error, codec.SerializationError) and len(batch.tasks) > 1:
+                        self.outbox.extend(
+                            Batch(batch.job, [task]) for task in batch.tasks
+                        )  # one of them it is
+                        continue
                     for task in batch.tasks:
                         self.conclude(batch.job, task, None, error)
                     if not isinstance(error, Exception):
@@ -386,14 +418,18 @@ class Dispatcher:
         root = messages.frame_root(self.arena, block, writable=True)  # ours alone from now on
         nanoseconds, inline, shared = messages.account_of(block)
         copied = self.must_copy(inline + shared)
-        batch = self.in_flight.take(number)
+        if kind == PART:
+            batch, given_back = self.in_flight.take_part(number, *messages.part_of(block))
+            self.outbox.extend(given_back)
+        else:
+            batch = self.in_flight.take(number)
         payload: Any = None
         error: BaseException | None = None
         if kind == BROKEN or (batch is not None and not batch.job.abandoned):
             try:
                 payload = messages.read_frame(root, self.arena.resolve, copy=copied)
             except BaseException as failure:
-                error = failure
+                error = self.policy.broken(failure)
         self.bytes_shared += shared
         self.bytes_copied += inline + (inline + shared if copied else 0)
         # Views of the frame itself keep it leased; references are held on their own.
@@ -407,15 +443,18 @@ class Dispatcher:
         del holder
         if kind == BROKEN:
             cause = decode_exception(payload) if error is None else error
-            self.fail_all(lambda: _initializer_error(cause))
+            self.fail_all(lambda: self.policy.broken(_initializer_error(cause)))
             return
         self.deaths.failed_starts = 0
         if batch is None:
             return
         job = batch.job
         count = len(batch.tasks)
-        job.task_ns = _smoothed(job.task_ns, nanoseconds / count)
-        job.result_bytes = _smoothed(job.result_bytes, (inline + shared) / count)
+        if kind == PART:
+            job.task_ns = max(job.task_ns, HELD_NS)
+        else:
+            job.task_ns = _smoothed(job.task_ns, nanoseconds / count)
+            job.result_bytes = _smoothed(job.result_bytes, (inline + shared) / count)
         if job.abandoned:
             return
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
@@ -424,6 +463,9 @@ class Dispatcher:
             raise error
         if kind == SHORT:
             self.run_later(batch, payload, error)
+        elif error is not None and self.policy.fragile:
+            for task in batch.tasks:  # one of them cannot be decoded, and they have run
+                self.conclude(job, task, None, error)
         elif count > 1 and (error is not None or len(payload) != count):
             # One of them cannot be decoded, here or there, and spoils the others: each alone. (Those that have
             # run are run again; without retries there is one task a batch.)
@@ -436,8 +478,9 @@ class Dispatcher:
             for task, (good, value) in zip(batch.tasks, payload, strict=True):
                 if good:
                     self.conclude(job, task, value, None)
-                else:
-                    self.conclude(job, task, None, decode_exception(value))
+                    continue
+                raised = decode_exception(value)
+                self.conclude(job, task, None, raised if good is False else self.policy.broken(raised))
 
     def run_later(self, batch: Batch, payload: Any, error: BaseException | None) -> None:
         """Its results found no room: try again when nothing else is on its way, or give up."""
@@ -479,39 +522,7 @@ class Dispatcher:
         """Nobody wants the results of a job any more: those that are on their way must not take up memory."""
         job.abandoned = True
         if not self.closed and self.in_flight.any_abandoned():
-            self.collect()
-
-    def nobody_waits(self) -> bool:
-        """Tell whether every result that will come has a stream that drains for it."""
-        return self.futures.running == 0 and not self.in_flight.any_abandoned()
-
-    def collect(self) -> None:
-        """Make sure that somebody drains for futures, and for streams that were abandoned."""
-        with self.turn_lock:
-            if self.collector is None:
-                self.collector = threading.Thread(
-                    target=self._collect, name=config.RESULTS_THREAD, daemon=True
-                )
-                self.collector.start()
-            else:
-                self.turn.notify_all()
-
-    def _collect(self) -> None:
-        while not self.has_ended():
-            with self.turn_lock:
-                while not self.has_ended() and (self.drainer is not None or self.nobody_waits()):
-                    self.turn.wait()
-            try:
-                if not self.drain(self.look()):
-                    self.shortage.deny_if_stuck()
-            except Closed:
-                return
-            except ShmError as error:
-                self.fail_all(functools.partial(_same, error))
-                return
-            except BaseException:
-                # A callback's, or a failure to send a future that has been told: others go on.
-                threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), threading.current_thread()]))
+            self.collector.wake()
 
     # --- observing and ending ---------------------------------------------------------------------
 
@@ -523,36 +534,6 @@ class Dispatcher:
                 self.conclude(batch.job, task, None, make_error())
         with self.turn_lock:
             self.turn.notify_all()
-
-    def time_limit(self, number: int) -> float | None:
-        """Return the seconds that a task of this batch may run (for the pool)."""
-        options = self.in_flight.options(number)
-        return None if options is None else options.timeout
-
-    def stats(self) -> EngineStats:
-        if self.closed:
-            return EngineStats(
-                "process", self.workers, self.done, self.failed, self.retried, self.pool.deaths
-            )
-        c = self.region.counters()
-        fill = lib.shmr_approx_fill(self.handle, TASK_RING) + lib.shmr_approx_fill(self.handle, RESULT_RING)
-        return EngineStats(
-            backend="process",
-            workers=self.workers,
-            tasks_done=self.done,
-            tasks_failed=self.failed,
-            retries=self.retried,
-            worker_deaths=self.pool.deaths,
-            bytes_copied=self.bytes_copied,
-            bytes_shared=self.bytes_shared,
-            memory_budget=self.budget,
-            memory_used=int(c.reserved),
-            ring_fill=int(fill),
-            ring_capacity=2 * RING_CAPACITY,
-            tasks_in_flight=self.in_flight.tasks(),
-            rescued_wakeups=int(c.rescued_wakeups),
-            late_releases=int(c.late_releases),
-        )
 
     def wind_down(self) -> None:
         """While the last tasks end: take their results, and let none wait for memory that nobody will free."""
@@ -568,27 +549,23 @@ class Dispatcher:
             if self.closed:
                 return
             self.closed = True
-            waiting = [*self.outbox, *self.later, *self.futures.pending]
+            waiting = [*self.outbox, *self.later]
             self.outbox.clear()
             self.later.clear()
-            self.futures.pending.clear()
         # Tasks that nobody has begun are dropped.
-        block = ffi.new("shmr_block *")
         lib.shmr_close_ring(self.handle, TASK_RING)
-        while lib.shmr_lease(self.handle, TASK_RING, 0, 0, block) == OK:
-            lib.shmr_release(self.handle, block)
+        waiting += self.recall()
         self.pool.close(wait=wait, meanwhile=self.wind_down)
-        for batch in self.in_flight.take_all():
+        error = self.broken or _closed
+        self.futures.fail_pending(error)
+        for batch in [*self.in_flight.take_all(), *waiting]:
             for task in batch.tasks:
-                batch.job.deliver(task, None, Closed(CLOSED_TEXT))
-        for batch in waiting:
-            if batch.job.begin():
-                batch.job.deliver(batch.tasks[0], None, Closed(CLOSED_TEXT))
+                batch.job.deliver(task, None, error())
         lib.shmr_close_ring(self.handle, RESULT_RING)
         with self.turn_lock:
             self.turn.notify_all()
-        if self.collector is not None and threading.current_thread() is not self.collector:
-            self.collector.join()
+        self.collector.join()
+        block = ffi.new("shmr_block *")
         while lib.shmr_lease(self.handle, RESULT_RING, 0, 0, block) == OK:
             lib.shmr_release(self.handle, block)
         forget_files()  # that results have named
@@ -599,8 +576,8 @@ def _smoothed(before: float, value: float) -> float:
     return value if before == 0 else 0.75 * before + 0.25 * value
 
 
-def _same(error: BaseException) -> BaseException:
-    return error
+def _closed() -> Closed:
+    return Closed(CLOSED_TEXT)
 
 
 def _initializer_error(cause: BaseException) -> RemoteError:

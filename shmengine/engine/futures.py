@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any
 
-from shmengine.engine.backend import TaskOptions, annotate
-from shmengine.engine.inflight import Batch, Job, Task
+from shmengine.engine.backend import Submit, TaskOptions, annotate
+from shmengine.engine.inflight import BATCH_MAX, BATCH_NS, Batch, Job, Task
+from shmengine.errors import Closed
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from shmengine.engine.dispatch import Dispatcher
 
-__all__ = ["Futures"]
+__all__ = ["FutureTask", "Futures"]
+
+
+class _Sent:
+    """Tasks that were sent together, until the last of them has ended."""
+
+    __slots__ = ("left", "nbytes")
+
+    def __init__(self, left: int, nbytes: int) -> None:
+        self.left = left
+        self.nbytes = nbytes
+
+
+class FutureTask(Task):
+    """The call that a future stands for."""
+
+    __slots__ = ("future", "job", "nbytes", "sent")
+
+    def __init__(self, job: Job, future: Future[Any], args: tuple[Any, ...], kwargs: Any) -> None:
+        super().__init__(0, args, kwargs)
+        self.job = job
+        self.future = future
+        self.nbytes = 0  # of its message, once that is known
+        self.sent: _Sent | None = None
 
 
 class Futures:
@@ -25,72 +49,160 @@ class Futures:
         self._core = core
         self._limit = limit
         self._bytes = 0  # of the arguments of those that run
-        self.running = 0
-        self.pending: deque[Batch] = deque()
+        self.running = 0  # batches
+        self._unfinished = 0  # tasks of these
+        self.pending: deque[FutureTask] = deque()
+        self._latest: Job | None = None  # for more calls of its function
 
-    def submit(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: TaskOptions
-    ) -> Future[Any]:
-        """Run one task; see `shmengine.engine.backend.Backend.submit`."""
-        from concurrent.futures import Future
-
+    def submitter(self, fn: Callable[..., Any], options: TaskOptions) -> Submit:
+        """Return what runs `fn` once for each of its calls; see `shmengine.engine.backend.Backend.submitter`."""
         core = self._core
         core.check_open()
-        future: Future[Any] = Future()
-
-        counted = [True]
-
-        def end() -> None:
-            with core.lock:  # once: an interrupt while it is sent may come when its result is already here
-                if counted:
-                    counted.clear()
-                    self.ended(nbytes)
-
-        def deliver(_: Task, value: Any, error: BaseException | None) -> None:
-            end()  # no reference to the job: that would be a cycle, and keep the result
-            if error is None:
-                future.set_result(value)
-            else:
-                future.set_exception(annotate(error, options))
-
         retries = core.retries if options.retries is None else options.retries
-        job = Job(core.encode_function(fn), options, retries, deliver)
-        job.begin = future.set_running_or_notify_cancel
-        batch = Batch(job, [Task(0, tuple(args), dict(kwargs) or None)])
-        encoded = core.encode_batch(batch)  # here, so that what cannot be pickled is raised here
-        nbytes = job.future_bytes = encoded.nbytes
+        function = core.encode_function(fn)
+        job = self._latest
+        if job is None or (
+            job.function is not function and (job.function, job.options) != (function, options)
+        ):
+            job = Job(function, options, retries, self._deliver)
+            self._latest = job if core.policy.pickles_late and type(function) is bytes else None
+        return functools.partial(self._submit, job)
+
+    def _submit(self, job: Job, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Future[Any]:
+        core = self._core
+        core.check_open()
+        task = FutureTask(job, Future(), tuple(args), dict(kwargs) or None)
+        core.provide_workers()
+        encoded = batch = None
+        if not (core.policy.pickles_late and (self.pending or self._full(job))):
+            # Here, so that what cannot be pickled is raised here.
+            encoded = core.encode_batch(Batch(job, [task]))
+            task.nbytes = encoded.nbytes
         with core.lock:
-            start = self._may_start(job)
-            if not start:
-                self.pending.append(batch)
-            elif core.drainer == threading.get_ident():  # in a callback, whose future still holds its result
-                start = False
-                core.outbox.append(batch)
-        if start:
-            future.set_running_or_notify_cancel()
+            core.check_open()  # what is added later would wait for ever
+            if encoded is None or self.pending or self._full(job, task.nbytes):
+                self.pending.append(task)
+            else:
+                batch = self._begin([task])
+                if batch is not None and core.drainer == threading.get_ident():
+                    core.outbox.append(batch)  # in a callback, whose future still holds its result
+                    batch = None
+        if batch is not None:
             try:
                 core.dispatch(batch, encoded)
-            except BaseException:
-                end()
+            except BaseException as error:
+                self._ended(task)
+                if isinstance(error, Closed):
+                    core.check_open()  # says why
                 raise
-        core.collect()
-        return future
+        core.collector.wake()
+        return task.future
 
-    def _may_start(self, job: Job) -> bool:
-        """Count a future as running unless enough of them are, by number or by bytes (lock held)."""
-        if self.running and (
-            self.running >= self._limit or self._bytes + job.future_bytes > self._core.budget // 4
-        ):
-            return False
+    def _full(self, job: Job, nbytes: int = 0) -> bool:
+        """Tell whether a message has to wait, because enough of them run, by number or by bytes.
+
+        With one message for each worker on its way, quick tasks are better sent together, when one is back.
+        """
+        limit = self._limit
+        if self._core.policy.pickles_late and 0 < job.task_ns < BATCH_NS:
+            limit = self._core.workers
+        return self.running > 0 and (self.running >= limit or self._bytes + nbytes > self._core.budget // 4)
+
+    def _begin(self, tasks: list[FutureTask]) -> Batch | None:
+        """Count tasks as running, without those that were cancelled, and return them; None if none is left."""
+        tasks = [task for task in tasks if task.future.set_running_or_notify_cancel()]
+        if not tasks:
+            return None
+        sent = _Sent(len(tasks), sum(task.nbytes for task in tasks))
+        for task in tasks:
+            task.sent = sent
         self.running += 1
-        self._bytes += job.future_bytes
-        return True
+        self._unfinished += len(tasks)
+        self._bytes += sent.nbytes
+        return Batch(tasks[0].job, [*tasks])
 
-    def ended(self, nbytes: int) -> None:
+    def _deliver(self, task: FutureTask, value: Any, error: BaseException | None) -> None:
+        self._ended(task)
+        if error is None:
+            task.future.set_result(value)
+        else:
+            task.future.set_exception(self._core.policy.failed(annotate(error, task.job.options)))
+
+    def _ended(self, task: FutureTask) -> None:
         """One has ended: those that wait may be sent, as far as there is room for them."""
         core = self._core
         with core.lock:
+            sent, task.sent = task.sent, None
+            if sent is None:  # an interrupt while it was sent came when its result was already here
+                return
+            self._unfinished -= 1
+            sent.left -= 1
+            if sent.left:
+                return
             self.running -= 1
-            self._bytes -= nbytes
-            while self.pending and self._may_start(self.pending[0].job):
-                core.outbox.append(self.pending.popleft())
+            self._bytes -= sent.nbytes
+            while self.pending and not self._full(self.pending[0].job, self.pending[0].nbytes):
+                batch = self._begin(self._next())
+                if batch is not None:
+                    core.outbox.append(batch)
+
+    def _next(self) -> list[FutureTask]:
+        """Take the next of those that wait, or as many of the same function as are soon done, if they may go together.
+
+        Some are left for the other workers.
+        """
+        job = self.pending[0].job
+        size = 1
+        policy = self._core.policy
+        if policy.pickles_late and policy.tasks_per_worker is None and job.task_ns:
+            size = min(BATCH_MAX, int(BATCH_NS / job.task_ns), len(self.pending) // self._core.workers)
+        tasks = [self.pending.popleft()]
+        while len(tasks) < size and self.pending[0].job is job:
+            task = self.pending.popleft()
+            task.index = len(tasks)
+            tasks.append(task)
+        return tasks
+
+    def count(self) -> int:
+        """Return how many are at the workers or wait."""
+        return self._unfinished + len(self.pending)
+
+    def withdraw(self, future: Future[Any], *, kill: bool) -> None:
+        """Keep the task of a future from running, or (`kill`) end the worker that runs it."""
+        core = self._core
+        core.check_open()
+        for batch in core.recall():
+            others = []
+            for task in batch.tasks:
+                if isinstance(task, FutureTask) and task.future is future:
+                    core.conclude(batch.job, task, None, CancelledError())
+                else:
+                    others.append(task)
+            if others:
+                core.outbox.append(Batch(batch.job, others))
+        if kill:
+            for batch in core.in_flight.batches():
+                for task in batch.tasks:
+                    if isinstance(task, FutureTask) and task.future is future:
+                        task.unwanted = True
+                        core.pool.watch_time()
+        core.flush()
+        core.collector.wake()
+
+    def cancel_pending(self) -> None:
+        """Cancel those that nobody has begun."""
+        with self._core.lock:
+            dropped = list(self.pending)
+            self.pending.clear()
+        for task in dropped:
+            task.future.cancel()
+            task.future.set_running_or_notify_cancel()
+
+    def fail_pending(self, make_error: Callable[[], BaseException]) -> None:
+        """Give those that nobody has begun, and that were not cancelled, an error each."""
+        with self._core.lock:
+            dropped = list(self.pending)
+            self.pending.clear()
+        for task in dropped:
+            if task.future.set_running_or_notify_cancel():
+                task.future.set_exception(make_error())

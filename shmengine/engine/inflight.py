@@ -9,19 +9,23 @@ from typing import Any, Protocol
 from shmengine.engine.backend import TaskOptions
 from shmengine.workers.messages import WHOLE_BATCH
 
-__all__ = ["Batch", "InFlight", "Job", "ScatteredBlocks", "Task"]
+__all__ = ["BATCH_MAX", "BATCH_NS", "Batch", "InFlight", "Job", "ScatteredBlocks", "Task"]
+
+BATCH_MAX = 128
+BATCH_NS = 500_000  # aim: half a millisecond of work a batch, so that messages cost little beside it
 
 
 class Task:
     """One call."""
 
-    __slots__ = ("args", "attempts", "index", "kwargs")
+    __slots__ = ("args", "attempts", "index", "kwargs", "unwanted")
 
     def __init__(self, index: int, args: tuple[Any, ...], kwargs: Any) -> None:
         self.index = index
         self.args = args
         self.kwargs = kwargs
         self.attempts = 0
+        self.unwanted = False  # who runs it is to be killed
 
 
 class Batch:
@@ -35,21 +39,14 @@ class Batch:
         self.nbytes = 0
 
 
-def always() -> bool:
-    """Say that a job may begin."""
-    return True
-
-
 class Job:
-    """One stream or one future: a function, and where outcomes go."""
+    """One stream, or the futures of one function: the function, and where outcomes go."""
 
     __slots__ = (
         "abandoned",
-        "begin",
         "bytes_in_flight",
         "deliver",
         "function",
-        "future_bytes",
         "in_flight",
         "keep",
         "options",
@@ -71,9 +68,7 @@ class Job:
         self.retries = retries
         self.deliver = deliver  # deliver(task, value, error), by the drainer
         self.abandoned = False
-        self.begin: Callable[[], bool] = always  # False: cancelled meanwhile
         self.in_flight = 0  # batches
-        self.future_bytes = 0  # of the arguments of a future that runs
         self.bytes_in_flight = 0
         self.task_ns = 0.0  # what a task takes, smoothed; 0: not known
         self.result_bytes = 0.0  # of one task, smoothed
@@ -143,6 +138,16 @@ class InFlight:
             self.remove_scattered(scattered)
         return None if task is None else Batch(scattered.job, [task])
 
+    def take_part(self, tag: int, done: int, rest: int) -> tuple[Batch | None, list[Batch]]:
+        """Take so many of the first tasks out of a batch, and of the last ones, each alone; some other is left."""
+        with self.lock:
+            batch = self._batches.get(tag)
+            if batch is None or done + rest >= len(batch.tasks):
+                return None, []
+            tasks, end = batch.tasks, len(batch.tasks) - rest
+            batch.tasks = tasks[done:end]
+            return Batch(batch.job, tasks[:done]), [Batch(batch.job, [task]) for task in tasks[end:]]
+
     def take_all(self) -> list[Batch]:
         """Return, and forget, all batches; those who scatter blocks find out by themselves."""
         return [batch for tag in list(self._batches) if (batch := self.take(tag)) is not None]
@@ -175,13 +180,19 @@ class InFlight:
             self.remove_scattered(scattered)
         return taken
 
-    def options(self, tag: int) -> TaskOptions | None:
-        """Return the options of what is out under a tag."""
+    def batches(self) -> list[Batch]:
+        """Return the batches that are out."""
+        return list(self._batches.values())
+
+    def limit(self, tag: int, index: int) -> float | None:
+        """Return the seconds that a task may run; None: there is no limit."""
         batch = self._batches.get(tag)
         if batch is not None:
-            return batch.job.options
+            alone = index == WHOLE_BATCH and len(batch.tasks) == 1
+            unwanted = any(task.unwanted for task in batch.tasks if alone or task.index == index)
+            return 0.0 if unwanted else batch.job.options.timeout
         scattered = self.scattered(tag)
-        return None if scattered is None else scattered.job.options
+        return None if scattered is None else scattered.job.options.timeout
 
     def whose(self, tag: int, index: int) -> tuple[str, int | None]:
         """Return the call that a tag belongs to, and which of its tasks: the one of this index, or the only one."""

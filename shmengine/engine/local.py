@@ -6,6 +6,7 @@ and what it returns belongs to the caller alone, never to an input or to another
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import threading
@@ -24,6 +25,7 @@ from shmengine.engine.backend import (
     Call,
     Outcome,
     Ref,
+    Submit,
     TaskOptions,
     annotate,
     block_calls,
@@ -77,6 +79,9 @@ class _LocalBackend:
         self._closed = False
         self._lock = threading.Lock()
         self._done = self._failed = self._in_flight = 0
+
+    def withdraw(self, future: Future[Any], *, kill: bool) -> None:
+        """Do nothing: a thread cannot be ended."""
 
     def put(self, obj: Any) -> Ref:
         self._check_open()
@@ -182,13 +187,16 @@ class SerialBackend(_LocalBackend):
             yield self._attempt(fn, call, options, index)  # no local: a large value must not live on here
             self._check_open()
 
-    def submit(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: TaskOptions
+    def submitter(self, fn: Callable[..., Any], options: TaskOptions) -> Submit:
+        return functools.partial(self._submit, _resolved(fn), options)
+
+    def _submit(
+        self, fn: Callable[..., Any], options: TaskOptions, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Future[Any]:
         self._check_open()
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
-        _, value, error = self._attempt(_resolved(fn), Call(args, kwargs), options, None)
+        _, value, error = self._attempt(fn, Call(args, kwargs), options, None)
         if error is None:
             future.set_result(value)
         else:
@@ -318,13 +326,15 @@ class ThreadBackend(_LocalBackend):
             for task in running.values():
                 self._abandon(task)
 
-    def submit(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: TaskOptions
-    ) -> Future[Any]:
+    def submitter(self, fn: Callable[..., Any], options: TaskOptions) -> Submit:
         self._check_open()
         if hasattr(self._inline, "serial"):
-            return self._inline.serial.submit(fn, args, kwargs, options)  # type: ignore[no-any-return]
-        fn = with_errstate(_resolved(fn))
+            return self._inline.serial.submitter(fn, options)  # type: ignore[no-any-return]
+        return functools.partial(self._submit, with_errstate(_resolved(fn)), options)
+
+    def _submit(
+        self, fn: Callable[..., Any], options: TaskOptions, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Future[Any]:
         future: Future[Any] = Future()
 
         def run(*args: Any, **kwargs: Any) -> Any:

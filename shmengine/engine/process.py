@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import subprocess
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -16,9 +18,11 @@ from shmengine._native import ffi, lib
 from shmengine._native.status import PLACES
 from shmengine.arena import Arena
 from shmengine.arrays import address_of
-from shmengine.engine.backend import Call, Outcome, Ref, TaskOptions, block_calls
+from shmengine.engine.backend import Call, Outcome, Ref, Submit, TaskOptions, block_calls
 from shmengine.engine.blocks import Cut
+from shmengine.engine.collector import Collector
 from shmengine.engine.dispatch import RING_CAPACITY, Dispatcher
+from shmengine.engine.policy import Policy
 from shmengine.engine.scatter import TargetOf, scatter_blocks
 from shmengine.engine.stalls import Stall, Stalls, summary_of
 from shmengine.engine.stream import run_stream
@@ -26,6 +30,7 @@ from shmengine.errors import MemoryBudgetExceeded
 from shmengine.region import EXTENT_BYTES, Region, RegionConfig
 from shmengine.stats import EngineStats
 from shmengine.workers import messages
+from shmengine.workers.inheritance import Inheritance
 from shmengine.workers.messages import RESULT_RING, STARTING, TASK_RING
 
 if TYPE_CHECKING:
@@ -70,7 +75,9 @@ class ProcessBackend:
         initargs: tuple[Any, ...] = (),
         retries: int = 1,
         check: str = "frame",
+        policy: Policy | None = None,
     ) -> None:
+        policy = policy or Policy()
         most = PLACES - 1
         if workers > most:
             raise ValueError(
@@ -86,34 +93,34 @@ class ProcessBackend:
                 least,
                 budget,
             )
-        encoded_initializer = None
-        if initializer is not None:
-            encoded_initializer = codec.encode(
-                (initializer, initargs), label="(initializer, initargs)"
-            ).to_bytes()
-        region = Region.create(
-            RegionConfig(
-                arena_bytes=budget,
-                capacities=(RING_CAPACITY, RING_CAPACITY),
-                participants=min(256, max(64, 2 * workers + 16)),
-                doorbells=min(512, max(64, 4 * workers + 32)),
-                creator_recovers=True,
-                wait_alone=True,
+        with contextlib.ExitStack() as undo:
+            inheritance = Inheritance(initializer, initargs)
+            undo.callback(inheritance.close)
+            region = Region.create(
+                RegionConfig(
+                    arena_bytes=budget,
+                    capacities=(RING_CAPACITY, RING_CAPACITY),
+                    participants=min(256, max(64, 2 * workers + 16)),
+                    doorbells=min(512, max(64, 4 * workers + 32)),
+                    creator_recovers=True,
+                    wait_alone=True,
+                )
             )
-        )
-        try:
+            undo.callback(region.close, force=True)
             self._core = Dispatcher(
                 region,
                 workers,
                 retries,
                 int(check == "payload"),
-                encoded_initializer,
+                inheritance,
                 threads_per_worker or max(1, config.default_workers() // workers),
+                policy,
             )
-        except BaseException:
-            region.close(force=True)
-            raise
-        self._finalizer = weakref.finalize(self, Dispatcher.end, self._core, wait=False)
+            undo.pop_all()
+        forgotten = (
+            self._core.collector.finish if policy.finishes else functools.partial(self._core.end, wait=False)
+        )
+        self._finalizer = weakref.finalize(self, forgotten)
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -137,11 +144,13 @@ class ProcessBackend:
         scattered = scatter_blocks(self, self._core, fn, cut, target, options, kwargs, ordered)
         return scattered or self.stream(fn, block_calls(cut, kwargs), options, ordered=ordered)
 
-    def submit(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: TaskOptions
-    ) -> Future[Any]:
-        """Run one task."""
-        return self._core.futures.submit(fn, args, kwargs, options)
+    def submitter(self, fn: Callable[..., Any], options: TaskOptions) -> Submit:
+        """Return what runs `fn` once."""
+        return self._core.futures.submitter(fn, options)
+
+    def withdraw(self, future: Future[Any], *, kill: bool) -> None:
+        """Keep the task of a future from running."""
+        self._core.futures.withdraw(future, kill=kill)
 
     # --- memory ----------------------------------------------------------------------------------
 
@@ -202,9 +211,55 @@ class ProcessBackend:
         if self._core.arena.contains(source):
             self._core.bytes_copied += nbytes
 
+    @property
+    def service(self) -> Collector:
+        """What lives until the last future has ended."""
+        return self._core.collector
+
+    @property
+    def broken(self) -> BaseException | None:
+        """The error that everything ends with, if it does."""
+        make_error = self._core.broken
+        return None if make_error is None else make_error()
+
+    def cancel_pending(self) -> None:
+        """Cancel the futures that have not begun."""
+        self._core.futures.cancel_pending()
+
+    def provide_workers(self) -> None:
+        """Start a worker for a future that will be submitted, if they start on demand and none is idle."""
+        self._core.provide_workers()
+
+    def processes(self) -> dict[int, subprocess.Popen[bytes]]:
+        """Return the workers by their process ids."""
+        return {pid: worker.process for pid, worker in self._core.pool.processes().items()}
+
     def stats(self) -> EngineStats:
         """Return a snapshot of the counters."""
-        return self._core.stats()
+        core = self._core
+        if core.closed:
+            return EngineStats(
+                "process", self.workers, core.done, core.failed, core.retried, core.pool.deaths
+            )
+        c = core.region.counters()
+        fill = sum(lib.shmr_approx_fill(core.handle, ring) for ring in (TASK_RING, RESULT_RING))
+        return EngineStats(
+            backend="process",
+            workers=self.workers,
+            tasks_done=core.done,
+            tasks_failed=core.failed,
+            retries=core.retried,
+            worker_deaths=core.pool.deaths,
+            bytes_copied=core.bytes_copied,
+            bytes_shared=core.bytes_shared,
+            memory_budget=core.budget,
+            memory_used=int(c.reserved),
+            ring_fill=int(fill),
+            ring_capacity=2 * RING_CAPACITY,
+            tasks_in_flight=core.in_flight.tasks(),
+            rescued_wakeups=int(c.rescued_wakeups),
+            late_releases=int(c.late_releases),
+        )
 
     def stalls(self, after: float) -> Stalls:
         """Return the tasks that have been running for so many seconds."""
@@ -225,7 +280,7 @@ class ProcessBackend:
                     activity.starves,
                 )
             )
-        stats = core.stats()
+        stats = self.stats()
         more = ""
         if not core.closed:
             rings = [

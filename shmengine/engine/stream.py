@@ -11,12 +11,10 @@ from typing import Any
 
 from shmengine.engine.backend import Call, Outcome, TaskOptions
 from shmengine.engine.dispatch import BATCHES_PER_WORKER, Dispatcher
-from shmengine.engine.inflight import Batch, Job, Task
+from shmengine.engine.inflight import BATCH_MAX, BATCH_NS, Batch, Job, Task
 
 __all__ = ["run_stream"]
 
-BATCH_MAX = 128
-BATCH_NS = 500_000  # aim: half a millisecond of work a batch, so that messages cost little beside it
 FILL_NS = 200_000  # a slow iterable must not hold back what it has already given
 WINDOW_MIN = 64  # tasks out at once if nobody says otherwise; enough that one slow task stops nobody
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import pickle
 import signal
@@ -15,7 +16,7 @@ import sys
 import time
 import traceback
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
@@ -30,12 +31,16 @@ from shmengine.arrays import GivenReference, detach, has_views, owner_of
 from shmengine.errors import Corrupt, MemoryBudgetExceeded
 from shmengine.exceptions import encode_exception
 from shmengine.leases import release_with
+from shmengine.pickling import original_error
 from shmengine.region import Region
 from shmengine.workers import logs, messages, stacks
+from shmengine.workers.held import HeldUp
 from shmengine.workers.messages import (
     BATCH,
     BLOCK,
     BROKEN,
+    LEAVING,
+    PART,
     PLACED,
     PRIVATE,
     RESULT_RING,
@@ -77,6 +82,10 @@ def main(region_fd: int, parent_pidfd: int, setup_fd: int, stack_pipe: int, log_
     setup = pickle.loads(os.pread(setup_fd, os.fstat(setup_fd).st_size, 0))
     os.close(setup_fd)
     os.set_inheritable(log_pipe, False)
+    if "authkey" in setup:
+        import multiprocessing
+
+        multiprocessing.current_process().authkey = setup["authkey"]
     sys.path[:] = setup["path"]
     sys.argv[:] = setup["argv"]
     with contextlib.suppress(OSError):
@@ -88,6 +97,8 @@ def main(region_fd: int, parent_pidfd: int, setup_fd: int, stack_pipe: int, log_
         worker = Worker(region, setup)
         logs.send_home(log_pipe, setup["log_levels"], worker.current_task)
         worker.serve()
+        if worker.leaves():
+            region.stay()  # so that it is seen why
     except SystemExit:
         raise
     except BaseException:
@@ -106,6 +117,8 @@ class Worker:
         messages.objects_kept_bytes = setup["arena_limit"] // 4
         self.payload_check = int(setup["payload_check"])
         self.initializer: bytes | None = setup["initializer"]
+        self.tasks_left: float = setup["tasks"] or math.inf
+        self.original_errors: bool = setup.get("original_errors", False)
         self.functions: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
         self.prepared: dict[str, Any] = {}
         self.prepared_module = ""
@@ -114,6 +127,7 @@ class Worker:
         self.block = messages.empty_block()
         self.reply = messages.empty_block()
         self.named = ffi.new("shmr_ref[1]")
+        self.held = HeldUp(self.hand_over)
 
     def serve(self) -> None:
         """Run tasks until there can be no more."""
@@ -123,13 +137,13 @@ class Worker:
             try:
                 self.prepare(*codec.decode(self.initializer, copy=True))
             except BaseException as error:
-                self.send(BROKEN, 0, codec.encode(encode_exception(error)), 0)
+                self.send(BROKEN, 0, codec.encode(encode_exception(error)), b"")
                 raise
             self.initializer = None
         lib.shmr_set_progress(self.region.handle, 0, 0)
         lease = lib.shmr_lease
         handle = self.region.handle
-        while True:
+        while not self.leaves():
             block = self.block
             deadline = -1
             if self.plans:
@@ -155,6 +169,10 @@ class Worker:
                 self.answer(block.tag, [(False, encode_exception(damage))], 0)
             elif status != INTERRUPTED:
                 fail(status, "lease a task")
+
+    def leaves(self) -> bool:
+        """Tell whether this worker has done its number of tasks."""
+        return self.tasks_left <= 0
 
     def current_task(self) -> int | None:
         """Return the number, in its call, of the task that is being run; None if that is not known."""
@@ -201,7 +219,7 @@ class Worker:
         tag = block.tag
         handle = self.region.handle
         start = self.tidy()
-        results: list[Any] = []
+        results: list[tuple[bool | None, Any]] = []
         root: Any = None
         function: Any = None
         entropy: Any = None
@@ -213,11 +231,20 @@ class Worker:
                 root, self.resolve_writable if mode == SHARED else self.arena.resolve
             )
         except BaseException as error:
-            results.append((False, encode_exception(error)))
+            results.append((None, encode_exception(error)))
             calls = indices = ()
         fn: Any = None
-        several = len(calls) > 1
-        for index, (args, kwargs) in zip(indices, calls, strict=True):
+        todo = deque(zip(indices, calls, strict=True))
+        calls = ()
+        several = len(todo) > 1
+        if several:
+            self.held.watch(tag, todo, results)
+        while todo:
+            try:
+                index, (args, kwargs) = todo.popleft()
+            except IndexError:  # given back in this moment
+                break
+            self.tasks_left -= 1
             lib.shmr_set_progress(handle, tag, index)
             try:
                 if fn is None:
@@ -231,16 +258,28 @@ class Worker:
                     detach(value, kept=self.comes_from_elsewhere)
                 results.append((True, value.pop()))
             except BaseException as error:
-                results.append((False, encode_exception(error)))
+                results.append((None if fn is None else False, encode_exception(error)))
                 _forget_frames(error)
-        del calls
         args = kwargs = None
+        if several:
+            self.held.end()
         lib.shmr_set_progress(handle, tag, WHOLE_BATCH)
         self.answer(tag, results, time.perf_counter_ns() - start)
         del results
         holder = [root]
         root = None
         self.settle(block, holder)
+
+    def hand_over(self, tag: int, results: list[Any], rest: int) -> bool:
+        """Send what the first tasks of a batch have returned, and give back the last ones; False: it does not fit.
+
+        Not in the thread that runs tasks.
+        """
+        try:
+            encoded = codec.encode(results, memmap_mode="r")
+        except BaseException:
+            encoded = codec.encode([self.sendable(result) for result in results], memmap_mode="r")
+        return self.send(PART, tag, encoded, messages.pack_part(len(results), rest), messages.empty_block())
 
     def settle(self, block: Any, holder: list[Any]) -> None:
         """Release a task, or leave that to the last view of its bytes, which `holder` alone refers to.
@@ -252,7 +291,7 @@ class Worker:
             release_with(holder[0], self.region, block)
         else:
             lib.shmr_release(self.region.handle, block)
-        lib.shmr_set_progress(self.region.handle, 0, 0)
+        lib.shmr_set_progress(self.region.handle, LEAVING if self.leaves() else 0, 0)
 
     def run_block(self, block: Any) -> None:
         """Run a block function once; see `shmengine.workers.scatter`."""
@@ -396,14 +435,15 @@ class Worker:
                 except BaseException as error:
                     kind = BATCH
                     encoded = codec.encode([(False, encode_exception(error))])
-            if self.send(kind, tag, encoded, nanoseconds):
+            spec = messages.pack_account(nanoseconds, encoded.bytes_inline, encoded.bytes_shared)
+            if self.send(kind, tag, encoded, spec):
                 return
         finally:
             for reference in held:
                 self.arena.drop(reference)
             results.clear()
         shortage = encode_exception(_no_room(encoded.nbytes, self.region))
-        self.send(SHORT, tag, codec.encode(shortage), nanoseconds)
+        self.send(SHORT, tag, codec.encode(shortage), messages.pack_account(nanoseconds, 0, 0))
 
     def comes_from_elsewhere(self, array: Any) -> bool:
         """Tell whether no function that runs here can write to this array: it is read from the region, or a file."""
@@ -415,15 +455,15 @@ class Worker:
             return False
         return not self.arena.made_here(array, owner)
 
-    def sendable(self, result: tuple[bool, Any]) -> tuple[bool, Any]:
+    def sendable(self, result: tuple[bool | None, Any]) -> tuple[bool | None, Any]:
         """Return the result, or the error that it cannot be sent."""
         try:
             codec.encode(result[1], share=self.arena.share, label="result")
         except BaseException as error:
-            return False, encode_exception(error)
+            return False, encode_exception(original_error(error) if self.original_errors else error)
         return result
 
-    def send(self, kind: int, tag: int, encoded: codec.Encoded, nanoseconds: int) -> bool:
+    def send(self, kind: int, tag: int, encoded: codec.Encoded, spec: bytes, block: Any = None) -> bool:
         """Commit a message to the result ring; False if there will never be memory for it."""
         while True:
             status = messages.write_frame(
@@ -433,8 +473,8 @@ class Worker:
                 tag,
                 encoded,
                 payload_check=self.payload_check,
-                spec=messages.pack_account(nanoseconds, encoded.bytes_inline, encoded.bytes_shared),
-                block=self.reply,
+                spec=spec,
+                block=self.reply if block is None else block,
             )
             if status == OK:
                 return True

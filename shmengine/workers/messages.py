@@ -5,6 +5,7 @@
     main ── TASK ──► task ring ──► any worker          a batch of calls of one function, tag = batch number
          ── BLOCK ──►                                  one call of a block function, likewise
     main ◄── VALUE | NUMBER | BATCH | BROKEN ◄──       the same tag; through the result ring
+         ◄── PART                                      before that, if one task of a batch takes long
          ◄── PLACED                                    instead of a block function's result
          ◄── EVENT                                     from main to itself: a worker died; behind its last results
 
@@ -35,8 +36,10 @@ __all__ = [
     "BLOCK",
     "BROKEN",
     "EVENT",
+    "LEAVING",
     "MODES",
     "NUMBER",
+    "PART",
     "PLACED",
     "PRIVATE",
     "READ_ONLY",
@@ -46,11 +49,14 @@ __all__ = [
     "STARTING",
     "TASK",
     "TASK_RING",
+    "USUAL_ERRSTATE",
     "VALUE",
     "WHOLE_BATCH",
     "account_of",
     "load_shared",
     "pack_account",
+    "pack_part",
+    "part_of",
     "read_frame",
     "with_errstate",
     "write_frame",
@@ -61,16 +67,18 @@ RESULT_RING = 1
 
 TASK = 10
 VALUE = 11  # one task, its value bare
-BATCH = 12  # a list of (True, value) or (False, encoded exception)
+BATCH = 12  # a list of (True, value), (False, encoded exception) or, if it is of unpickling, (None, encoded exception)
 BROKEN = 13  # the initializer failed; the payload is an encoded exception
 EVENT = 14
 SHORT = 15  # there was no memory for the results of a batch; the payload is an encoded exception
+PART = 19  # like BATCH, of the first tasks; the last ones were not begun, and are given back
 BLOCK = 16  # main to worker: one block of each array as bare bytes, see `shmengine.workers.scatter`
 NUMBER = 18  # worker to main: one task, its value a number that is in the descriptor
 PLACED = 17  # worker to main: its result is in its place, or named by reference
 
 # What a worker says it is doing, beside "task so-and-so of batch so-and-so":
 STARTING = (1 << 64) - 1  # as the batch: it has not run its initializer yet
+LEAVING = (1 << 64) - 2  # likewise: it has done its number of tasks
 WHOLE_BATCH = (1 << 64) - 1  # as the task: it decodes the batch, or encodes its results
 
 # How a task's arrays appear to the function; said in the descriptor, since it decides how to decode.
@@ -85,6 +93,7 @@ OBJECTS_KEPT = 32
 objects_kept_bytes = 1 << 62  # together; a worker sets a part of the memory budget
 
 _ACCOUNT = struct.Struct("<QQQ")
+_PART = struct.Struct("<QQ")
 
 
 # What an unpickled reference reads from: set where objects are decoded.
@@ -250,13 +259,13 @@ class _WithErrstate(functools.partial[Any]):
             return super().__call__(*args, **kwargs)
 
 
-_USUAL_ERRSTATE = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
+USUAL_ERRSTATE = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
 
 
 def with_errstate(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return `fn` with the `numpy.errstate` of the caller, if that is not the usual one."""
     errors = np.geterr()
-    if errors == _USUAL_ERRSTATE:
+    if errors == USUAL_ERRSTATE:
         return fn
     wrapped = _WithErrstate(fn)
     wrapped.errors = {
@@ -275,6 +284,16 @@ def account_of(block: Any) -> tuple[int, int, int]:
     if block.spec_bytes != _ACCOUNT.size:
         return 0, 0, 0
     return _ACCOUNT.unpack(ffi.buffer(block.spec, _ACCOUNT.size))
+
+
+def pack_part(done: int, rest: int) -> bytes:
+    """Return how many tasks of a batch have ended, and how many are given back, as a spec."""
+    return _PART.pack(done, rest)
+
+
+def part_of(block: Any) -> tuple[int, int]:
+    """Return what `pack_part` packed; zeros if it is something else."""
+    return _PART.unpack(ffi.buffer(block.spec, _PART.size)) if block.spec_bytes == _PART.size else (0, 0)
 
 
 def read_frame(root: Bytes, resolve: Callable[[Any], Bytes], *, copy: bool = False) -> Any:

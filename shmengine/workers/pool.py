@@ -26,7 +26,8 @@ from shmengine.descriptors import Descriptor, pipe
 from shmengine.errors import ShmError
 from shmengine.region import Region
 from shmengine.workers import stacks
-from shmengine.workers.messages import STARTING
+from shmengine.workers.inheritance import Inheritance
+from shmengine.workers.messages import LEAVING, STARTING
 from shmengine.workers.process import WorkerProcess
 
 __all__ = ["Activity", "Death", "Pool"]
@@ -87,16 +88,20 @@ class Pool:
     region : Region
         With the task and the result ring.
     count : int
-        Workers to keep.
+        Workers to keep, at most.
     setup : dict
         What `child.Worker` is told.
+    inheritance : Inheritance
+        The initializer, and descriptors for it; closed with the pool.
     environment : dict
         Variables set before exec, over the main process's.
     on_death : callable
         Called in the pool's thread with a `Death`, after its memory was recovered and before its replacement starts;
         returns whether to replace it.
     time_limit : callable
-        ``time_limit(tag)``: seconds that a task of this batch may run, or None.
+        ``time_limit(tag, index)``: seconds that a task may run, or None.
+    start : int
+        Workers to start now; `provide` starts more.
     """
 
     def __init__(
@@ -104,9 +109,12 @@ class Pool:
         region: Region,
         count: int,
         setup: dict[str, Any],
+        inheritance: Inheritance,
         environment: dict[str, str],
         on_death: Callable[[Death], bool],
-        time_limit: Callable[[int], float | None],
+        time_limit: Callable[[int, int], float | None],
+        *,
+        start: int,
     ) -> None:
         self.region = region
         self.count = count
@@ -121,14 +129,16 @@ class Pool:
         self._timed = False
         self._missing = 0  # workers that could not be started, and are tried again
         self._retry_at = 0.0
-        self._setup = setup
+        self._setup = {**setup, "initializer": inheritance.frame}
+        self._inheritance = inheritance
         self._poll: select.poll | None = None  # None: what is to be watched has changed
         self._watched: dict[int, _Source] = {}
         with contextlib.ExitStack() as on_failure:
-            self._setup_file = on_failure.enter_context(_file_of(setup))
+            on_failure.enter_context(inheritance)
+            self._setup_file = on_failure.enter_context(_file_of(self._setup))
             self._wake_end, self._waker = map(on_failure.enter_context, _wake_pipe())
             on_failure.callback(self.kill)
-            for _ in range(count):
+            for _ in range(start):
                 self._start()
             on_failure.pop_all()
         self._thread = threading.Thread(target=self._watch, name=config.POOL_THREAD, daemon=True)
@@ -137,10 +147,10 @@ class Pool:
     def _start(self) -> None:
         if not self._setup_file.is_ours():
             self._setup_file = _file_of(self._setup)
-        worker = WorkerProcess(self.region, self._setup_file, self._environment)
+        worker = WorkerProcess(self.region, self._setup_file, self._inheritance, self._environment)
         with self._lock:
             self._workers[worker.pid] = worker
-        self._poll = None
+            self._poll = None
 
     # --- watching --------------------------------------------------------------------------------
 
@@ -149,6 +159,28 @@ class Pool:
         """Process ids of the workers."""
         with self._lock:
             return list(self._workers)
+
+    def processes(self) -> dict[int, WorkerProcess]:
+        """Return the workers by their process ids."""
+        with self._lock:
+            return dict(self._workers)
+
+    def provide(self, tasks: int, *, at_once: bool) -> None:
+        """Before this number of tasks is out: start a worker if none is idle, or (`at_once`) all that are missing."""
+        if len(self._workers) >= self.count:
+            return
+        with self._lock:
+            while (
+                len(self._workers) < self.count and not self._closing and (at_once or tasks > self._ready())
+            ):
+                self._start()
+                self._wake()  # it is to be watched
+                tasks = 0
+
+    def _ready(self) -> int:
+        """Return how many workers take tasks."""
+        progress = [self._progress(pid) for pid in self._workers]
+        return sum(found is not None and found[0] not in (STARTING, LEAVING) for found in progress)
 
     def watch_time(self) -> None:
         """From now on some tasks have a time limit: look at the clock as well."""
@@ -193,15 +225,16 @@ class Pool:
         (By `poll`, which has no descriptor of its own that other code could close, and holds the files that it waits
         for: a death is seen whatever becomes of our descriptors meanwhile.)
         """
-        if self._poll is None:
-            sources: list[_Source] = [(self._wake_end, None, "")]
-            for worker in self._workers.values():
-                sources += ((file, worker, name) for name, file in worker.watched())
-            self._watched = {source[0].number: source for source in sources if source[0].is_ours()}
-            self._poll = select.poll()
-            for fd in self._watched:
-                self._poll.register(fd, select.POLLIN)
-        return [self._watched[fd] for fd, _ in self._poll.poll(seconds * 1000)]
+        with self._lock:  # `provide` starts workers in other threads
+            if (poll := self._poll) is None:
+                sources: list[_Source] = [(self._wake_end, None, "")]
+                for worker in self._workers.values():
+                    sources += ((file, worker, name) for name, file in worker.watched())
+                self._watched = {source[0].number: source for source in sources if source[0].is_ours()}
+                self._poll = poll = select.poll()
+                for fd in self._watched:
+                    poll.register(fd, select.POLLIN)
+        return [self._watched[fd] for fd, _ in poll.poll(seconds * 1000)]
 
     def _regain(self) -> None:
         """Open anew what other code has closed: it must not go unnoticed that a worker has died."""
@@ -230,8 +263,8 @@ class Pool:
             found = self._progress(pid)
             if found is None:
                 continue
-            tag, _, since, _ = found
-            limit = self._time_limit(tag) if tag else None
+            tag, index, since, _ = found
+            limit = self._time_limit(tag, index) if tag else None
             if limit is None or not since or worker.killed_for is not None:
                 continue
             left = limit - (now - since) / 1e9
@@ -327,6 +360,10 @@ class Pool:
             del self._workers[worker.pid]
             self._poll = None
         tag, index = (progress[0], progress[1]) if progress else (0, 0)
+        if returncode == 0 and tag == LEAVING:
+            self._missing += 1
+            self._start_missing()
+            return
         expected = self._closing and returncode == 0
         if not expected:
             self.deaths += 1
@@ -398,7 +435,8 @@ class Pool:
 
         `meanwhile` is called now and then until they have ended.
         """
-        self._closing = True
+        with self._lock:  # nobody is just starting one
+            self._closing = True
         if wait:
             self._wake()
             deadline = None
@@ -415,13 +453,13 @@ class Pool:
         self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-        for file in (self._setup_file, self._wake_end, self._waker):
+        for file in (self._setup_file, self._wake_end, self._waker, self._inheritance):
             file.close()
 
     def kill(self) -> None:
         """End all workers now."""
-        self._closing = True
         with self._lock:
+            self._closing = True
             for worker in self._workers.values():
                 with contextlib.suppress(ProcessLookupError):
                     worker.send_signal(signal.SIGKILL)

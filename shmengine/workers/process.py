@@ -21,6 +21,7 @@ from shmengine.descriptors import Descriptor, pipe
 from shmengine.errors import ShmError
 from shmengine.region import Region, start_time
 from shmengine.workers import logs
+from shmengine.workers.inheritance import Inheritance
 from shmengine.workers.stacks import Question
 
 __all__ = ["WorkerProcess"]
@@ -45,12 +46,15 @@ class WorkerProcess:
         What it works on.
     setup : Descriptor
         File with what it is told.
+    inheritance : Inheritance
+        Descriptors for its initializer.
     environment : dict
         Variables set before exec, over the main process's.
 
     Attributes
     ----------
     pid : int
+    process : subprocess.Popen
     pidfd : Descriptor
     started : int
         Monotonic nanoseconds.
@@ -62,7 +66,9 @@ class WorkerProcess:
         Where it was then.
     """
 
-    def __init__(self, region: Region, setup: Descriptor, environment: dict[str, str]) -> None:
+    def __init__(
+        self, region: Region, setup: Descriptor, inheritance: Inheritance, environment: dict[str, str]
+    ) -> None:
         self.started = time.monotonic_ns()
         self.tail: deque[str] = deque(maxlen=STDERR_LINES)
         self.killed_for: tuple[int, int] | None = None
@@ -79,14 +85,16 @@ class WorkerProcess:
             os.set_blocking(ends[STACK].number, False)
             main = theirs.enter_context(Descriptor(os.pidfd_open(os.getpid()), "this process"))
             inherited = [region.fd, main.number, setup.fileno(), ends[STACK].number, ends["log"].number]
-            self._process = _execute(inherited, ends["stdout"].number, ends["stderr"].number, environment)
-            self.pid = self._process.pid
+            self.process = _execute(
+                inherited, inheritance.filenos(), ends["stdout"].number, ends["stderr"].number, environment
+            )
+            self.pid = self.process.pid
             try:
                 self._start_time = start_time(self.pid)
                 self.pidfd = self._open_pidfd()
             except OSError:
-                self._process.kill()
-                self._process.wait()
+                self.process.kill()
+                self.process.wait()
                 raise
             self._ends = {"stdout": 1, "stderr": 2, "log": ends["log"].number, STACK: ends[STACK].number}
             ours.pop_all()
@@ -150,7 +158,7 @@ class WorkerProcess:
         if self.pidfd.is_ours():
             signal.pidfd_send_signal(self.pidfd.number, number)
         else:
-            self._process.send_signal(number)
+            self.process.send_signal(number)
 
     def ask(self, files: contextlib.ExitStack) -> Question:
         """Ask where it is; `files` closes what is needed for that, whatever becomes of the worker meanwhile."""
@@ -211,7 +219,7 @@ class WorkerProcess:
 
     def wait(self) -> int:
         """Wait for its end; return its exit code, or minus the signal that ended it (0: other code has waited)."""
-        return self._process.wait()
+        return self.process.wait()
 
     def close(self) -> None:
         """Close what we have of it."""
@@ -221,9 +229,9 @@ class WorkerProcess:
 
 
 def _execute(
-    inherited: list[int], stdout: int, stderr: int, environment: dict[str, str]
+    fds: list[int], more_fds: list[int], stdout: int, stderr: int, environment: dict[str, str]
 ) -> subprocess.Popen[bytes]:
-    source = BOOTSTRAP.format(root=PACKAGE_ROOT, fds=", ".join(map(str, inherited)))
+    source = BOOTSTRAP.format(root=PACKAGE_ROOT, fds=", ".join(map(str, fds)))
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     flags = [flag for flag in flags if flag != "-i"]
     return subprocess.Popen(
@@ -231,7 +239,7 @@ def _execute(
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,
-        pass_fds=inherited,
+        pass_fds=[*fds, *more_fds],
         env={**os.environ, **environment},
         process_group=0,  # Ctrl-C at the terminal reaches main alone
     )

@@ -194,6 +194,38 @@ engine.close()
     )
 
 
+def test_what_an_initializer_inherits_is_not_taken_for_another_file():
+    """No worker gets a file of the application in its place, and that file stays open."""
+    run_whole(
+        """
+import multiprocessing, os, tempfile
+import shmengine as shm
+from shmengine.errors import ShmError
+
+connection, other = multiprocessing.Pipe()
+executor = shm.Executor(1, initializer=print, initargs=(connection,))
+for name in os.listdir("/proc/self/fd"):
+    fd = int(name)
+    try:
+        same_file = os.path.samestat(os.fstat(fd), os.fstat(connection.fileno()))
+    except OSError:  # that of the directory
+        continue
+    if same_file and fd != connection.fileno():
+        os.close(fd)
+        theirs = os.open(tempfile.gettempdir(), os.O_TMPFILE | os.O_RDWR)
+        assert theirs == fd
+try:
+    executor.submit(abs, 1)
+except ShmError as error:
+    assert "what an initializer inherits was closed by other code" in str(error), error
+else:
+    raise AssertionError("with what did it start?")
+executor.shutdown()
+os.fstat(theirs)
+"""
+    )
+
+
 # --- the same in a worker -------------------------------------------------------------------------------
 
 IN_A_WORKER = (

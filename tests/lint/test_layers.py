@@ -10,7 +10,7 @@ from tests.helpers.sources import PACKAGE, ROOT, python_files
 
 LAYERS = {
     8: ("cli", "bench", "__main__"),
-    7: ("futures", "joblib", "dask", "aio"),
+    7: ("futures", "joblib", "dask"),
     6: ("engine",),
     5: ("workers",),
     4: ("queues", "channels"),

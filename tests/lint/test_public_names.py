@@ -15,6 +15,7 @@ from tests.helpers import ROOT
 PROMISED = {
     "Engine",
     "EngineStats",
+    "Executor",
     "JoinableQueue",
     "Queue",
     "Ring",

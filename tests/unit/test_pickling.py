@@ -7,6 +7,7 @@ import datetime as dt
 import enum
 import functools
 import struct
+import sys
 import threading
 from typing import NamedTuple
 
@@ -159,6 +160,22 @@ def test_what_others_cannot_import_goes_by_value():
     assert result.stdout.split() == ["42", "8", "10", "7", "7", "12586269025", "50", "T", "6", "6"], (
         result.stderr
     )
+
+
+class Counts:
+    """Its methods go by reference, as it does itself."""
+
+    @classmethod
+    def count(cls):
+        return sys._getframe().f_code.co_filename
+
+    def name(self):
+        return self.count()
+
+
+def test_methods_of_importable_classes_go_by_reference():
+    assert decode(encode(Counts.count).to_bytes())() == __file__
+    assert decode(encode(Counts().name).to_bytes())() == __file__
 
 
 def test_by_reference_is_what_pickle_does():

@@ -1,0 +1,39 @@
+"""What sets apart the pools of workers that are built on the process backend."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+__all__ = ["Policy"]
+
+
+class Policy:
+    """An engine's: it outlives its workers. `shmengine.futures` has a stricter one."""
+
+    start: Literal["now", "first task", "on demand"] = "now"
+    """When workers start: with the engine, with the first future, or with a future that finds none idle."""
+
+    fragile = False
+    """A worker's death ends everything; nothing is run again, and nobody is replaced."""
+
+    tasks_per_worker: int | None = None
+    """Tasks after which a worker leaves and is replaced."""
+
+    pickles_late = False
+    """A future that has to wait is pickled when its turn comes, with others of its function if they are quick; what
+    then fails is its outcome."""
+
+    finishes = False
+    """Forgotten by its owner, it still does what was submitted, and ends then."""
+
+    def setup(self) -> dict[str, Any]:
+        """Return what else workers are told (`child.Worker`)."""
+        return {}
+
+    def broken(self, error: BaseException) -> BaseException:
+        """Return the error for what died with a worker, or could not be unpickled on the other side."""
+        return error
+
+    def failed(self, error: BaseException) -> BaseException:
+        """Return the exception for a future whose task failed with this one."""
+        return error

@@ -1,0 +1,145 @@
+"""Run other projects' own tests on our implementations of their interfaces, and write docs/peers.md.
+
+    python -m tests.peers [--only WORD]
+
+Nothing of theirs is in this tree: the suites run from where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "peers"
+TABLE = ROOT / "docs" / "peers.md"
+DEBIAN_TESTS = Path("/usr/lib/python3.11/test")
+HOUR = 3600
+
+HEAD = """# The tests of others
+
+Made by `make peers`: the test suites of the interfaces that we implement, run from where they are installed, on our
+implementations. Nothing of theirs is in this tree; the adapters are in `tests/peers`.
+"""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What came of a suite."""
+
+    name: str
+    passed: int = 0
+    skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    failed: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    missing: str = ""
+    """Why it did not run."""
+
+
+def interpreter(version: str) -> str | None:
+    """Return an interpreter of this version, if one is installed."""
+    candidates = [shutil.which(f"python{version}")]
+    candidates += sorted(
+        map(str, Path.home().glob(f".pyenv/versions/{version}*/bin/python{version}")), reverse=True
+    )
+    for candidate in filter(None, candidates):
+        if subprocess.run([candidate, "-c", ""], check=False, capture_output=True).returncode == 0:
+            return candidate
+    return None
+
+
+def environment(version: str) -> str | None:
+    """Return the interpreter of a virtual environment with this package; the running one if it has the version."""
+    if sys.version.startswith(f"{version}."):
+        return sys.executable
+    base = interpreter(version)
+    if base is None:
+        return None
+    directory = BUILD / version
+    python = str(directory / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([base, "-m", "venv", "--clear", str(directory)], check=True)
+    subprocess.run([*pip, "setuptools>=77", "cffi>=2", "numpy>=2"], check=True)
+    subprocess.run([*pip, "--no-build-isolation", str(ROOT)], check=True)
+    return python
+
+
+def cpython(version: str, only: str) -> Outcome:
+    """Run CPython's tests of process pools on `Executor`."""
+    python = environment(version)
+    if python is None:
+        return Outcome(f"CPython {version}", missing=f"no interpreter python{version}")
+    exact = subprocess.run(
+        [python, "-c", "import platform; print(platform.python_version())"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    outcome = Outcome(f"CPython {exact}, `test_concurrent_futures`, process pools")
+    variables = {**os.environ, "PYTHONPATH": str(HERE / "cpython")}
+    found = subprocess.run(
+        [python, "-c", "import test.test_concurrent_futures"], check=False, capture_output=True
+    ).returncode
+    if found != 0:
+        if version != "3.11" or not (DEBIAN_TESTS / "test_concurrent_futures.py").exists():
+            outcome.missing = f"not installed (Debian: libpython{version}-testsuite)"
+            return outcome
+        variables["SHMENGINE_PEERS_TESTS"] = str(DEBIAN_TESTS)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    report = BUILD / f"cpython-{version}.json"
+    report.unlink(missing_ok=True)
+    command = [python, str(HERE / "cpython" / "run.py"), str(report), only]
+    subprocess.run(command, env=variables, cwd=BUILD, check=False, timeout=HOUR)
+    if not report.exists():
+        outcome.failed = [("the run itself", "it did not end in order")]
+        return outcome
+    counts = json.loads(report.read_text())
+    outcome.passed, outcome.skipped, outcome.failed = counts["passed"], counts["skipped"], counts["failed"]
+    return outcome
+
+
+def lines(outcomes: list[Outcome]) -> Iterator[str]:
+    """Return the table, and under it the reasons of what was skipped."""
+    yield from HEAD.splitlines()
+    yield from ("", "| suite | passed | skipped | failed |", "|---|---|---|---|")
+    for outcome in outcomes:
+        counts = [str(outcome.passed), str(len(outcome.skipped)), str(len(outcome.failed))]
+        yield f"| {outcome.name} | " + (outcome.missing or " | ".join(counts)) + " |"
+    for outcome in outcomes:
+        reasons = collections.defaultdict(list)
+        for test, reason in outcome.skipped:
+            reasons[reason].append(test.rpartition(".")[2])
+        if reasons:
+            yield from ("", f"Skipped of {outcome.name}:", "")
+        for reason, tests in sorted(reasons.items()):
+            yield f"- {', '.join(f'`{test}`' for test in sorted(set(tests)))} ({len(tests)}): {reason}"
+
+
+def main() -> int:
+    """Run the suites, write the table, and return 0 if nothing has failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.peers", description=__doc__)
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help="tests whose name contains it; writes no table"
+    )
+    only = parser.parse_args().only
+    outcomes = [cpython("3.11", only), cpython("3.13", only)]
+    text = "\n".join([*lines(outcomes), ""])
+    print(text)
+    for outcome in outcomes:
+        for test, reason in outcome.failed:
+            print(f"FAILED {test}\n{reason}")
+    if not only:
+        TABLE.write_text(text)
+    return any(outcome.failed or outcome.missing for outcome in outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
