@@ -17,7 +17,7 @@ import pytest
 
 from shmengine._native import lib
 from shmengine.engine import Engine
-from shmengine.workers import pool
+from shmengine.workers import process
 from shmengine.workers.child import Worker
 from tests.helpers.fault_points import SEED, SOAK, points
 from tests.helpers.memory import can_have_half
@@ -226,16 +226,16 @@ def test_death_in_a_task_s_life(engine, work, tmp_path):
 
 
 def test_death_while_starting(engine, monkeypatch):
-    normal = pool.BOOTSTRAP
+    normal = process.BOOTSTRAP
     arming = "from shmengine._native import lib; lib.shmr_fault_arm({nth}, 0); main("
 
     def replace_one(nth):
         """Kill a worker; its successor is to die at its nth access."""
         before, there = deaths(engine), set(engine._backend.pids)
-        monkeypatch.setattr(pool, "BOOTSTRAP", normal.replace("main(", arming.replace("{nth}", str(nth)), 1))
+        monkeypatch.setattr(process, "BOOTSTRAP", normal.replace("main(", arming.replace("{nth}", str(nth)), 1))
         os.kill(min(there), signal.SIGKILL)
         poll_until(lambda: deaths(engine) > before and len(engine._backend.pids) == 2, what="it is replaced")
-        monkeypatch.setattr(pool, "BOOTSTRAP", normal)
+        monkeypatch.setattr(process, "BOOTSTRAP", normal)
 
     assert "main(" in normal.replace("import main", "")
     for nth in points(30, 4):  # joins, takes memory, looks for a task

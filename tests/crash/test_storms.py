@@ -21,7 +21,7 @@ import pytest
 
 from shmengine.errors import MemoryBudgetExceeded, PeerLost, WorkerDied
 from shmengine.ring import Ring
-from shmengine.workers import pool
+from shmengine.workers import process
 from tests.helpers import ROOT, descendants, mount_namespace_run, run_script, shm_names, start_script
 from tests.helpers.fault_points import SEED, Victim
 from tests.helpers.leftovers import state_of
@@ -493,7 +493,7 @@ def test_workers_with_low_limits_report_what_they_cannot_do(make_engine):
 def test_workers_that_cannot_start_are_given_up(make_engine, monkeypatch, limit, value, said):
     """And the error says why, in their own last words."""
     setting = f"import resource; resource.setrlimit(resource.{limit}, ({value}, {value})); "
-    monkeypatch.setattr(pool, "BOOTSTRAP", setting + pool.BOOTSTRAP)
+    monkeypatch.setattr(process, "BOOTSTRAP", setting + process.BOOTSTRAP)
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     engine = make_engine(1, memory="1 GiB")
     error = engine.submit(abs, -1).exception(FOREVER)
