@@ -8,6 +8,7 @@ and replaced.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import select
@@ -34,6 +35,7 @@ __all__ = ["Activity", "Death", "Pool"]
 
 LOOK_SECONDS = 1.0  # then at the latest it is noticed that other code has closed our descriptors
 GRACE_SECONDS = 2.0
+CROWDED_SECONDS = 0.02  # between two looks, where not all can be waited for at once
 RETRY_SECONDS = 0.25  # after a worker could not be started
 
 
@@ -234,7 +236,21 @@ class Pool:
                 self._poll = poll = select.poll()
                 for fd in self._watched:
                     poll.register(fd, select.POLLIN)
-        return [self._watched[fd] for fd, _ in poll.poll(seconds * 1000)]
+        try:
+            return [self._watched[fd] for fd, _ in poll.poll(seconds * 1000)]
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        # More descriptors than RLIMIT_NOFILE now allows: one after the other.
+        found = []
+        for fd, source in self._watched.items():
+            single = select.poll()
+            single.register(fd, select.POLLIN)
+            if single.poll(0):
+                found.append(source)
+        if not found:
+            time.sleep(min(seconds, CROWDED_SECONDS))
+        return found
 
     def _regain(self) -> None:
         """Open anew what other code has closed: it must not go unnoticed that a worker has died."""
