@@ -5,7 +5,6 @@ A handler may raise, as the one of Ctrl-C does, or that of an alarm that is to e
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -44,21 +43,26 @@ class InterruptsLater:
                 handler = _getsignal(number)
                 if callable(handler):
                     self._before.append((number, handler))
-            with contextlib.suppress(ValueError):  # the main thread of another interpreter
+            try:
                 for number, _ in self._before:
                     _setsignal(number, self._handle)
+            except ValueError:  # the main thread of another interpreter
+                self._before.clear()
+            except BaseException:  # a handler that has not been exchanged yet
+                self._end()
+                raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._before:
-            return
+        if self._before:
+            self._end()
+
+    def _end(self) -> None:
         try:
-            self._put_back()
-        except BaseException:  # a handler that is back already
-            self._put_back()
-            raise
-        self._run()
+            self._put_back(list(self._before))
+        finally:
+            self._run()
 
     def _run(self) -> None:
         if self._came:
@@ -68,9 +72,14 @@ class InterruptsLater:
             finally:
                 self._run()  # the others, whatever this one raised
 
-    def _put_back(self) -> None:
-        for number, before in self._before:
-            _setsignal(number, before)
+    def _put_back(self, left: list[tuple[int, Any]]) -> None:
+        try:
+            while left:
+                _setsignal(*left[-1])
+                left.pop()
+        finally:
+            if left:
+                self._put_back(left)  # the others, whatever one raised that is back already
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in self._came:

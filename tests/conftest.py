@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from shmengine.interrupts import SIGNALS
 from tests.helpers.leftovers import Inventory, adopt_orphans, orphan_zombies, take_inventory
 from tests.helpers.watchdog import DEFAULT_SECONDS, Watchdog
 
@@ -57,6 +58,17 @@ def nothing_left_behind() -> Iterator[None]:
     before = take_inventory()
     yield
     _fail_if_leaked(before, "the test")
+
+
+@pytest.fixture(autouse=True)
+def handlers_as_before() -> Iterator[None]:
+    """No test, and nothing that it called, leaves another signal's handler: what comes later would be a riddle."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    after = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == before
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -232,7 +232,9 @@ def test_death_while_starting(engine, monkeypatch):
     def replace_one(nth):
         """Kill a worker; its successor is to die at its nth access."""
         before, there = deaths(engine), set(engine._backend.pids)
-        monkeypatch.setattr(process, "BOOTSTRAP", normal.replace("main(", arming.replace("{nth}", str(nth)), 1))
+        monkeypatch.setattr(
+            process, "BOOTSTRAP", normal.replace("main(", arming.replace("{nth}", str(nth)), 1)
+        )
         os.kill(min(there), signal.SIGKILL)
         poll_until(lambda: deaths(engine) > before and len(engine._backend.pids) == 2, what="it is replaced")
         monkeypatch.setattr(process, "BOOTSTRAP", normal)

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from shmengine.interrupts import InterruptsLater
+from shmengine import interrupts
+from shmengine.interrupts import SIGNALS, InterruptsLater
 from tests.helpers.scripts import run_script
 
 CALLS = {
@@ -126,3 +127,30 @@ def test_each_handler_runs_though_another_one_raises():
     finally:
         for number, own in before.items():
             signal.signal(number, own)
+
+
+@pytest.mark.parametrize("step", range(2 * len(SIGNALS)))
+def test_a_handler_that_raises_while_others_are_replaced_leaves_none_of_ours(monkeypatch, step):
+    """An alarm, say, after the handler of Ctrl-C was exchanged, but before its own."""
+
+    class Alarm(BaseException):
+        pass
+
+    before = {number: signal.signal(number, lambda number, frame: None) for number in SIGNALS}
+    theirs = {number: signal.getsignal(number) for number in SIGNALS}
+    steps = []
+
+    def exchange(number, handler):
+        signal.signal(number, handler)
+        steps.append(number)
+        if len(steps) == step + 1:
+            raise Alarm
+
+    monkeypatch.setattr(interrupts, "_setsignal", exchange)
+    try:
+        with pytest.raises(Alarm), InterruptsLater():
+            pass
+        assert {number: signal.getsignal(number) for number in SIGNALS} == theirs
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
