@@ -17,8 +17,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from shmengine._native.status import OK, PLACES, WOULD_BLOCK, fail
 from shmengine.arrays import Bytes
 from shmengine.descriptors import Descriptor
 from shmengine.errors import LayoutMismatch, MemoryBudgetExceeded, ShmError, UseAfterFork
+from shmengine.tokens import DescriptorToken, lend
 
 __all__ = ["EXTENT_BYTES", "Region", "RegionConfig", "RegionToken"]
 
@@ -37,6 +37,7 @@ SHM_DIRECTORY = "/dev/shm"  # where POSIX shared memory is on Linux
 NAME_PREFIX = "shmengine."
 RECORD_BYTES = 256  # struct shmr_record; few of those that there could be are ever used
 GROUP = 256  # records that change hands together (SHMR_GROUP)
+ADVICE = "; give the ring a name= for strangers"
 ATTACH_SECONDS = 5.0  # a creator that is alive takes milliseconds from the file to the magic
 GRACE_SECONDS = 0.25  # and no time at all from the file to its lock
 MOST_ARENA_BYTES = 1 << 41  # shmr_region.c knows it too
@@ -80,18 +81,8 @@ class RegionToken:
     """What another process needs to find a region."""
 
     number: int
-    pid: int
-    start_time: str
-    fd: int
-    inode: int
     name: str | None
-    duplicate: Any = field(default=None, compare=False)  # multiprocessing's DupFd, while it spawns
-
-
-def start_time(pid: int) -> str:
-    """Return when a process started, in the kernel's words: it and the pid name one process."""
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        return file.read().rpartition(b")")[2].split()[19].decode()
+    file: DescriptorToken
 
 
 _attached: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
@@ -130,8 +121,6 @@ class Region:
         self.pid = os.getpid()
         self.closed = False
         self.exiting = False
-        self._passed_to: Callable[[], Any] = lambda: None
-        self._duplicate: Any = None
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # rings and queues of this process that share it
         device, self.inode = self._file.identity
         self.number = (self.inode * 0x9E3779B97F4A7C15 ^ device) & (1 << 63) - 1
@@ -255,29 +244,17 @@ class Region:
             known = _attached.get(token.number)
             if known is not None and not known.closed:
                 return known
-            if token.duplicate is not None:
-                return cls.attach(token.duplicate.detach(), token.name)
-            if token.name is not None:
+            if token.name is not None and token.file.duplicate is None:
                 region = cls.attach_name(token.name)
-                if region.inode != token.inode:
+                if region.inode != token.file.identity[1]:
                     region.close()
                     raise LayoutMismatch(f"the region named {token.name!r} has been replaced by another one")
                 return region
-            return cls.attach(_borrow_descriptor(token))
+            return cls.attach(token.file.open(os.O_RDWR), token.name)
 
     def token(self) -> RegionToken:
         """Return what another process needs to join; inside a multiprocessing spawn the descriptor goes along."""
-        from multiprocessing import context, reduction
-
-        duplicate = None
-        child: Any = context.get_spawning_popen()
-        if child is not None:
-            # Once a child, who may get several things in this region: a descriptor cannot be passed on twice.
-            if self._passed_to() is not child:
-                self._passed_to, self._duplicate = weakref.ref(child), reduction.DupFd(self.fd)
-            duplicate = self._duplicate
-        pid = os.getpid()
-        return RegionToken(self.number, pid, start_time(pid), self.fd, self.inode, self.name, duplicate)
+        return RegionToken(self.number, self.name, lend(self.fd, "this region", ADVICE))
 
     def rejoin(self) -> Region:
         """In a forked child: join once more, as a participant of its own."""
@@ -540,23 +517,3 @@ def _make_named(full: str, name: str, total: int) -> int:
         if _has_name(fd, name):
             return fd
         os.close(fd)  # we stood still so long that somebody took us for dead
-
-
-def _borrow_descriptor(token: RegionToken) -> int:
-    """Open another process's descriptor, after making sure that it is that process and that file."""
-    refusal = (
-        "this token of a region was pickled outside of multiprocessing, and the process that made it"
-        f" (pid {token.pid}) {{}}; give the ring a name= for strangers"
-    )
-    try:
-        if start_time(token.pid) != token.start_time:
-            raise ShmError(refusal.format("has ended"))
-        fd = os.open(f"/proc/{token.pid}/fd/{token.fd}", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise ShmError(refusal.format("has ended, or has closed it")) from None
-    except PermissionError:
-        raise ShmError(refusal.format("does not let this one open its descriptors")) from None
-    if os.fstat(fd).st_ino != token.inode:
-        os.close(fd)
-        raise ShmError(refusal.format("has closed it"))
-    return fd

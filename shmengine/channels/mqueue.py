@@ -21,7 +21,7 @@ from shmengine.channels.stream import StreamLink, reopened
 from shmengine.config import format_bytes
 from shmengine.descriptors import Descriptor
 from shmengine.errors import ShmError
-from shmengine.region import start_time
+from shmengine.tokens import start_time
 
 __all__ = ["abandoned_queues", "are_listed", "pair", "remove_queue"]
 

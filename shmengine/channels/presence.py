@@ -19,9 +19,9 @@ import struct
 import weakref
 from dataclasses import dataclass
 
-from shmengine.channels.tokens import DescriptorToken, lend
 from shmengine.descriptors import Descriptor
 from shmengine.errors import Closed, ShmError, UseAfterFork
+from shmengine.tokens import DescriptorToken, lend
 
 __all__ = ["Fate", "Presence", "PresenceToken"]
 

@@ -23,7 +23,7 @@ from itertools import islice
 from typing import Any
 
 from shmengine.channels.base import Counts
-from shmengine.region import start_time
+from shmengine.tokens import start_time
 
 __all__ = [
     "PART_BYTES",

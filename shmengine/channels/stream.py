@@ -20,11 +20,11 @@ from shmengine.channels.base import NOTHING, Options
 from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.small import UNKNOWN, decode_small, encode_small
-from shmengine.channels.tokens import DescriptorToken, lend
 from shmengine.codec import KIND_ARRAY, KIND_PICKLE
 from shmengine.config import format_bytes
 from shmengine.descriptors import Descriptor
 from shmengine.errors import ShmError
+from shmengine.tokens import DescriptorToken, lend
 
 __all__ = ["StreamLink", "reopened"]
 

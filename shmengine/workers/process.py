@@ -19,7 +19,8 @@ from pathlib import Path
 
 from shmengine.descriptors import Descriptor, pipe
 from shmengine.errors import ShmError
-from shmengine.region import Region, start_time
+from shmengine.region import Region
+from shmengine.tokens import start_time
 from shmengine.workers import logs
 from shmengine.workers.inheritance import Inheritance
 from shmengine.workers.stacks import Question

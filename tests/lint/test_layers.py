@@ -15,7 +15,7 @@ LAYERS = {
     5: ("workers",),
     4: ("queues", "channels"),
     3: ("leases", "attached", "ring", "codec", "exceptions", "pickling", "filemap", "plain", "stats"),
-    2: ("region", "arena", "arrays", "descriptors"),
+    2: ("region", "arena", "arrays", "descriptors", "tokens"),
     1: ("_native",),
     0: ("errors", "config", "interrupts"),
 }

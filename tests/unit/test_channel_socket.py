@@ -31,7 +31,7 @@ from shmengine.channels.sessions import (
     is_gone,
 )
 from shmengine.codec import encode
-from shmengine.region import start_time
+from shmengine.tokens import start_time
 from tests.helpers import open_fds, poll_until, run_script
 from tests.helpers.proxy import Proxy
 

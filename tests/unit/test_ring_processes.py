@@ -206,14 +206,18 @@ def test_a_token_works_while_its_maker_lives(ring):
     assert ring.receive(timeout=FOREVER)[0] == 42
 
 
+def with_file(token, **changes):
+    return dataclasses.replace(token, file=dataclasses.replace(token.file, **changes))
+
+
 def test_a_token_of_one_who_is_gone_or_another(ring):
     token = ring._region.token()
     unknown = dataclasses.replace(token, number=token.number ^ 1)  # so that it is looked up
     with pytest.raises(ShmError, match=r"has ended.*name="):
-        Region.from_token(dataclasses.replace(unknown, start_time="1"))
+        Region.from_token(with_file(unknown, start_time="1"))
     with pytest.raises(ShmError, match="has closed it"):
-        Region.from_token(dataclasses.replace(unknown, inode=token.inode + 1))
-    gone = dataclasses.replace(unknown, pid=2**22 - 1)
+        Region.from_token(with_file(unknown, identity=(0, 0)))
+    gone = with_file(unknown, pid=2**22 - 1)
     with pytest.raises(ShmError, match=r"has ended.*name="):
         Region.from_token(gone)
 

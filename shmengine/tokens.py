@@ -7,13 +7,13 @@ process opens it through the one that made the token, which has to live, and to 
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 from shmengine.errors import ShmError
-from shmengine.region import start_time
 
-__all__ = ["DescriptorToken", "lend"]
+__all__ = ["DescriptorToken", "lend", "start_time"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class DescriptorToken:
     fd: int
     identity: tuple[int, int]
     what: str
+    advice: str = ""
     duplicate: Any = field(default=None, compare=False)  # multiprocessing's DupFd, while it spawns
 
     def open(self, flags: int) -> int:
@@ -42,7 +43,9 @@ class DescriptorToken:
         """
         if self.duplicate is not None:
             return int(self.duplicate.detach())
-        refusal = f"{self.what} cannot be reached: the process that passed it on (pid {self.pid}) {{}}"
+        refusal = (
+            f"{self.what} cannot be reached: the process that passed it on (pid {self.pid}) {{}}{self.advice}"
+        )
         try:
             if start_time(self.pid) != self.start_time:
                 raise ShmError(refusal.format("has ended"))
@@ -57,13 +60,29 @@ class DescriptorToken:
         return fd
 
 
-def lend(fd: int, what: str) -> DescriptorToken:
-    """Return a token of a descriptor; `what` says in errors what it is of."""
+_lent: weakref.WeakKeyDictionary[Any, dict[int, Any]] = (
+    weakref.WeakKeyDictionary()
+)  # to children that are being made
+
+
+def lend(fd: int, what: str, advice: str = "") -> DescriptorToken:
+    """Return a token of a descriptor; `what` says in errors what it is of, and `advice` what to do instead."""
     from multiprocessing import context, reduction
 
-    duplicate = reduction.DupFd(fd) if context.get_spawning_popen() is not None else None
+    duplicate = None
+    child: Any = context.get_spawning_popen()
+    if child is not None:
+        # Once a child, who may get several things that share it: a descriptor cannot be passed on twice.
+        lent = _lent.setdefault(child, {})
+        duplicate = lent.get(fd) or lent.setdefault(fd, reduction.DupFd(fd))
     pid = os.getpid()
-    return DescriptorToken(pid, start_time(pid), fd, identity(fd), what, duplicate)
+    return DescriptorToken(pid, start_time(pid), fd, identity(fd), what, advice, duplicate)
+
+
+def start_time(pid: int) -> str:
+    """Return when a process started, in the kernel's words: it and the pid name one process."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[19].decode()
 
 
 def identity(fd: int) -> tuple[int, int]:
