@@ -521,6 +521,9 @@ class _NoParts:
     def reset(self) -> None: ...
 
 
+MOST_STEPS = 100  # of a path: each costs as much as pickling what is left, and nobody reads more
+
+
 def find_culprit(
     obj: Any, label: str = "", *, by_value: bool = True, reducers: Reducers | None = None
 ) -> tuple[str, Any, Exception | None]:
@@ -540,13 +543,14 @@ def find_culprit(
     path : str
         For instance ``args[0]['lock']``.
     culprit : object
+        The innermost one down to `MOST_STEPS`.
     reason : Exception or None
         What pickling the culprit alone raised; None if the whole object can be pickled.
     """
     reason = _why_not(obj, by_value, reducers)
     path = label
     seen: set[int] = set()
-    while reason is not None and id(obj) not in seen:
+    while reason is not None and id(obj) not in seen and len(seen) < MOST_STEPS:
         seen.add(id(obj))
         if _refuses(obj):
             break

@@ -26,6 +26,7 @@ from shmengine.errors import (
     Timeout,
 )
 from shmengine.exceptions import decode_exception, encode_exception
+from shmengine.pickling import MOST_STEPS
 from tests.helpers import run_script
 from tests.helpers.arrays import frame_of, round_trip, same
 
@@ -71,7 +72,7 @@ class Point(NamedTuple):
 @pytest.mark.parametrize(
     "obj",
     [
-        *(None, 1, 1 << 100, "text", "\ud800", b"", {1, 2}, frozenset("ab"), ..., NotImplemented, int, len),
+        *(None, 1, 1 << 100, "text", "\ud800", b"", {1, 2}, frozenset((1, 2)), ..., NotImplemented, int, len),
         *(np.float32(1.5), np.datetime64("2020-01-01"), np.dtype("f8"), np.bool(True), np.sqrt, np.ndarray),
         *(dt.date(2020, 1, 1), collections.OrderedDict(a=1), collections.deque([1, 2]), Colour.RED),
         *(Point(1, 2), slice(1, 2), range(3), functools.reduce),
@@ -269,8 +270,9 @@ def test_endless_recursion_is_an_error_with_a_path():
     deep = []
     for _ in range(100_000):
         deep = [deep]
-    with pytest.raises(SerializationError):
+    with pytest.raises(SerializationError, match="recursion") as caught:
         encode(deep)
+    assert caught.value.path == "[0]" * MOST_STEPS  # a few steps in, and not all of them
     while deep:  # so that its deallocation does not recurse
         deep = deep.pop()
 
