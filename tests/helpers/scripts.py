@@ -28,10 +28,11 @@ def soak_seconds(default: float, tests: int = 1) -> float:
     return float(minutes) * 60 / tests if minutes else default
 
 
-def poll_until(condition: Callable[[], object], timeout: float = 30.0, what: str = "") -> None:
+def poll_until(condition: Callable[[], object], timeout: float = 100.0, what: str = "") -> None:
     """Wait until ``condition()`` is true; fail the test after `timeout` seconds.
 
-    For states that no event announces (a process is gone, a counter went up).
+    For states that no event announces (a process is gone, a counter went up). By itself it waits for nearly as long
+    as the watchdog, which would not know what for.
     """
     deadline = time.monotonic() + timeout
     while not condition():
