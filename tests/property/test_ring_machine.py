@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from shmengine.errors import LeaseError, Timeout, WouldBlock
 from shmengine.region import Region, RegionConfig
 from shmengine.ring import Ring
+from tests.helpers.scripts import soak_seconds
 
 SIZES = st.sampled_from([0, 1, 7, 8, 100, 4096, 5000, 70_000])
 DTYPES = st.sampled_from(["u1", "<i4", ">f8", "c16", "M8[s]"])
@@ -213,7 +214,7 @@ class RingMachine(RuleBasedStateMachine):
 
 TestRing = RingMachine.TestCase
 TestRing.settings = settings(
-    max_examples=150,
+    max_examples=int(5 * soak_seconds(10)),  # about so many a second
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -25,6 +25,7 @@ PARTS = (
     Part("C ring, killed, address sanitizer", 1, c_test("asan/stress_kill")),
     Part("C ring, address sanitizer", 1, c_test("asan/stress_ring")),
     Part("C ring, thread sanitizer", 1, c_test("tsan/stress_ring")),
+    Part("any sequence", 1, python_tests("tests/property/test_ring_machine.py")),
     Part("stress tests", 3, python_tests("tests/stress/test_ring_stress.py")),
     Part(
         "channels",
