@@ -5,6 +5,7 @@ MINUTES ?= 5
 SEED    ?=
 INPUT   ?=
 TESTS   ?= tests
+JOBS    ?= 2
 
 venv   := .venv
 python := $(venv)/bin/python
@@ -36,11 +37,12 @@ rebuild: ## Build the C core anew, after a change of SHMENGINE_DEBUG, _SANITIZE 
 demo: $(stamp) ## The main job on real photographs, or on INPUT=file.npy, checked against NumPy
 	@$(python) examples/demo.py $(if $(INPUT),'$(INPUT)')
 
-# In this order and one after the other even under `make -j`: pytest's summary is the last thing printed.
+# In this order and one after the other even under `make -j`: pytest's summary is the last thing printed. It runs the
+# files of tests in JOBS=2 processes (0: in its own), each with a /dev/shm of its own (tests/conftest.py).
 test: $(stamp) ## Linters, C tests (with sanitizers), Python tests
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory ctest
-	@$(python) -m pytest $(TESTS)
+	@$(python) -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 $(TESTS)
 
 quick: $(stamp) ## The Python tests that take no more than a few seconds each
 	@$(python) -m pytest -q -m 'not slow' $(TESTS)

@@ -6,13 +6,17 @@ import gc
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
+import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from shmengine.interrupts import SIGNALS
+from tests.helpers import mount_namespace_prefix
 from tests.helpers.leftovers import Inventory, adopt_orphans, orphan_zombies, take_inventory
 from tests.helpers.watchdog import DEFAULT_SECONDS, Watchdog
 
@@ -28,6 +32,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # Whoever first uses multiprocessing's shared memory starts this process; let it not be a test.
     multiprocessing.resource_tracker.ensure_running()
     adopt_orphans()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+    # With `-n`: each process that runs tests has a /dev/shm of its own, or it would take others' names for leaks.
+    for spec in specs:
+        spec.python = shlex.join([*mount_namespace_prefix("50%"), sys.executable])
 
 
 def pytest_collection_finish() -> None:

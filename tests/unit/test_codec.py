@@ -209,7 +209,9 @@ def out_of_band_examples():
     yield "pieces of a memoryview", memoryview(floats)[::2]
 
 
-@pytest.mark.parametrize(("what", "obj"), list(out_of_band_examples()), ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("what", "obj"), [pytest.param(*example, id=example[0]) for example in out_of_band_examples()]
+)
 def test_array_data_is_never_in_the_pickle(what, obj):
     encoded = encode([obj])
     info = inspect_frame(encoded.to_bytes())
