@@ -177,12 +177,12 @@ void shmr_leave_extents(shmr *h, uint32_t count) {
 }
 
 /* A slice ended, and there is something. Did it come just now, with the post on its way to us or to another waiter?
- * Only if it lies there for a moment, with our bit standing, and nobody rings and nobody takes it, a wake-up was
- * lost. EINTR, or 0: somebody rang, or there is nothing after all; ETIMEDOUT: lost. */
+ * Only if it lies there for another slice, with our bit standing, and nobody rings and nobody takes it, a wake-up was
+ * lost: on a busy machine who is about to ring may be kept from it for some of these 25 ms. EINTR, or 0: somebody rang, or there is nothing after all; ETIMEDOUT: lost. */
 static int await_post(shmr *h, const struct shmr_source *sources, int count, int doorbell) {
     for (int k = 0; k < 10; k++) {
         if (!any_ready(h, sources, count)) return 0;
-        int error = sleep_until(h, doorbell, shmr_now() + 2000000);
+        int error = sleep_until(h, doorbell, shmr_now() + SLICE_NS / 10);
         if (error != ETIMEDOUT) return error;
     }
     for (int i = 0; i < count; i++)
