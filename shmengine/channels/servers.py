@@ -57,6 +57,17 @@ class _RemoteLink(SocketLink):
         patience = 0 if is_gone(session.other) else self._patience_ns
         return Fate.ALIVE if time.monotonic_ns() - session.missed_since < patience else Fate.LOST
 
+    def loss(self) -> str:
+        """Say what is known of an end that is lost."""
+        session = self._session
+        if session.refusal or is_gone(session.other):
+            return super().loss()
+        seconds = self._patience_ns / 1e9
+        return (
+            f"the other end could not be reached for {seconds:g} seconds (peer_timeout): it died, or the network"
+            " between is broken"
+        )
+
 
 class Server:
     """Accepts channels at an address; made by `listen`.

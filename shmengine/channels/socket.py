@@ -252,6 +252,11 @@ class SocketLink(FrameLink):
             return Fate.LOST
         return self._fate()
 
+    def loss(self) -> str:
+        """Say what is known of an end that is lost."""
+        refusal = self._session.refusal
+        return f"the other end is lost: {refusal}" if refusal else super().loss()
+
     @abstractmethod
     def _fate(self) -> Fate:
         """Say it of an end that has not said goodbye."""
