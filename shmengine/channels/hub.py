@@ -27,6 +27,9 @@ __all__ = ["EXIT_SECONDS", "THREAD", "Hub", "enter"]
 
 THREAD = "shmengine-sockets"
 PAUSE_SECONDS = (1e-3, 50e-3)  # between two looks while something is left to do; growing
+LOOK_SECONDS = (
+    1.0  # between two looks otherwise: what nobody takes out of a socket piles up in ZeroMQ, without limit
+)
 REST_LOOKS = 20  # in vain, before it sleeps: waking it costs more than these
 EXIT_SECONDS = 5.0  # that the end of the process waits for the other ends to take what was sent
 HURRY_SECONDS = 3.0
@@ -139,7 +142,7 @@ class Hub:
             if idle == REST_LOOKS:
                 for port in list(self._ports.values()):
                     port.rest()
-            ready = self._epoll.poll(pause if self._awake else -1.0)
+            ready = self._epoll.poll(pause if self._awake else LOOK_SECONDS)
             pause = first if ready else min(longest, pause * 1.5)
             for fd, _ in ready:
                 if fd == self._event:
@@ -156,7 +159,7 @@ class Hub:
                     port.read_events()
             for port in list(self._ports.values()):
                 # Who has the lock does what is to be done, or the next round will.
-                if port.busy and port.lock.acquire(blocking=False):
+                if (port.busy or not ready) and port.lock.acquire(blocking=False):
                     try:
                         if not port.closed:
                             with _one_alone(port):

@@ -33,6 +33,7 @@ __all__ = ["DialPort", "ListenPort", "Port", "Waiter"]
 
 BATCH = 64  # parts that are taken from a socket at once
 FEW = 8
+MOST_AT_ONCE = 1 << 14  # that the service takes, of one socket
 RECONNECT_MS = (5, 200)  # first and longest pause between two attempts
 LINGER_MS = 500  # for what was handed over when a socket is closed
 GREETING_SECONDS = 2.0  # within which a connection is expected to say who it is
@@ -177,6 +178,12 @@ class Port:
         if self.armed:  # sending may have swallowed the sign that something has come
             self.pump(-1)
 
+    def accept(self, session: Session) -> None:
+        """Ask for what there was no space for while nobody had accepted a session. Under the lock."""
+        session.accept()
+        if session.misses and session.peer is not None:
+            self._request(session, session.peer)
+
     def acknowledge(self, session: Session) -> None:
         """Tell the other end what was taken, if it does not know."""
         if session.peer is not None and (part := session.acknowledgement()) is not None:
@@ -211,12 +218,21 @@ class Port:
             if room:
                 writer.wake()
         if session.peer is not None:
-            if session.misses:
+            if session.refusal:
+                self.cut_off(session)
+            elif session.misses:
                 self._request(session, session.peer)
             elif kind == Kind.REPEAT:
                 self._hand_over(session)
                 self.post(session.peer, session.prefix(Kind.ACKNOWLEDGE))
+            elif room:
+                self._hand_over(session)
         return kind
+
+    def cut_off(self, session: Session) -> None:
+        """Have nothing to do any more with the other end of a session. Under the lock."""
+        session.disconnected()
+        self.wake_all()
 
     def on_event(self, event: int, fd: int) -> None:
         """Note what has happened to a connection."""
@@ -245,7 +261,7 @@ class Port:
 
     def serve(self) -> None:
         """Do what is left to do. Under the lock."""
-        self.pump(-1)
+        self.pump(MOST_AT_ONCE)
         for session in list(self.sessions.values()):
             self.hand_over(session)
             self.acknowledge(session)
@@ -338,8 +354,12 @@ class DialPort(Port):
             self._greet()  # the answer, or the question, was lost on arrival
 
     def _greet(self) -> None:
+        if self._session.refusal:
+            return
         self._nonce = os.urandom(16)
-        greeting = self._proof.greeting(Kind.HELLO, self._session.key, self._nonce)
+        greeting = self._proof.greeting(
+            Kind.HELLO, self._session.key, self._nonce, window=self._session.window
+        )
         self.post(b"", self._session.greet(Kind.HELLO, greeting))
         self.greeting_until = time.monotonic() + GREETING_SECONDS
 
@@ -372,7 +392,7 @@ class DialPort(Port):
         elif kind == Kind.REFUSAL:
             session.refusal = greeting.text
         else:
-            session.connected(b"", part, greeting.text)
+            session.connected(b"", part, greeting)
             self._hand_over(session)
         self.answered.set()
         self.wake_all()
@@ -450,10 +470,12 @@ class ListenPort(Port):
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
             self.greeting_until = time.monotonic() + GREETING_SECONDS
         elif event == zmq.Event.DISCONNECTED and (session := self._by_fd.pop(fd, None)) is not None:
-            if session.peer is not None:
-                self._peers.pop(session.peer, None)
-            session.disconnected()
-            self.wake_all()
+            self.cut_off(session)
+
+    def cut_off(self, session: Session) -> None:
+        if session.peer is not None:
+            self._peers.pop(session.peer, None)
+        super().cut_off(session)
 
     def remove(self, session: Session) -> None:
         super().remove(session)
@@ -530,7 +552,7 @@ class ListenPort(Port):
             pumps=False
         )  # so that none of an earlier connection with this descriptor comes later
         session = self._session_of(greeting, part)
-        if session is None:
+        if session is None or session.refusal:
             why = "it does not know this session any more, or takes no new ones"
             self.post(peer, refusal(self._proof.greeting(Kind.REFUSAL, greeting.key, greeting.nonce, why)))
             return
@@ -540,9 +562,9 @@ class ListenPort(Port):
         self._by_fd = {fd: other for fd, other in self._by_fd.items() if other is not session}
         self._by_fd[int(part.get(zmq.SRCFD))] = session
         self._peers[peer] = session
-        answer = self._proof.greeting(Kind.WELCOME, greeting.key, greeting.nonce)
+        answer = self._proof.greeting(Kind.WELCOME, greeting.key, greeting.nonce, window=session.window)
         self.post(peer, session.greet(Kind.WELCOME, answer))
-        session.connected(peer, part, greeting.text)
+        session.connected(peer, part, greeting)
         self._hand_over(session)
         self.wake_all()
 

@@ -86,7 +86,7 @@ class Server:
         self._accepting = threading.Lock()
 
         def make(key: bytes) -> Session:
-            return Session(key, Counts(), options.buffer_bytes)
+            return Session(key, Counts(), options.buffer_bytes, accepted=False)
 
         try:
             self._port = ListenPort(address, Proof(b""), peer_timeout, auth, make=make)
@@ -119,11 +119,12 @@ class Server:
         while True:
             port.news.clear()
             self._check_open()
-            with self._accepting:
+            with self._accepting, port.lock:
                 if port.arrived:
                     session = port.arrived[0]
                     link = _RemoteLink(self._options, port, session, self._peer_timeout)
                     end = End(link, self._options)
+                    port.accept(session)
                     port.arrived.popleft()
                     return end
             now = time.monotonic_ns()

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
+import numpy as np
 import pytest
+import zmq
 
 import shmengine as shm
+from shmengine import config
+from shmengine.channels.sessions import PREFIX, UNKNOWN_BYTES, Greeting, Kind, Proof
+from tests.helpers import poll_until
 from tests.helpers.proxy import Proxy
 
 
@@ -28,3 +36,124 @@ def test_of_an_end_that_cannot_be_reached_nobody_says_that_it_died():
             with pytest.raises(shm.PeerLost, match=r"could not be reached for 0\.5 seconds"):
                 end.send(1)
             end.close()
+
+
+# --- who does not wait ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stranger():
+    """A socket of ZeroMQ, without all that keeps to any rule."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        yield socket
+
+
+def greet(stranger, address, window=0):
+    """Connect as an end of a channel does."""
+    stranger.connect(address)
+    greeting = Proof(b"").greeting(Kind.HELLO, b"k" * 16, b"n" * 16, window=window)
+    stranger.send(PREFIX.pack(Kind.HELLO, 0, 0) + greeting)
+    assert stranger.poll(20_000)
+    answer = stranger.recv()
+    assert answer[0] == Kind.WELCOME
+    return Greeting.unpack(answer)
+
+
+def bytes_waiting(session):
+    return sum(len(part) for _, _, part in list(session._inbox))
+
+
+@pytest.mark.parametrize("kind", [Kind.DATA, Kind.BEGINNING])
+def test_who_sends_more_than_may_wait_is_lost(kind, stranger, monkeypatch):
+    """Also one message without an end, when there is no more memory for it."""
+    monkeypatch.setattr(config, "memory_available", lambda: 8 << 20)
+    with shm.listen("tcp://127.0.0.1:0", buffer_bytes="1 MiB") as server:
+        assert greet(stranger, server.address).window == 1 << 20
+        with server.accept(20) as end:
+            for number in range(200):
+                stranger.send(PREFIX.pack(kind, number, 0) + bytes(100_000))
+            session = end._link._session
+            poll_until(lambda: session.refusal)  # although nobody receives
+            assert bytes_waiting(session) < 16 << 20
+            if kind == Kind.DATA:
+                assert bytes_waiting(session) < 3 << 20
+            with pytest.raises(shm.PeerLost, match=r"may send 1(\.0)? MiB"):
+                while True:
+                    with contextlib.suppress(shm.Corrupt):
+                        end.receive(20)
+            stranger.send(
+                PREFIX.pack(Kind.HELLO, 0, 0) + Proof(b"").greeting(Kind.HELLO, b"k" * 16, b"m" * 16)
+            )
+            while True:
+                assert stranger.poll(20_000)
+                if stranger.recv()[0] == Kind.REFUSAL:
+                    break
+
+
+def test_a_server_that_sends_more_than_may_wait_is_lost(stranger):
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.linger = 0
+        port = socket.bind_to_random_port("tcp://127.0.0.1")
+
+        def serve():
+            who, hello = socket.recv_multipart()
+            greeting = Greeting.unpack(hello)
+            answer = Proof(b"").greeting(Kind.WELCOME, greeting.key, greeting.nonce)
+            socket.send_multipart([who, PREFIX.pack(Kind.WELCOME, 0, 0) + answer])
+            for number in range(100):
+                socket.send_multipart([who, PREFIX.pack(Kind.DATA, number, 0) + bytes(100_000)])
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with shm.connect(f"tcp://127.0.0.1:{port}", timeout=20, buffer_bytes="1 MiB") as end:
+            thread.join()
+            session = end._link._session
+            poll_until(lambda: session.refusal)
+            assert bytes_waiting(session) < 3 << 20
+            with pytest.raises(shm.PeerLost, match="buffer_bytes"):
+                end.send(1)
+
+
+def test_what_comes_before_accept_takes_little_memory_and_is_not_lost():
+    with shm.listen("tcp://127.0.0.1:0") as server, shm.connect(server.address, timeout=20) as left:
+        for i in range(100):
+            left.send(np.full(20_000, i))
+        session = server._port.arrived[0]
+        poll_until(lambda: session._asked >= 0)  # something had no space
+        assert bytes_waiting(session) <= UNKNOWN_BYTES
+        with server.accept(20) as right:
+            for i in range(100):
+                assert (right.receive(60) == i).all()
+            assert right.stats().gaps == 0
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_sender_keeps_to_what_the_other_end_has_room_for(large):
+    """Though it may keep more itself, and has done so before it was connected."""
+    with (
+        shm.listen("tcp://127.0.0.1:0", buffer_bytes="1 MiB", peer_timeout=60) as server,
+        Proxy(server.address) as proxy,
+    ):
+        left = shm.connect(proxy.address, timeout=20, buffer_bytes="64 MiB", peer_timeout=60)
+        right = server.accept(20)
+        proxy.shut()
+        proxy.drop()
+        poll_until(lambda: left._link._session.peer is None)
+        nbytes = 3_000_000 if large else 100_000
+        left._link._session.window_there = 64 << 20  # of an earlier connection
+        for i in range(15):
+            left.send(np.full(nbytes, i, "u1"), 20)
+        proxy.open()
+        poll_until(lambda: left._link._session.peer is not None)
+        for i in range(15):
+            poll_until(lambda: right._link._session._inbox)
+            assert bytes_waiting(right._link._session) < (1 << 20) + (nbytes if large else 0) + 10_000
+            got = right.receive(60)
+            assert len(got) == nbytes
+            assert (got == i).all()
+        assert right.stats().gaps == 0
+        left.close()
+        assert list(right) == []
+        right.close()
+        poll_until(lambda: left._link._port.closed)
