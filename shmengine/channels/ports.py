@@ -421,6 +421,7 @@ class ListenPort(Port):
             _check_free(address.removeprefix("ipc://"))
         self._alone = alone
         self._make = make
+        self._patience_ns = int(peer_timeout * 1e9)
         self._proof = proof
         self._may_be_half = False
         self._peers: dict[bytes, Session] = {}
@@ -461,6 +462,14 @@ class ListenPort(Port):
     def is_over(self) -> bool:
         """Whether nobody needs the socket any more."""
         return not self.sessions and self._make is None
+
+    def serve(self) -> None:
+        super().serve()
+        long_ago = time.monotonic_ns() - self._patience_ns
+        for session in list(self.arrived):
+            if session.peer is None and session.missed_since < long_ago:  # nobody is there to be accepted
+                self.arrived.remove(session)
+                self.remove(session)
 
     def end(self) -> None:
         super().end()

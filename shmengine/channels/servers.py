@@ -194,8 +194,8 @@ def listen(
     check, compression, buffer_bytes
         As for `channel`.
     peer_timeout : float, optional
-        Seconds without a connection after which the other end of a channel is lost. One that comes back sooner goes
-        on where it was.
+        Seconds without a connection after which the other end of a channel is lost, and one that waits to be accepted
+        is forgotten. One that comes back sooner goes on where it was.
 
     Raises
     ------

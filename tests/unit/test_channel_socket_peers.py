@@ -12,7 +12,7 @@ import zmq
 import shmengine as shm
 from shmengine import config
 from shmengine.channels.sessions import PREFIX, UNKNOWN_BYTES, Greeting, Kind, Proof
-from tests.helpers import poll_until
+from tests.helpers import poll_until, run_script
 from tests.helpers.proxy import Proxy
 
 
@@ -160,3 +160,27 @@ def test_a_sender_keeps_to_what_the_other_end_has_room_for(large):
         assert list(right) == []
         right.close()
         poll_until(lambda: left._link._port.closed)
+
+
+# --- who does not wait to be accepted -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_who_has_gone_before_he_was_accepted_leaves_nothing(closes):
+    script = """
+        import os, signal, sys, shmengine as shm
+        end = shm.connect(sys.argv[1], timeout=30)
+        end.send(1)
+        if sys.argv[2] == "False":
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    with shm.listen("tcp://127.0.0.1:0", peer_timeout=1) as server, shm.connect(server.address) as stays:
+        poll_until(lambda: len(server._port.arrived) == 1)
+        run_script(script, args=[server.address, str(closes)])
+        poll_until(lambda: len(server._port.sessions) == 1, what="the session is dropped")
+        assert len(server._port.waiters) == 1
+        stays.send(2)
+        with server.accept(20) as end:
+            assert end.receive(20) == 2
+        with pytest.raises(shm.WouldBlock):
+            server.accept(0)
