@@ -332,6 +332,7 @@ class DialPort(Port):
         self.answered = threading.Event()
         self._socket.ipv6 = "[" in address
         self.add(session)
+        self._address = address
         self._socket.connect(address)
         self.hub.watch(self)
 
@@ -341,12 +342,24 @@ class DialPort(Port):
             self._greet()
         elif event == zmq.Event.DISCONNECTED:
             self._nonce = b""
-            session.disconnected()
-            self.wake_all()
+            self.cut_off(session)
+            if not self._is_local:
+                self._drop_unsent()
         elif event == zmq.Event.HANDSHAKE_FAILED_AUTH and session.missed_since == 0:
             session.refusal = "it does not know the key of this end"
             self.answered.set()
             self.wake_all()
+
+    def _drop_unsent(self) -> None:
+        """Drop what the connection that has ended was given and had not sent.
+
+        ZeroMQ would send it over the next one, before the greeting: over a slow path that takes too long. To make a
+        connection only where there is one (``IMMEDIATE``) is no way: it drops also what has come and was not read.
+        """
+        self._socket.linger = 0
+        self._socket.disconnect(self._address)
+        self._socket.linger = LINGER_MS
+        self._socket.connect(self._address)
 
     def serve(self) -> None:
         super().serve()

@@ -184,3 +184,25 @@ def test_who_has_gone_before_he_was_accepted_leaves_nothing(closes):
             assert end.receive(20) == 2
         with pytest.raises(shm.WouldBlock):
             server.accept(0)
+
+
+# --- slow paths -----------------------------------------------------------------------------------
+
+
+def test_what_a_broken_connection_had_not_sent_is_not_in_the_way_of_the_next_one():
+    """It would take longer than the other end is waited for."""
+    with shm.listen("tcp://127.0.0.1:0", peer_timeout=4) as server, Proxy(server.address) as proxy:
+        left = shm.connect(proxy.address, timeout=20, peer_timeout=4)
+        right = server.accept(20)
+        proxy.cut()
+        for i in range(160):
+            left.send(np.full(100_000, i, "u1"), 20)
+        proxy.delay = 0.05  # for each 64 KiB
+        proxy.drop()
+        proxy.mend()
+        for i in range(160):
+            assert (right.receive(60) == i).all()
+        assert left.stats().reconnects >= 1
+        left.close()
+        right.close()
+        poll_until(lambda: left._link._port.closed)
