@@ -239,6 +239,8 @@ def _after_fork() -> None:
     global _hub, _lock
     if _hub is not None:
         _of_parents.append(_hub)
+        for port in _hub.members:
+            port.after_fork()
     _hub = None
     _lock = threading.Lock()
 

@@ -25,6 +25,7 @@ from shmengine.channels import hub
 from shmengine.channels.keys import Keys
 from shmengine.channels.sessions import PART_BYTES, PREFIX_BYTES, Greeting, Kind, Proof, Session, refusal
 from shmengine.channels.zeromq import zmq
+from shmengine.descriptors import Descriptor
 
 if TYPE_CHECKING:
     from shmengine.channels.socket import SocketLink
@@ -40,7 +41,8 @@ GREETING_SECONDS = 2.0  # within which a connection is expected to say who it is
 MOST_UNKNOWN = 1024  # sessions that wait for `accept`
 
 _EVENTS = (
-    zmq.Event.HANDSHAKE_SUCCEEDED
+    zmq.Event.LISTENING
+    | zmq.Event.HANDSHAKE_SUCCEEDED
     | zmq.Event.DISCONNECTED
     | zmq.Event.HANDSHAKE_FAILED_AUTH
     | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
@@ -273,6 +275,9 @@ class Port:
         for session in list(self.sessions.values()):
             session.drop_spare()
 
+    def after_fork(self) -> None:
+        """In a forked child: let go of what would stand in for the parent when that has ended."""
+
     def add(self, session: Session) -> tuple[Waiter, Waiter]:
         """Have a session here; return who waits to read, and who waits to write."""
         pair = self.waiters.get(session.key)
@@ -437,6 +442,7 @@ class ListenPort(Port):
         self._patience_ns = int(peer_timeout * 1e9)
         self._proof = proof
         self._may_be_half = False
+        self._listener: Descriptor | None = None
         self._peers: dict[bytes, Session] = {}
         self._by_fd: dict[int, Session] = {}
         self.arrived: deque[Session] = deque()
@@ -454,6 +460,8 @@ class ListenPort(Port):
         except zmq.ZMQError:
             self.close()
             raise
+        # So far there is only this event. The descriptor is ZeroMQ's, and closed here only in forked children.
+        self._listener = Descriptor(_EVENT.unpack_from(self.monitor.recv_multipart()[0])[1], "a server")
         self.address = bytes(self._socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
         self.hub.watch(self)
 
@@ -475,6 +483,10 @@ class ListenPort(Port):
     def is_over(self) -> bool:
         """Whether nobody needs the socket any more."""
         return not self.sessions and self._make is None
+
+    def after_fork(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
 
     def serve(self) -> None:
         super().serve()

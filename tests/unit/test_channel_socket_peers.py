@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -206,3 +208,29 @@ def test_what_a_broken_connection_had_not_sent_is_not_in_the_way_of_the_next_one
         left.close()
         right.close()
         poll_until(lambda: left._link._port.closed)
+
+
+# --- forked children ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", ["tcp", "ipc"])
+def test_a_forked_child_does_not_keep_the_address_of_a_server(transport, tmp_path):
+    address = "tcp://127.0.0.1:0" if transport == "tcp" else f"ipc://{tmp_path}/server"
+    with contextlib.ExitStack() as stack:
+        with shm.listen(address) as server:
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
+            child.start()
+            stack.callback(child.join)
+            stack.callback(child.kill)
+            mine, theirs = dial(server)  # it is not harmed, either
+            mine.send(1)
+            assert theirs.receive(20) == 1
+            mine.close()
+            theirs.close()
+        poll_until(lambda: server._port.closed)
+        with pytest.raises(shm.Timeout):
+            shm.connect(server.address, timeout=0.5)
+        with shm.listen(server.address) as again:
+            mine, theirs = dial(again)
+            mine.close()
+            theirs.close()
