@@ -229,7 +229,7 @@ def connect(
     address : str
         That of `Server.address`.
     auth : Keys, path, or "none", optional
-        Own keys, which know the server's. A path is that of a key file (see `Keys.load`).
+        Own keys, which know the server's, and no other. A path is that of a key file (see `Keys.load`).
     timeout : float, optional
         Seconds to try; None: for ever.
     check, allow_pickle, compression, buffer_bytes, peer_timeout
@@ -284,6 +284,11 @@ class _Place:
             keys = auth
         elif auth is not None and auth != "none":
             keys = Keys.load(auth)
+        if what == "connect" and keys is not None and len(keys.known) > 1:
+            raise ValueError(
+                f"connect: these keys know {len(keys.known)} public keys, and a server has one: give that alone, as by"
+                " Keys.load(path, known=['server.key.pub'])"
+            )
         transport, _, rest = address.partition("://")
         if transport == "ipc" and rest:
             if keys is not None:
