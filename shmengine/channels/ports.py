@@ -338,7 +338,11 @@ class DialPort(Port):
         self._socket.ipv6 = "[" in address
         self.add(session)
         self._address = address
-        self._socket.connect(address)
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError:
+            self.close()
+            raise
         self.hub.watch(self)
 
     def on_event(self, event: int, fd: int) -> None:  # noqa: ARG002  there is one connection

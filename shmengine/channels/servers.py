@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket as sockets
 import threading
 import time
@@ -26,6 +27,8 @@ from shmengine.errors import Closed, PeerLost, SerializationError, Timeout, UseA
 __all__ = ["Server", "connect", "listen"]
 
 LOOK_SECONDS = 0.05
+PATH_BYTES = 107  # of a socket's, without the zero at its end
+_PORT = re.compile("[0-9]{1,5}")
 
 Auth = Keys | str | os.PathLike[str] | None
 
@@ -243,14 +246,24 @@ def connect(
         The server refuses: it does not know this key, or was closed.
     ValueError
         There is no such address or option, or it needs ``auth=``.
+    OSError
+        The address cannot be used.
     ModuleNotFoundError
         pyzmq is not installed.
     """
     until = deadline_of(timeout)
     place = _Place.of(address, auth, "connect")
     options = place.options(check, allow_pickle, compression, buffer_bytes, peer_timeout)
+    if place.is_remote and (place.address.startswith("tcp://*:") or place.address.endswith(":0")):
+        raise ValueError(
+            f"connect: {address!r} is no place to connect to: give the name of one host, and the port of its server"
+            " (see Server.address)"
+        )
     session = Session(os.urandom(SESSION_BYTES), Counts(), options.buffer_bytes)
-    port = DialPort(zmq.DEALER, place.address, session, Proof(b""), peer_timeout, place.keys)
+    try:
+        port = DialPort(zmq.DEALER, place.address, session, Proof(b""), peer_timeout, place.keys)
+    except zmq.ZMQError as error:
+        raise OSError(error.errno, f"cannot connect to {address}: {error.strerror}") from None
     link = _RemoteLink(options, port, session, peer_timeout)
     end = End(link, options)
     try:
@@ -290,12 +303,13 @@ class _Place:
                 " Keys.load(path, known=['server.key.pub'])"
             )
         transport, _, rest = address.partition("://")
-        if transport == "ipc" and rest:
+        if transport == "ipc":
+            _check_path(rest, what)
             if keys is not None:
                 raise ValueError(f"{what}: ipc:// is for one user of one machine, and takes no auth=")
             return cls(address, None, is_remote=False)
         host, colon, port = rest.rpartition(":")
-        if transport != "tcp" or not colon or not port.isdigit() or int(port) > 65535 or not host:
+        if transport != "tcp" or not colon or not _PORT.fullmatch(port) or int(port) > 65535 or not host:
             raise ValueError(
                 f"{what}: an address is 'tcp://host:port', 'ipc://path' or 'ipc://@name', not {address!r}"
             )
@@ -328,11 +342,40 @@ class _Place:
         )
 
 
-def _numeric(host: str, what: str) -> str:
+def _check_path(path: str, what: str) -> None:
+    """See that a socket can be there."""
     try:
-        return str(sockets.getaddrinfo(host, None, type=sockets.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise ValueError(f"{what}: there is no host {host!r}: {error.strerror or error}") from None
+        encoded = path.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what}: the path {path!r} of an ipc:// address is no Unicode: {error.reason}"
+        ) from None
+    if path in ("", "@", "*") or "\0" in path:
+        raise ValueError(f"{what}: an address is 'ipc://path' or 'ipc://@name', not {'ipc://' + path!r}")
+    if len(encoded) > PATH_BYTES:
+        raise ValueError(
+            f"{what}: a path of {len(encoded)} bytes is too long for a socket: at most {PATH_BYTES} are possible;"
+            " 'ipc://@name' needs no path"
+        )
+
+
+def _numeric(host: str, what: str) -> str:
+    """Return the address of a host, for a link-local one with its interface."""
+    try:
+        if "\0" in host:
+            raise OSError("a name has no NUL")
+        numeric, *_, scope = map(str, sockets.getaddrinfo(host, None, type=sockets.SOCK_STREAM)[0][4])
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{what}: there is no host {host!r}: {reason}") from None
+    address = ipaddress.ip_address(numeric)
+    if address.version == 4 or not address.is_link_local:
+        return numeric
+    if scope == "0":
+        raise ValueError(
+            f"{what}: {host} is on several networks: say through which interface, as in [{host}%eth0]"
+        )
+    return f"{address}%{scope}"
 
 
 def _is_loopback(host: str) -> bool:

@@ -13,8 +13,9 @@ import zmq
 
 import shmengine as shm
 from shmengine import config
+from shmengine.channels import servers
 from shmengine.channels.sessions import PREFIX, UNKNOWN_BYTES, Greeting, Kind, Proof
-from tests.helpers import poll_until, run_script
+from tests.helpers import open_fds, poll_until, run_script
 from tests.helpers.proxy import Proxy
 
 
@@ -234,3 +235,67 @@ def test_a_forked_child_does_not_keep_the_address_of_a_server(transport, tmp_pat
             mine, theirs = dial(again)
             mine.close()
             theirs.close()
+
+
+# --- addresses that are none ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        ("ipc:///tmp/" + "x" * 200, "205 bytes is too long .* 'ipc://@name'"),
+        ("ipc://@" + "x" * 200, "201 bytes is too long"),
+        ("ipc://" + "é" * 60, "120 bytes is too long"),
+        ("ipc:///tmp/a\0b", "an address is"),
+        ("ipc:///tmp/a\udcff", "no Unicode"),
+        ("ipc://@", "an address is"),
+        ("ipc://*", "an address is"),
+        ("tcp://127.0.0.1\0:5", "no host"),
+        ("tcp://b\u00fccher..example:5", "no host"),
+        ("tcp://" + "a" * 80 + ":5", "no host"),
+        ("tcp://127.0.0.1:\u00b2", "an address is"),
+        ("tcp://127.0.0.1: 5", "an address is"),
+        ("tcp://[fe80::1]:5", "through which interface"),
+        ("tcp://[fe80::1%nowhere]:5", "no host"),
+    ],
+)
+@pytest.mark.parametrize("what", ["listen", "connect"])
+def test_what_is_no_address_is_said_to_be_none_and_leaves_nothing(what, address, text):
+    before = open_fds()
+    with pytest.raises(ValueError, match=text) as caught:
+        getattr(shm, what)(address, None if address.startswith("ipc") else "none")
+    assert not isinstance(caught.value, UnicodeError)
+    assert open_fds() == before
+
+
+@pytest.mark.parametrize("address", ["tcp://*:55", "tcp://127.0.0.1:0"])
+def test_where_nobody_can_be_is_no_address_to_connect_to(address):
+    with pytest.raises(ValueError, match=r"Server\.address"):
+        shm.connect(address, "none")
+
+
+def test_an_address_that_cannot_be_used_leaves_nothing(monkeypatch):
+    """Whatever ZeroMQ has against it."""
+    monkeypatch.setattr(servers, "PATH_BYTES", 1000)
+    before = open_fds()
+    for call in (shm.listen, shm.connect):
+        with pytest.raises(OSError, match=r"^\[Errno 36\] cannot (listen at|connect to)"):
+            call("ipc:///tmp/" + "x" * 200)
+    poll_until(lambda: open_fds() == before)
+
+
+def test_an_interface_is_part_of_a_link_local_address():
+    with open("/proc/net/if_inet6") as file:
+        local = [line.split() for line in file if line.split()[3] == "20"]
+    if not local:
+        pytest.skip("no interface with a link-local address")
+    number, device = local[0][0], local[0][5]
+    host = ":".join(number[at : at + 4] for at in range(0, 32, 4))
+    with shm.listen(f"tcp://[{host}%{device}]:0", "none") as server:
+        port = server.address.rpartition(":")[2]
+        with (
+            shm.connect(f"tcp://[{host}%{device}]:{port}", "none", timeout=20) as mine,
+            server.accept(20) as theirs,
+        ):
+            mine.send(1)
+            assert theirs.receive(20) == 1
