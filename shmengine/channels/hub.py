@@ -33,6 +33,7 @@ LOOK_SECONDS = (
 REST_LOOKS = 20  # in vain, before it sleeps: waking it costs more than these
 EXIT_SECONDS = 5.0  # that the end of the process waits for the other ends to take what was sent
 HURRY_SECONDS = 3.0
+DESCRIPTORS = 24  # of a hub and a port, and to spare
 MOST_SOCKETS = 1 << 16
 ZAP = "inproc://zeromq.zap.01"  # where ZeroMQ asks who may come in
 
@@ -212,14 +213,36 @@ class Hub:
             self._zap.send_multipart([version, number, code, text, b"", b""])
 
 
+def _check_descriptors() -> None:
+    """Raise if there are not enough for ZeroMQ, which ends the process where it cannot have one."""
+    taken: list[int] = []
+    try:
+        taken.extend(os.eventfd(0, os.EFD_CLOEXEC) for _ in range(DESCRIPTORS))
+    except OSError as error:
+        what = (
+            f"{error.strerror}: a socket channel needs {DESCRIPTORS}; close some, or allow more (ulimit -n)"
+        )
+        raise OSError(error.errno, what) from None
+    finally:
+        for fd in taken:
+            os.close(fd)
+
+
 _hub: Hub | None = None
 _lock = threading.Lock()
 _of_parents: list[Any] = []  # in a forked child: never to be touched, nor collected
 
 
 def enter(port: Port) -> Hub:
-    """Return the hub of this process, which lives on for this port."""
+    """Return the hub of this process, which lives on for this port.
+
+    Raises
+    ------
+    OSError
+        There are not enough descriptors.
+    """
     global _hub
+    _check_descriptors()
     with _lock:
         if _hub is None:
             _hub = Hub()

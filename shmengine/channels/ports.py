@@ -7,6 +7,7 @@ puts where that one looks, and wakes him.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -61,8 +62,8 @@ class Waiter:
 
     def __init__(self, port: Port) -> None:
         self._port = port
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._event, select.EPOLLIN)
         self._epoll.register(port.fd, select.EPOLLIN)
         self._woken = False
@@ -115,27 +116,33 @@ class Port:
         self.denied = ""
         self._raw: deque[zmq.Frame] = deque()
         self.hub = hub.enter(self)
-        socket = self._socket = self.hub.context.socket(kind)
-        socket.sndhwm = socket.rcvhwm = 0  # the window of each session is the limit
-        socket.linger = LINGER_MS
-        socket.maxmsgsize = PART_BYTES + (
-            1 << 12
-        )  # whoever announces more is cut off, before he has said who he is
-        beat = max(1, int(peer_timeout * 250))
-        socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = beat, 2 * beat, 0
-        socket.handshake_ivl = socket.connect_timeout = max(50, int(peer_timeout * 500))
-        socket.reconnect_ivl, socket.reconnect_ivl_max = RECONNECT_MS
-        if auth is not None:
-            auth.apply(socket, serves=serves, allow=self.hub.allow)
-        self.monitor = socket.get_monitor_socket(int(_EVENTS))
-        self.fd = int(socket.fd)
-        self._may_have_lost = False
-        # Called from C, so that there is no bytecode between taking a part and putting it somewhere.
-        receive: Any = partial(super(zmq.Socket, socket).recv, _NOW, False, False)
-        self._incoming: Iterator[zmq.Frame] = iter(receive, None)
-        self._step = 2 if kind == zmq.ROUTER else 1  # parts of a message
-        self._send: Callable[..., Any] = super(zmq.Socket, socket).send
-        self._poll: Callable[[int], Any] = super(zmq.Socket, socket).get
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.hub.forget, self)
+            socket = self._socket = self.hub.context.socket(kind)
+            undo.callback(socket.close)
+            socket.sndhwm = socket.rcvhwm = 0  # the window of each session is the limit
+            socket.linger = LINGER_MS
+            socket.maxmsgsize = PART_BYTES + (
+                1 << 12
+            )  # whoever announces more is cut off, before he has said who he is
+            beat = max(1, int(peer_timeout * 250))
+            socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = beat, 2 * beat, 0
+            socket.handshake_ivl = socket.connect_timeout = max(50, int(peer_timeout * 500))
+            socket.reconnect_ivl, socket.reconnect_ivl_max = RECONNECT_MS
+            if auth is not None:
+                auth.apply(socket, serves=serves, allow=self.hub.allow)
+            self.monitor = socket.get_monitor_socket(int(_EVENTS))
+            undo.callback(self.monitor.close, 0)
+            undo.callback(socket.disable_monitor)
+            self.fd = int(socket.fd)
+            self._may_have_lost = False
+            # Called from C, so that there is no bytecode between taking a part and putting it somewhere.
+            receive: Any = partial(super(zmq.Socket, socket).recv, _NOW, False, False)
+            self._incoming: Iterator[zmq.Frame] = iter(receive, None)
+            self._step = 2 if kind == zmq.ROUTER else 1  # parts of a message
+            self._send: Callable[..., Any] = super(zmq.Socket, socket).send
+            self._poll: Callable[[int], Any] = super(zmq.Socket, socket).get
+            undo.pop_all()
 
     # --- under the lock ------------------------------------------------------------------------------
 
@@ -282,7 +289,13 @@ class Port:
         """Have a session here; return who waits to read, and who waits to write."""
         pair = self.waiters.get(session.key)
         if pair is None:
-            pair = self.waiters[session.key] = Waiter(self), Waiter(self)
+            reader = Waiter(self)
+            try:
+                pair = reader, Waiter(self)
+            except OSError:
+                reader.close()
+                raise
+            self.waiters[session.key] = pair
         self.sessions[session.key] = session
         return pair
 
@@ -336,11 +349,11 @@ class DialPort(Port):
         self._nonce = b""
         self.answered = threading.Event()
         self._socket.ipv6 = "[" in address
-        self.add(session)
         self._address = address
         try:
+            self.add(session)
             self._socket.connect(address)
-        except zmq.ZMQError:
+        except (zmq.ZMQError, OSError):
             self.close()
             raise
         self.hub.watch(self)
@@ -452,16 +465,16 @@ class ListenPort(Port):
         self.arrived: deque[Session] = deque()
         self.news = threading.Event()
         super().__init__(zmq.PAIR if alone else zmq.ROUTER, peer_timeout, auth, serves=True)
-        if alone:
-            self.add(alone)
-        else:
+        if alone is None:
             self._socket.router_mandatory = True
         if address.startswith("ipc:"):
             self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
         self._socket.ipv6 = "[" in address
         try:
+            if alone is not None:
+                self.add(alone)
             self._socket.bind(address)
-        except zmq.ZMQError:
+        except (zmq.ZMQError, OSError):
             self.close()
             raise
         # So far there is only this event. The descriptor is ZeroMQ's, and closed here only in forked children.

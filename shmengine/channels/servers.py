@@ -363,9 +363,9 @@ def _numeric(host: str, what: str) -> str:
     """Return the address of a host, for a link-local one with its interface."""
     try:
         if "\0" in host:
-            raise OSError("a name has no NUL")
+            raise UnicodeError("a name has no NUL")
         numeric, *_, scope = map(str, sockets.getaddrinfo(host, None, type=sockets.SOCK_STREAM)[0][4])
-    except (OSError, UnicodeError) as error:
+    except (sockets.gaierror, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{what}: there is no host {host!r}: {reason}") from None
     address = ipaddress.ip_address(numeric)

@@ -299,3 +299,44 @@ def test_an_interface_is_part_of_a_link_local_address():
         ):
             mine.send(1)
             assert theirs.receive(20) == 1
+
+
+# --- no descriptors -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_without_descriptors_there_is_an_error_and_nothing_is_left(first):
+    """Whether it is the first socket of the process, or not."""
+    script = """
+        import contextlib, os, resource, sys, time
+        import shmengine as shm
+
+        def open_fds():
+            return sorted(map(int, os.listdir("/proc/self/fd")))
+
+        shm.connect, shm.listen  # their modules are imported
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.ExitStack() as stack:
+            if sys.argv[1] == "False":
+                stack.enter_context(shm.listen("tcp://127.0.0.1:0"))
+            before = open_fds()
+            refused = 0
+            for more in range(30):
+                for what in ("listen", "connect"):
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (before[-1] + more, limits[1]))
+                    try:
+                        if what == "listen":
+                            shm.listen("tcp://127.0.0.1:0").close()
+                        else:
+                            shm.connect("tcp://127.0.0.1:1", timeout=0.01)
+                    except shm.Timeout:
+                        pass
+                    except OSError as error:
+                        assert "open files" in str(error), error
+                        refused += 1
+                    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                    while open_fds() != before:
+                        time.sleep(0.001)
+        assert refused > 4
+    """
+    run_script(script, args=[str(first)], check=True)
