@@ -10,6 +10,7 @@ the dead had leased is delivered again.
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import os
 import weakref
@@ -46,6 +47,7 @@ KIND_ARRAY = 1
 KIND_ARRAY_PREFIX = 2  # the spec is longer than a descriptor holds: it begins the payload
 SPEC_BYTES = 128
 MAX_CACHED = 1024
+MOST_BYTES = 1 << 60  # of an array: more than there can be, and numbers up to here are safe to reckon with
 NO_REFS = ffi.NULL
 
 
@@ -175,6 +177,9 @@ class Ring(Attached):
         self._handle()  # who has the end's own `claim` may come after `close`
         try:
             spec = ArraySpec(np.dtype(dtype), _shape(shape))
+            need = math.prod(max(1, n) for n in spec.shape) * spec.dtype.itemsize  # NumPy counts like this
+            if need > MOST_BYTES:
+                self._refuse_size(need)
             raw = encode_spec(spec)
         except TypeError as error:
             if isinstance(error, ArrayError):
@@ -190,6 +195,9 @@ class Ring(Attached):
                 layouts.clear()
             layouts[shape, dtype] = layout
         return layout
+
+    def _refuse_size(self, need: int) -> None:
+        self._refuse(lib.SHMR_TOO_LARGE, "claim from this ring", None, need)
 
     def _commit_slowly(self, address: int, timeout: float | None) -> None:
         block = ffi.cast("shmr_block *", address)
@@ -490,7 +498,7 @@ class _Nothing(Exception):
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
-    sizes = tuple(int(n) for n in shape) if np.iterable(shape) else (int(shape),)
+    sizes = tuple(map(operator.index, shape)) if np.iterable(shape) else (operator.index(shape),)
     if any(n < 0 for n in sizes):
         raise ArrayError(f"a shape has no negative dimensions: {shape!r}")
     return sizes

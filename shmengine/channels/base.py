@@ -154,6 +154,10 @@ class Link(ABC):
     def fate(self) -> Fate:
         """Say what has become of the other end. Not called often."""
 
+    def loss(self) -> str:
+        """Say what is known of an end that is lost."""
+        return "the process of the other end died"
+
     def end(self, options: Options, *, sends: bool = True, receives: bool = True) -> End:
         """Return the end over this link."""
         return End(self, options, sends=sends, receives=receives)
@@ -223,7 +227,7 @@ class End:
         EndOfStream
             The other end was closed: nobody would receive this.
         PeerLost
-            The process of the other end died.
+            The process of the other end died, or cannot be reached any more; the text says what is known.
         SerializationError
             The object cannot be sent.
         Closed
@@ -323,7 +327,7 @@ class End:
         if self._ended or fate is Fate.CLOSED:
             raise EndOfStream("send: the other end was closed, nobody would receive this")
         if fate is Fate.LOST:
-            raise PeerLost("send: the process of the other end died, nobody would receive this")
+            raise PeerLost(f"send: {link.loss()}; nobody would receive this")
         self._looked = time.monotonic_ns()
 
     # --- receiving -------------------------------------------------------------------------------
@@ -346,7 +350,7 @@ class End:
         EndOfStream
             The other end was closed, and all that it had sent was received.
         PeerLost
-            The process of the other end died, and all that it had wholly sent was received.
+            The process of the other end died, or cannot be reached any more, and all that had come was received.
         Timeout
         WouldBlock
             With a timeout of 0.
@@ -420,7 +424,7 @@ class End:
             got = link.receive(0)  # it may have sent until the look
             if got is NOTHING:
                 if fate is Fate.LOST:
-                    raise PeerLost("receive: the process of the other end died, and nothing more of it waits")
+                    raise PeerLost(f"receive: {link.loss()}; nothing more of it waits")
                 got = END
         if got is END:
             self._ended = True

@@ -2,7 +2,10 @@
 
 A compressed message has its own header, and a table with the sizes of each piece of the frame, as it was and as it is::
 
-    | magic, CRC of all that follows, version, pieces, bytes of the frame | table | piece 0 | piece 1 | ...
+    | magic, CRC of all that follows, version, pieces, bytes of the frame | table | piece 0 | piece 1 | ... | padding
+
+A frame of more than `FREE_BYTES` has at most `MOST_RATIO` times the bytes of its message, which is padded where it
+would be smaller: so whoever wants a receiver to take memory has to send something for it.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ _ENTRY = struct.Struct("<QQ")
 SMALLEST_BYTES = 1 << 12  # smaller pieces stay as they are
 LARGEST_BYTES = 1 << 30  # larger ones are cut: blosc2 takes less than 2 GiB
 MOST_ITEM_BYTES = 255
+FREE_BYTES = 64 << 20
+MOST_RATIO = 256
 LEVELS: Final = {"lz4": 5, "zstd": 1}
 
 SAMPLE_BYTES = 1 << 17
@@ -122,6 +127,9 @@ class Compressor:
         if after >= nbytes:
             return pieces, nbytes
         header = bytearray(_HEADER.pack(MAGIC, 0, VERSION, len(table), nbytes))
+        if nbytes > FREE_BYTES and after * MOST_RATIO < nbytes:
+            stored.append(bytes(-(-nbytes // MOST_RATIO) - after))
+            after += len(stored[-1])
         prefix = b"".join(table)
         crc = crc32c(prefix, crc32c(header[_CHECKED_FROM:]))
         for packed in stored:
@@ -181,7 +189,7 @@ def decompress(wire: Bytes, empty: Callable[[int], Bytes]) -> Bytes:
     Raises
     ------
     Corrupt
-        It is damaged, or claims to be larger than there is memory.
+        It is damaged, or claims to be larger than there is memory, or than it may be for its size.
     ModuleNotFoundError
         blosc2 is not installed.
     """
@@ -195,8 +203,14 @@ def decompress(wire: Bytes, empty: Callable[[int], Bytes]) -> Bytes:
     if crc32c(memory[_CHECKED_FROM:]) != crc:
         raise Corrupt("the checksum of a compressed message is wrong", "CRC")
     table = list(_ENTRY.iter_unpack(memory[_HEADER.size : start]))
-    if sum(raw for raw, _ in table) != nbytes or sum(stored for _, stored in table) != len(memory) - start:
+    if sum(raw for raw, _ in table) != nbytes or sum(stored for _, stored in table) > len(memory) - start:
         raise Corrupt("the sizes in a compressed message do not fit together", "length")
+    if nbytes > max(FREE_BYTES, MOST_RATIO * len(memory)):
+        raise Corrupt(
+            f"a compressed message of {config.format_bytes(len(memory))} claims to be of {config.format_bytes(nbytes)}:"
+            f" more than {MOST_RATIO} times as much, and than {config.format_bytes(FREE_BYTES)}",
+            "length",
+        )
     library = _blosc2()
     for raw, stored in table:
         if stored != raw and _raw_bytes(library, memory[start : start + stored]) != raw:

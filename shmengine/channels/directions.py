@@ -109,6 +109,9 @@ class _Direction(Ring):
             )
         fail(status, what)
 
+    def _refuse_size(self, need: int) -> None:
+        self._give_up_on(lib.SHMR_TOO_LARGE, "claim", need)
+
     def _refusal(self) -> Closed:
         return Closed("this end of a channel is closed")
 

@@ -27,9 +27,13 @@ __all__ = ["EXIT_SECONDS", "THREAD", "Hub", "enter"]
 
 THREAD = "shmengine-sockets"
 PAUSE_SECONDS = (1e-3, 50e-3)  # between two looks while something is left to do; growing
+LOOK_SECONDS = (
+    1.0  # between two looks otherwise: what nobody takes out of a socket piles up in ZeroMQ, without limit
+)
 REST_LOOKS = 20  # in vain, before it sleeps: waking it costs more than these
 EXIT_SECONDS = 5.0  # that the end of the process waits for the other ends to take what was sent
 HURRY_SECONDS = 3.0
+DESCRIPTORS = 24  # of a hub and a port, and to spare
 MOST_SOCKETS = 1 << 16
 ZAP = "inproc://zeromq.zap.01"  # where ZeroMQ asks who may come in
 
@@ -139,7 +143,7 @@ class Hub:
             if idle == REST_LOOKS:
                 for port in list(self._ports.values()):
                     port.rest()
-            ready = self._epoll.poll(pause if self._awake else -1.0)
+            ready = self._epoll.poll(pause if self._awake else LOOK_SECONDS)
             pause = first if ready else min(longest, pause * 1.5)
             for fd, _ in ready:
                 if fd == self._event:
@@ -156,7 +160,7 @@ class Hub:
                     port.read_events()
             for port in list(self._ports.values()):
                 # Who has the lock does what is to be done, or the next round will.
-                if port.busy and port.lock.acquire(blocking=False):
+                if (port.busy or not ready) and port.lock.acquire(blocking=False):
                     try:
                         if not port.closed:
                             with _one_alone(port):
@@ -209,14 +213,36 @@ class Hub:
             self._zap.send_multipart([version, number, code, text, b"", b""])
 
 
+def _check_descriptors() -> None:
+    """Raise if there are not enough for ZeroMQ, which ends the process where it cannot have one."""
+    taken: list[int] = []
+    try:
+        taken.extend(os.eventfd(0, os.EFD_CLOEXEC) for _ in range(DESCRIPTORS))
+    except OSError as error:
+        what = (
+            f"{error.strerror}: a socket channel needs {DESCRIPTORS}; close some, or allow more (ulimit -n)"
+        )
+        raise OSError(error.errno, what) from None
+    finally:
+        for fd in taken:
+            os.close(fd)
+
+
 _hub: Hub | None = None
 _lock = threading.Lock()
 _of_parents: list[Any] = []  # in a forked child: never to be touched, nor collected
 
 
 def enter(port: Port) -> Hub:
-    """Return the hub of this process, which lives on for this port."""
+    """Return the hub of this process, which lives on for this port.
+
+    Raises
+    ------
+    OSError
+        There are not enough descriptors.
+    """
     global _hub
+    _check_descriptors()
     with _lock:
         if _hub is None:
             _hub = Hub()
@@ -236,6 +262,8 @@ def _after_fork() -> None:
     global _hub, _lock
     if _hub is not None:
         _of_parents.append(_hub)
+        for port in _hub.members:
+            port.after_fork()
     _hub = None
     _lock = threading.Lock()
 

@@ -10,6 +10,8 @@ import contextlib
 import os
 import resource
 import secrets
+import sys
+import weakref
 from typing import ClassVar, NoReturn
 
 import posix_ipc
@@ -28,6 +30,9 @@ __all__ = ["abandoned_queues", "are_listed", "pair", "remove_queue"]
 PREFIX = "shmengine-"
 LIMITS = "/proc/sys/fs/mqueue"
 LEAST_FRAGMENT_BYTES = 512
+SHARE = 8  # of the bytes that a user's queues may still have: the part for one queue
+GOOD_COUNT = 8  # messages in a queue, rather than larger ones
+COST = 64  # bytes that the kernel reckons for a message beside its own
 
 
 class _TooMuchError(Exception):
@@ -48,6 +53,14 @@ class MessageQueueLink(StreamLink):
         outlives_sender=True,
     )
 
+    def close(self) -> None:
+        """Say goodbye, if this process uses this end, and let all go."""
+        _queue_bytes.pop(self, None)
+        super().close()
+
+
+_queue_bytes: weakref.WeakKeyDictionary[MessageQueueLink, int] = weakref.WeakKeyDictionary()
+
 
 def pair(options: Options) -> tuple[Link, Link]:
     """Return the links of both ends of a new channel.
@@ -57,22 +70,36 @@ def pair(options: Options) -> tuple[Link, Link]:
     ShmError
         The kernel's limits do not allow another queue.
     """
-    fragment_bytes = _limit("msgsize_max")
+    fragment_bytes, room = _limit("msgsize_max"), _room()
+    while fragment_bytes * GOOD_COUNT > room and fragment_bytes > LEAST_FRAGMENT_BYTES:
+        fragment_bytes //= 2
     while True:
+        fitting = max(GOOD_COUNT, room // (fragment_bytes + COST))
+        count = min(_limit("msg_max"), options.buffer_bytes // fragment_bytes, fitting)
         try:
-            return _pair(options, fragment_bytes)
+            return _pair(options, max(1, count), fragment_bytes)
         except _TooMuchError as refusal:
             # All queues of a user have a number of bytes together: smaller ones may still be had.
             fragment_bytes //= 2
             if fragment_bytes < LEAST_FRAGMENT_BYTES:
-                _explain("there is no room for another one", refusal.__cause__)
+                why = f"there is no room for another one, not even for {count} messages of {LEAST_FRAGMENT_BYTES} bytes"
+                _explain(why, refusal.__cause__)
 
 
-def _pair(options: Options, fragment_bytes: int) -> tuple[Link, Link]:
+def _room() -> int:
+    """Return how many bytes a queue may have: a part of what is left, so that many more can be made.
+
+    What queues of other processes have nobody can see.
+    """
+    together = resource.getrlimit(resource.RLIMIT_MSGQUEUE)[0]
+    return sys.maxsize if together < 0 else max(0, together - sum(_queue_bytes.values())) // SHARE
+
+
+def _pair(options: Options, count: int, fragment_bytes: int) -> tuple[Link, Link]:
     made: list[Descriptor | None] = []
     try:
-        made += _queue(options.buffer_bytes, fragment_bytes)
-        made += _queue(options.buffer_bytes, fragment_bytes) if options.duplex else (None, None)
+        made += _queue(count, fragment_bytes)
+        made += _queue(count, fragment_bytes) if options.duplex else (None, None)
         left, right = Presence.pair()
     except BaseException:
         for descriptor in made:
@@ -80,17 +107,19 @@ def _pair(options: Options, fragment_bytes: int) -> tuple[Link, Link]:
                 descriptor.close()
         raise
     to_right, from_left, to_left, from_right = made
-    return (
+    links = (
         MessageQueueLink(options, left, to_left, from_left, fragment_bytes),
         MessageQueueLink(options, right, to_right, from_right, fragment_bytes),
     )
+    for link in links:
+        _queue_bytes[link] = count * (fragment_bytes + COST) * (1 + options.duplex) // 2
+    return links
 
 
-def _queue(buffer_bytes: int, fragment_bytes: int) -> tuple[Descriptor, Descriptor]:
+def _queue(count: int, fragment_bytes: int) -> tuple[Descriptor, Descriptor]:
     """Return a descriptor of a new queue for each of the two ends."""
     pid = os.getpid()
     name = f"/{PREFIX}{pid}-{start_time(pid)}-{secrets.token_hex(16)}"
-    count = min(_limit("msg_max"), max(1, buffer_bytes // fragment_bytes))
     try:
         queue = posix_ipc.MessageQueue(
             name, posix_ipc.O_CREX, mode=0o600, max_messages=count, max_message_size=fragment_bytes

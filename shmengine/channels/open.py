@@ -47,8 +47,8 @@ def channel(
     allow_pickle : bool, optional
         False: only arrays, None, bool, int, float, complex, str, bytes, list, tuple and dict pass, in both directions.
     compression : {None, "auto", "lz4", "zstd"}
-        Of array data, with its bytes sorted by significance. ``"auto"`` compresses where it pays. Not over shared
-        memory.
+        Of array data that is sent, with its bytes sorted by significance. ``"auto"`` compresses where it pays. Not over
+        shared memory. What comes compressed is taken in any case, up to 256 times its size, or 64 MiB.
     buffer_bytes : int or str, optional
         How much of messages in one direction may wait for the other end, as far as the mechanism can be told; a sender
         waits beyond it. Bytes, or text such as ``"64 MiB"``.

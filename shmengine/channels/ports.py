@@ -7,6 +7,7 @@ puts where that one looks, and wakes him.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -25,6 +26,7 @@ from shmengine.channels import hub
 from shmengine.channels.keys import Keys
 from shmengine.channels.sessions import PART_BYTES, PREFIX_BYTES, Greeting, Kind, Proof, Session, refusal
 from shmengine.channels.zeromq import zmq
+from shmengine.descriptors import Descriptor
 
 if TYPE_CHECKING:
     from shmengine.channels.socket import SocketLink
@@ -33,13 +35,15 @@ __all__ = ["DialPort", "ListenPort", "Port", "Waiter"]
 
 BATCH = 64  # parts that are taken from a socket at once
 FEW = 8
+MOST_AT_ONCE = 1 << 14  # that the service takes, of one socket
 RECONNECT_MS = (5, 200)  # first and longest pause between two attempts
 LINGER_MS = 500  # for what was handed over when a socket is closed
 GREETING_SECONDS = 2.0  # within which a connection is expected to say who it is
 MOST_UNKNOWN = 1024  # sessions that wait for `accept`
 
 _EVENTS = (
-    zmq.Event.HANDSHAKE_SUCCEEDED
+    zmq.Event.LISTENING
+    | zmq.Event.HANDSHAKE_SUCCEEDED
     | zmq.Event.DISCONNECTED
     | zmq.Event.HANDSHAKE_FAILED_AUTH
     | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
@@ -58,8 +62,8 @@ class Waiter:
 
     def __init__(self, port: Port) -> None:
         self._port = port
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._event, select.EPOLLIN)
         self._epoll.register(port.fd, select.EPOLLIN)
         self._woken = False
@@ -112,27 +116,33 @@ class Port:
         self.denied = ""
         self._raw: deque[zmq.Frame] = deque()
         self.hub = hub.enter(self)
-        socket = self._socket = self.hub.context.socket(kind)
-        socket.sndhwm = socket.rcvhwm = 0  # the window of each session is the limit
-        socket.linger = LINGER_MS
-        socket.maxmsgsize = PART_BYTES + (
-            1 << 12
-        )  # whoever announces more is cut off, before he has said who he is
-        beat = max(1, int(peer_timeout * 250))
-        socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = beat, 2 * beat, 0
-        socket.handshake_ivl = socket.connect_timeout = max(50, int(peer_timeout * 500))
-        socket.reconnect_ivl, socket.reconnect_ivl_max = RECONNECT_MS
-        if auth is not None:
-            auth.apply(socket, serves=serves, allow=self.hub.allow)
-        self.monitor = socket.get_monitor_socket(int(_EVENTS))
-        self.fd = int(socket.fd)
-        self._may_have_lost = False
-        # Called from C, so that there is no bytecode between taking a part and putting it somewhere.
-        receive: Any = partial(super(zmq.Socket, socket).recv, _NOW, False, False)
-        self._incoming: Iterator[zmq.Frame] = iter(receive, None)
-        self._step = 2 if kind == zmq.ROUTER else 1  # parts of a message
-        self._send: Callable[..., Any] = super(zmq.Socket, socket).send
-        self._poll: Callable[[int], Any] = super(zmq.Socket, socket).get
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.hub.forget, self)
+            socket = self._socket = self.hub.context.socket(kind)
+            undo.callback(socket.close)
+            socket.sndhwm = socket.rcvhwm = 0  # the window of each session is the limit
+            socket.linger = LINGER_MS
+            socket.maxmsgsize = PART_BYTES + (
+                1 << 12
+            )  # whoever announces more is cut off, before he has said who he is
+            beat = max(1, int(peer_timeout * 250))
+            socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = beat, 2 * beat, 0
+            socket.handshake_ivl = socket.connect_timeout = max(50, int(peer_timeout * 500))
+            socket.reconnect_ivl, socket.reconnect_ivl_max = RECONNECT_MS
+            if auth is not None:
+                auth.apply(socket, serves=serves, allow=self.hub.allow)
+            self.monitor = socket.get_monitor_socket(int(_EVENTS))
+            undo.callback(self.monitor.close, 0)
+            undo.callback(socket.disable_monitor)
+            self.fd = int(socket.fd)
+            self._may_have_lost = False
+            # Called from C, so that there is no bytecode between taking a part and putting it somewhere.
+            receive: Any = partial(super(zmq.Socket, socket).recv, _NOW, False, False)
+            self._incoming: Iterator[zmq.Frame] = iter(receive, None)
+            self._step = 2 if kind == zmq.ROUTER else 1  # parts of a message
+            self._send: Callable[..., Any] = super(zmq.Socket, socket).send
+            self._poll: Callable[[int], Any] = super(zmq.Socket, socket).get
+            undo.pop_all()
 
     # --- under the lock ------------------------------------------------------------------------------
 
@@ -177,6 +187,12 @@ class Port:
         if self.armed:  # sending may have swallowed the sign that something has come
             self.pump(-1)
 
+    def accept(self, session: Session) -> None:
+        """Ask for what there was no space for while nobody had accepted a session. Under the lock."""
+        session.accept()
+        if session.misses and session.peer is not None:
+            self._request(session, session.peer)
+
     def acknowledge(self, session: Session) -> None:
         """Tell the other end what was taken, if it does not know."""
         if session.peer is not None and (part := session.acknowledgement()) is not None:
@@ -211,12 +227,21 @@ class Port:
             if room:
                 writer.wake()
         if session.peer is not None:
-            if session.misses:
+            if session.refusal:
+                self.cut_off(session)
+            elif session.misses:
                 self._request(session, session.peer)
             elif kind == Kind.REPEAT:
                 self._hand_over(session)
                 self.post(session.peer, session.prefix(Kind.ACKNOWLEDGE))
+            elif room:
+                self._hand_over(session)
         return kind
+
+    def cut_off(self, session: Session) -> None:
+        """Have nothing to do any more with the other end of a session. Under the lock."""
+        session.disconnected()
+        self.wake_all()
 
     def on_event(self, event: int, fd: int) -> None:
         """Note what has happened to a connection."""
@@ -245,7 +270,7 @@ class Port:
 
     def serve(self) -> None:
         """Do what is left to do. Under the lock."""
-        self.pump(-1)
+        self.pump(MOST_AT_ONCE)
         for session in list(self.sessions.values()):
             self.hand_over(session)
             self.acknowledge(session)
@@ -257,11 +282,20 @@ class Port:
         for session in list(self.sessions.values()):
             session.drop_spare()
 
+    def after_fork(self) -> None:
+        """In a forked child: let go of what would stand in for the parent when that has ended."""
+
     def add(self, session: Session) -> tuple[Waiter, Waiter]:
         """Have a session here; return who waits to read, and who waits to write."""
         pair = self.waiters.get(session.key)
         if pair is None:
-            pair = self.waiters[session.key] = Waiter(self), Waiter(self)
+            reader = Waiter(self)
+            try:
+                pair = reader, Waiter(self)
+            except OSError:
+                reader.close()
+                raise
+            self.waiters[session.key] = pair
         self.sessions[session.key] = session
         return pair
 
@@ -315,8 +349,13 @@ class DialPort(Port):
         self._nonce = b""
         self.answered = threading.Event()
         self._socket.ipv6 = "[" in address
-        self.add(session)
-        self._socket.connect(address)
+        self._address = address
+        try:
+            self.add(session)
+            self._socket.connect(address)
+        except (zmq.ZMQError, OSError):
+            self.close()
+            raise
         self.hub.watch(self)
 
     def on_event(self, event: int, fd: int) -> None:  # noqa: ARG002  there is one connection
@@ -325,12 +364,24 @@ class DialPort(Port):
             self._greet()
         elif event == zmq.Event.DISCONNECTED:
             self._nonce = b""
-            session.disconnected()
-            self.wake_all()
+            self.cut_off(session)
+            if not self._is_local:
+                self._drop_unsent()
         elif event == zmq.Event.HANDSHAKE_FAILED_AUTH and session.missed_since == 0:
             session.refusal = "it does not know the key of this end"
             self.answered.set()
             self.wake_all()
+
+    def _drop_unsent(self) -> None:
+        """Drop what the connection that has ended was given and had not sent.
+
+        ZeroMQ would send it over the next one, before the greeting: over a slow path that takes too long. To make a
+        connection only where there is one (``IMMEDIATE``) is no way: it drops also what has come and was not read.
+        """
+        self._socket.linger = 0
+        self._socket.disconnect(self._address)
+        self._socket.linger = LINGER_MS
+        self._socket.connect(self._address)
 
     def serve(self) -> None:
         super().serve()
@@ -338,8 +389,12 @@ class DialPort(Port):
             self._greet()  # the answer, or the question, was lost on arrival
 
     def _greet(self) -> None:
+        if self._session.refusal:
+            return
         self._nonce = os.urandom(16)
-        greeting = self._proof.greeting(Kind.HELLO, self._session.key, self._nonce)
+        greeting = self._proof.greeting(
+            Kind.HELLO, self._session.key, self._nonce, window=self._session.window
+        )
         self.post(b"", self._session.greet(Kind.HELLO, greeting))
         self.greeting_until = time.monotonic() + GREETING_SECONDS
 
@@ -372,7 +427,7 @@ class DialPort(Port):
         elif kind == Kind.REFUSAL:
             session.refusal = greeting.text
         else:
-            session.connected(b"", part, greeting.text)
+            session.connected(b"", part, greeting)
             self._hand_over(session)
         self.answered.set()
         self.wake_all()
@@ -401,25 +456,29 @@ class ListenPort(Port):
             _check_free(address.removeprefix("ipc://"))
         self._alone = alone
         self._make = make
+        self._patience_ns = int(peer_timeout * 1e9)
         self._proof = proof
         self._may_be_half = False
+        self._listener: Descriptor | None = None
         self._peers: dict[bytes, Session] = {}
         self._by_fd: dict[int, Session] = {}
         self.arrived: deque[Session] = deque()
         self.news = threading.Event()
         super().__init__(zmq.PAIR if alone else zmq.ROUTER, peer_timeout, auth, serves=True)
-        if alone:
-            self.add(alone)
-        else:
+        if alone is None:
             self._socket.router_mandatory = True
         if address.startswith("ipc:"):
             self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
         self._socket.ipv6 = "[" in address
         try:
+            if alone is not None:
+                self.add(alone)
             self._socket.bind(address)
-        except zmq.ZMQError:
+        except (zmq.ZMQError, OSError):
             self.close()
             raise
+        # So far there is only this event. The descriptor is ZeroMQ's, and closed here only in forked children.
+        self._listener = Descriptor(_EVENT.unpack_from(self.monitor.recv_multipart()[0])[1], "a server")
         self.address = bytes(self._socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
         self.hub.watch(self)
 
@@ -442,6 +501,18 @@ class ListenPort(Port):
         """Whether nobody needs the socket any more."""
         return not self.sessions and self._make is None
 
+    def after_fork(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+
+    def serve(self) -> None:
+        super().serve()
+        long_ago = time.monotonic_ns() - self._patience_ns
+        for session in list(self.arrived):
+            if session.peer is None and session.missed_since < long_ago:  # nobody is there to be accepted
+                self.arrived.remove(session)
+                self.remove(session)
+
     def end(self) -> None:
         super().end()
         self.hub.finish(self)
@@ -450,10 +521,12 @@ class ListenPort(Port):
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
             self.greeting_until = time.monotonic() + GREETING_SECONDS
         elif event == zmq.Event.DISCONNECTED and (session := self._by_fd.pop(fd, None)) is not None:
-            if session.peer is not None:
-                self._peers.pop(session.peer, None)
-            session.disconnected()
-            self.wake_all()
+            self.cut_off(session)
+
+    def cut_off(self, session: Session) -> None:
+        if session.peer is not None:
+            self._peers.pop(session.peer, None)
+        super().cut_off(session)
 
     def remove(self, session: Session) -> None:
         super().remove(session)
@@ -530,7 +603,7 @@ class ListenPort(Port):
             pumps=False
         )  # so that none of an earlier connection with this descriptor comes later
         session = self._session_of(greeting, part)
-        if session is None:
+        if session is None or session.refusal:
             why = "it does not know this session any more, or takes no new ones"
             self.post(peer, refusal(self._proof.greeting(Kind.REFUSAL, greeting.key, greeting.nonce, why)))
             return
@@ -540,9 +613,9 @@ class ListenPort(Port):
         self._by_fd = {fd: other for fd, other in self._by_fd.items() if other is not session}
         self._by_fd[int(part.get(zmq.SRCFD))] = session
         self._peers[peer] = session
-        answer = self._proof.greeting(Kind.WELCOME, greeting.key, greeting.nonce)
+        answer = self._proof.greeting(Kind.WELCOME, greeting.key, greeting.nonce, window=session.window)
         self.post(peer, session.greet(Kind.WELCOME, answer))
-        session.connected(peer, part, greeting.text)
+        session.connected(peer, part, greeting)
         self._hand_over(session)
         self.wake_all()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket as sockets
 import threading
 import time
@@ -26,6 +27,8 @@ from shmengine.errors import Closed, PeerLost, SerializationError, Timeout, UseA
 __all__ = ["Server", "connect", "listen"]
 
 LOOK_SECONDS = 0.05
+PATH_BYTES = 107  # of a socket's, without the zero at its end
+_PORT = re.compile("[0-9]{1,5}")
 
 Auth = Keys | str | os.PathLike[str] | None
 
@@ -57,6 +60,17 @@ class _RemoteLink(SocketLink):
         patience = 0 if is_gone(session.other) else self._patience_ns
         return Fate.ALIVE if time.monotonic_ns() - session.missed_since < patience else Fate.LOST
 
+    def loss(self) -> str:
+        """Say what is known of an end that is lost."""
+        session = self._session
+        if session.refusal or is_gone(session.other):
+            return super().loss()
+        seconds = self._patience_ns / 1e9
+        return (
+            f"the other end could not be reached for {seconds:g} seconds (peer_timeout): it died, or the network"
+            " between is broken"
+        )
+
 
 class Server:
     """Accepts channels at an address; made by `listen`.
@@ -75,7 +89,7 @@ class Server:
         self._accepting = threading.Lock()
 
         def make(key: bytes) -> Session:
-            return Session(key, Counts(), options.buffer_bytes)
+            return Session(key, Counts(), options.buffer_bytes, accepted=False)
 
         try:
             self._port = ListenPort(address, Proof(b""), peer_timeout, auth, make=make)
@@ -108,11 +122,12 @@ class Server:
         while True:
             port.news.clear()
             self._check_open()
-            with self._accepting:
+            with self._accepting, port.lock:
                 if port.arrived:
                     session = port.arrived[0]
                     link = _RemoteLink(self._options, port, session, self._peer_timeout)
                     end = End(link, self._options)
+                    port.accept(session)
                     port.arrived.popleft()
                     return end
             now = time.monotonic_ns()
@@ -182,8 +197,8 @@ def listen(
     check, compression, buffer_bytes
         As for `channel`.
     peer_timeout : float, optional
-        Seconds without a connection after which the other end of a channel is lost. One that comes back sooner goes
-        on where it was.
+        Seconds without a connection after which the other end of a channel is lost, and one that waits to be accepted
+        is forgotten. One that comes back sooner goes on where it was.
 
     Raises
     ------
@@ -217,7 +232,7 @@ def connect(
     address : str
         That of `Server.address`.
     auth : Keys, path, or "none", optional
-        Own keys, which know the server's. A path is that of a key file (see `Keys.load`).
+        Own keys, which know the server's, and no other. A path is that of a key file (see `Keys.load`).
     timeout : float, optional
         Seconds to try; None: for ever.
     check, allow_pickle, compression, buffer_bytes, peer_timeout
@@ -231,14 +246,24 @@ def connect(
         The server refuses: it does not know this key, or was closed.
     ValueError
         There is no such address or option, or it needs ``auth=``.
+    OSError
+        The address cannot be used.
     ModuleNotFoundError
         pyzmq is not installed.
     """
     until = deadline_of(timeout)
     place = _Place.of(address, auth, "connect")
     options = place.options(check, allow_pickle, compression, buffer_bytes, peer_timeout)
+    if place.is_remote and (place.address.startswith("tcp://*:") or place.address.endswith(":0")):
+        raise ValueError(
+            f"connect: {address!r} is no place to connect to: give the name of one host, and the port of its server"
+            " (see Server.address)"
+        )
     session = Session(os.urandom(SESSION_BYTES), Counts(), options.buffer_bytes)
-    port = DialPort(zmq.DEALER, place.address, session, Proof(b""), peer_timeout, place.keys)
+    try:
+        port = DialPort(zmq.DEALER, place.address, session, Proof(b""), peer_timeout, place.keys)
+    except zmq.ZMQError as error:
+        raise OSError(error.errno, f"cannot connect to {address}: {error.strerror}") from None
     link = _RemoteLink(options, port, session, peer_timeout)
     end = End(link, options)
     try:
@@ -272,13 +297,19 @@ class _Place:
             keys = auth
         elif auth is not None and auth != "none":
             keys = Keys.load(auth)
+        if what == "connect" and keys is not None and len(keys.known) > 1:
+            raise ValueError(
+                f"connect: these keys know {len(keys.known)} public keys, and a server has one: give that alone, as by"
+                " Keys.load(path, known=['server.key.pub'])"
+            )
         transport, _, rest = address.partition("://")
-        if transport == "ipc" and rest:
+        if transport == "ipc":
+            _check_path(rest, what)
             if keys is not None:
                 raise ValueError(f"{what}: ipc:// is for one user of one machine, and takes no auth=")
             return cls(address, None, is_remote=False)
         host, colon, port = rest.rpartition(":")
-        if transport != "tcp" or not colon or not port.isdigit() or int(port) > 65535 or not host:
+        if transport != "tcp" or not colon or not _PORT.fullmatch(port) or int(port) > 65535 or not host:
             raise ValueError(
                 f"{what}: an address is 'tcp://host:port', 'ipc://path' or 'ipc://@name', not {address!r}"
             )
@@ -311,11 +342,40 @@ class _Place:
         )
 
 
-def _numeric(host: str, what: str) -> str:
+def _check_path(path: str, what: str) -> None:
+    """See that a socket can be there."""
     try:
-        return str(sockets.getaddrinfo(host, None, type=sockets.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise ValueError(f"{what}: there is no host {host!r}: {error.strerror or error}") from None
+        encoded = path.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what}: the path {path!r} of an ipc:// address is no Unicode: {error.reason}"
+        ) from None
+    if path in ("", "@", "*") or "\0" in path:
+        raise ValueError(f"{what}: an address is 'ipc://path' or 'ipc://@name', not {'ipc://' + path!r}")
+    if len(encoded) > PATH_BYTES:
+        raise ValueError(
+            f"{what}: a path of {len(encoded)} bytes is too long for a socket: at most {PATH_BYTES} are possible;"
+            " 'ipc://@name' needs no path"
+        )
+
+
+def _numeric(host: str, what: str) -> str:
+    """Return the address of a host, for a link-local one with its interface."""
+    try:
+        if "\0" in host:
+            raise UnicodeError("a name has no NUL")
+        numeric, *_, scope = map(str, sockets.getaddrinfo(host, None, type=sockets.SOCK_STREAM)[0][4])
+    except (sockets.gaierror, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{what}: there is no host {host!r}: {reason}") from None
+    address = ipaddress.ip_address(numeric)
+    if address.version == 4 or not address.is_link_local:
+        return numeric
+    if scope == "0":
+        raise ValueError(
+            f"{what}: {host} is on several networks: say through which interface, as in [{host}%eth0]"
+        )
+    return f"{address}%{scope}"
 
 
 def _is_loopback(host: str) -> bool:

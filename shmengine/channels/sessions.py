@@ -1,7 +1,8 @@
 """What lets a connection break and come back, and still each message arrive once: numbers, acknowledgements, resending.
 
 A sender keeps a copy of each message until the other end has taken it. Both say in their greeting what they have, and
-go on from there. Each part that travels begins with a prefix, and a whole frame follows::
+how much may wait with them, and go on from there. Each part that travels begins with a prefix, and a whole frame
+follows::
 
     | kind, 8 bytes | number, 8 | how many messages of the other end its user has taken, 8 | frame
 
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from shmengine import config
 from shmengine.channels.base import Counts
 from shmengine.tokens import start_time
 
@@ -44,9 +46,10 @@ PART_BYTES = 1 << 19
 MESSAGE_COST = 256  # bytes of memory that a small message takes beside its own
 ACKNOWLEDGE_MESSAGES = 1024
 ACKNOWLEDGE_BYTES = 2 << 20
-VERSION = 1
+UNKNOWN_BYTES = 1 << 18  # that wait in a session which nobody has accepted; what is more comes again later
+VERSION = 2
 SESSION_BYTES = 16
-_GREETING = struct.Struct("<4sI16s16s32s")
+_GREETING = struct.Struct("<4sI16s16s32sQ")
 _MAGIC = b"SHMC"
 
 
@@ -81,20 +84,24 @@ class Session:
 
     Attributes
     ----------
+    window : int
+        Bytes of messages, of each direction, that may wait at this end.
+    window_there : int
+        Bytes of this end's messages that may be on their way: what the other end has room for, `window` at most.
     peer : bytes or None
         Where the other end can be reached through the port now; None: nowhere.
     missed_since : int
         Since when that has been so, in nanoseconds of the monotonic clock; 0: it has never been reached.
     refusal : str
-        Why the other end does not go on with this session; empty: it does.
+        Why this session does not go on; empty: it does.
     other : str
         The process of the other end, from its greeting.
     """
 
-    def __init__(self, key: bytes, counts: Counts, window: int) -> None:
+    def __init__(self, key: bytes, counts: Counts, window: int, *, accepted: bool = True) -> None:
         self.key = key
         self.counts = counts
-        self.window = window
+        self.window = self.window_there = window
         self.peer: bytes | None = None
         self.missed_since = 0
         self.refusal = ""
@@ -110,6 +117,10 @@ class Session:
         self._handed_over_most = 0
         # (number, kind, part) of what has come and was not taken
         self._inbox: deque[tuple[int, int, Any]] = deque()
+        self._accepted = accepted  # somebody takes what comes
+        self._most_waiting = 2 * window + PART_BYTES  # who keeps to the window stays far below
+        self._waiting = 0  # bytes in the inbox, and of what was taken from it since they were last counted
+        self._look_at = self._most_waiting if accepted else UNKNOWN_BYTES
         self._received = 0  # the number of the next message to come
         self._asked = -1  # the one that was asked for last
         self.misses = False  # something came that should have come after something else
@@ -177,10 +188,22 @@ class Session:
         """Return (number, part) of all that the connection has not got; say `handed_over` after each."""
         kept = self._kept
         count = min(self.next_number - self._handed_over, len(kept))
-        if count == 1:  # as always but after a new connection
+        most = self._released + self.window_there
+        if count == 1 and kept[-1][1] <= most:  # as always but after a new connection
             entry = kept[-1]
             return iter(((entry[0], entry[2]),))
-        return ((entry[0], entry[2]) for entry in list(islice(kept, len(kept) - count, None)))
+        return self._up_to(most, count)
+
+    def _up_to(self, most: int, count: int) -> Iterator[tuple[int, Any]]:
+        """Return the parts among the last `count` that the other end has room for: up to `most`, or one message."""
+        kept = self._kept
+        before = len(kept) - count
+        ended = kept[before - 1][3] if before > 0 else self._messages
+        for number, end, part, messages in list(islice(kept, before, None)):
+            if end > most and ended > self._messages:
+                return
+            yield number, part
+            ended = messages
 
     def handed_over(self, number: int) -> None:
         """Note that the connection has got this message."""
@@ -244,11 +267,43 @@ class Session:
         if number < self._received:
             self.counts.duplicates += 1
             return kind, False, room
+        if self.goodbye or not (kind == _GOODBYE or self._has_space(len(part))):
+            return kind, False, room
         self._inbox.append((number, kind, part))
         self._received = number + 1
         if kind == _GOODBYE:
             self.goodbye = True
         return kind, True, room
+
+    def _has_space(self, nbytes: int) -> bool:
+        """Whether another part may wait here. If the other end does not keep to the window it is refused."""
+        self._waiting += nbytes + MESSAGE_COST
+        if self._waiting <= self._look_at:
+            return True
+        inbox = list(self._inbox)
+        self._waiting = nbytes + MESSAGE_COST + sum(len(part) + MESSAGE_COST for _, _, part in inbox)
+        if not self._accepted:
+            self._asked = self._received  # and not again before `accept`
+            return False
+        self._look_at = self._most_waiting
+        if self._waiting <= self._look_at:
+            return True
+        # A message that is larger than the window comes alone; how large it is nobody knows so far.
+        if all(kind == _BEGINNING for _, kind, _ in inbox) and self._waiting < config.memory_available():
+            self._look_at = 2 * self._waiting
+            return True
+        self.refusal = (
+            f"it has sent {config.format_bytes(self._waiting)} that wait to be received, and may send"
+            f" {config.format_bytes(self.window)} (buffer_bytes), or one larger message for which there is memory"
+        )
+        return False
+
+    def accept(self) -> None:
+        """Note that somebody takes what comes from now on; what there was no space for is missed."""
+        if not self._accepted:
+            self._accepted = True
+            self._look_at = self._most_waiting
+            self.misses = self._asked == self._received
 
     def next_message(self) -> tuple[bool, list[Any]] | None:
         """Return the first message that was not taken: whether it is the goodbye, and its parts; None: there is none.
@@ -322,14 +377,15 @@ class Session:
         self._asked = self._received
         self.misses = False
 
-    def connected(self, peer: bytes, part: Any, other: str) -> None:
+    def connected(self, peer: bytes, part: Any, greeting: Greeting) -> None:
         """Go on over a new connection, from where the other end's greeting says."""
         _, received, taken = PREFIX.unpack_from(part)
+        self.window_there = min(self.window, greeting.window)
         self._acknowledge(taken)
         self._handed_over = max(self._acknowledged, min(received, self.next_number))
         if self.missed_since:
             self.counts.reconnects += 1
-        self.peer, self.missed_since, self.other = peer, 0, other
+        self.peer, self.missed_since, self.other = peer, 0, greeting.text
 
     def disconnected(self) -> None:
         """Note that the connection has ended."""
@@ -356,12 +412,17 @@ class Greeting:
     """Of the one who connects; the answer repeats it."""
     proof: bytes
     """That the sender knows the secret of the channel."""
+    window: int
+    """Bytes of messages that may wait at the sender of this to be received."""
     text: str
     """The process that sends this; in a REFUSAL why."""
 
     def pack(self) -> bytes:
         """Return it as bytes."""
-        return _GREETING.pack(_MAGIC, VERSION, self.key, self.nonce, self.proof) + self.text.encode()
+        return (
+            _GREETING.pack(_MAGIC, VERSION, self.key, self.nonce, self.proof, self.window)
+            + self.text.encode()
+        )
 
     @classmethod
     def unpack(cls, part: Any) -> Greeting | None:
@@ -369,10 +430,10 @@ class Greeting:
         body = bytes(memoryview(part)[PREFIX_BYTES : PREFIX_BYTES + 512])
         if len(body) < _GREETING.size:
             return None
-        magic, version, key, nonce, proof = _GREETING.unpack_from(body)
+        magic, version, key, nonce, proof, window = _GREETING.unpack_from(body)
         if magic != _MAGIC or version != VERSION:
             return None
-        return cls(key, nonce, proof, body[_GREETING.size :].decode(errors="replace"))
+        return cls(key, nonce, proof, window, body[_GREETING.size :].decode(errors="replace"))
 
 
 class Proof:
@@ -381,10 +442,10 @@ class Proof:
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
 
-    def greeting(self, kind: Kind, key: bytes, nonce: bytes, text: str = "") -> bytes:
+    def greeting(self, kind: Kind, key: bytes, nonce: bytes, text: str = "", window: int = 0) -> bytes:
         """Return the body of a greeting, of this process or with another text."""
         text = text or identity_of_this_process()
-        return Greeting(key, nonce, self._of(kind, key, nonce), text).pack()
+        return Greeting(key, nonce, self._of(kind, key, nonce), window, text).pack()
 
     def holds(self, kind: Kind, greeting: Greeting) -> bool:
         """Whether a greeting is from somebody who knows the secret."""

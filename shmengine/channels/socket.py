@@ -102,7 +102,7 @@ class SocketLink(FrameLink):
     def write(self, pieces: list[Any], nbytes: int, priority: int, deadline: int) -> bool:  # noqa: ARG002
         """Keep a copy of a message until the other end has it, and send that; wait while there is no room."""
         session, port = self._session, self._port
-        window = self.options.buffer_bytes
+        window = session.window_there
         paces = session.answers and deadline != 0
         with port.lock:
             number = session.next_number
@@ -123,7 +123,7 @@ class SocketLink(FrameLink):
     def _write_later(self, pieces: list[Any], nbytes: int, deadline: int, paced_until: int) -> bool:
         """Write a message when there is room, until `paced_until` more than that."""
         session, port = self._session, self._port
-        window = self.options.buffer_bytes
+        window = session.window_there
         try:
             while True:
                 with port.lock:
@@ -251,6 +251,11 @@ class SocketLink(FrameLink):
         if session.refusal:
             return Fate.LOST
         return self._fate()
+
+    def loss(self) -> str:
+        """Say what is known of an end that is lost."""
+        refusal = self._session.refusal
+        return f"the other end is lost: {refusal}" if refusal else super().loss()
 
     @abstractmethod
     def _fate(self) -> Fate:

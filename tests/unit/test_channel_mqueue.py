@@ -172,3 +172,33 @@ def test_names_are_unlinked_at_birth_and_those_left_behind_are_removed(tmp_path)
     done = run_script(NAMES, args=[str(tmp_path)], prefix=prefix, check=True)
     assert "/shmengine-4194304-1-00 (message queue)" in done.stdout
     assert "not looked for" not in done.stdout
+
+
+MANY = """
+import resource
+import shmengine as shm
+
+resource.setrlimit(resource.RLIMIT_MSGQUEUE, (819_200, 819_200))  # as on most machines
+kept = []
+try:
+    while True:
+        kept.append(shm.channel("mqueue"))
+except shm.ShmError as error:
+    assert "not even for" in str(error), error
+for left, right in kept:
+    left.send("there")
+    assert right.receive(20) == "there"
+print(len(kept), kept[0][0]._link._fragment_bytes)
+for left, right in kept:
+    left.close()
+    right.close()
+with shm.channel("mqueue")[0] as again:
+    print(again._link._fragment_bytes)
+"""
+
+
+def test_many_channels_fit_into_what_a_user_may_have():
+    alone = ["unshare", "--map-root-user"]  # a user without queues
+    count, first, again = map(int, run_script(MANY, prefix=alone, check=True).stdout.split())
+    assert count >= 15
+    assert first == again, "closed ones take nothing"

@@ -549,3 +549,17 @@ def test_threads_share_an_end(pair):
         for number in range(3):
             mine = [value for value in each if value // 1000 == number]
             assert mine == sorted(mine)
+
+
+@pytest.mark.parametrize("shape", [1 << 62, 1 << 63, 1 << 70, (1 << 32, 1 << 32), (1 << 62, 0)])
+def test_an_array_that_no_memory_could_hold_is_too_large(shape):
+    with ends() as (left, _):
+        for claim in (left.claim, left.try_claim):
+            with pytest.raises(MemoryBudgetExceeded, match="buffer_bytes"):
+                claim(shape, "f8")
+
+
+@pytest.mark.parametrize("shape", [1.5, (2, 1.5), "3", None, float("inf")])
+def test_a_shape_is_made_of_whole_numbers(shape):
+    with ends() as (left, _), pytest.raises(ArrayError, match="no array has shape"):
+        left.claim(shape)

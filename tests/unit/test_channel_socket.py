@@ -875,6 +875,9 @@ def test_a_storm_of_signals_loses_and_doubles_nothing():
 # --- sessions alone ---------------------------------------------------------------------------------------
 
 
+GREETING = Greeting(b"k", b"n", b"", 1 << 20, "")
+
+
 def part(kind, number, taken=0, body=b""):
     return PREFIX.pack(kind, number, taken) + body
 
@@ -883,13 +886,13 @@ def test_a_session_resends_what_the_other_end_has_not_received():
     session = Session(b"k", Counts(), 1 << 20)
     for i in range(5):
         session.keep([part(Kind.DATA, i)])
-    session.connected(b"", part(Kind.WELCOME, 0), "")
+    session.connected(b"", part(Kind.WELCOME, 0), GREETING)
     for number, _ in session.to_hand_over():
         session.handed_over(number)
     assert list(session.to_hand_over()) == []
     session.feed(part(Kind.ACKNOWLEDGE, 0, 2))
     session.disconnected()
-    session.connected(b"", part(Kind.WELCOME, 3, 2), "")
+    session.connected(b"", part(Kind.WELCOME, 3, 2), GREETING)
     again = [number for number, _ in session.to_hand_over()]
     assert again == [3, 4]
     for number in again:
@@ -923,7 +926,7 @@ def test_acknowledgements_of_what_was_never_sent_do_no_harm():
     session.feed(part(Kind.ACKNOWLEDGE, 0, 1 << 60))
     assert not session.outstanding
     assert session.next_number == 1
-    session.connected(b"", part(Kind.WELCOME, 1 << 60, 1 << 60), "")
+    session.connected(b"", part(Kind.WELCOME, 1 << 60, 1 << 60), GREETING)
     session.keep([part(Kind.DATA, 1)])
     assert [number for number, _ in session.to_hand_over()] == [1]
 

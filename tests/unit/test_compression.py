@@ -194,7 +194,17 @@ def test_any_bytes_behind_the_magic_are_refused(raw):
             decompress(seal(wire), aligned_empty)
 
 
-def test_a_bomb_is_refused_before_memory_is_taken():
+@pytest.mark.parametrize("nbytes", [1 << 20, 65 << 20])
+def test_what_compresses_very_well_arrives(nbytes):
+    wire, smaller = packed(np.zeros(nbytes, "u1"))
+    assert smaller
+    assert len(wire) < nbytes // 200
+    got = unpacked(wire)
+    assert len(got) == nbytes
+    assert not got.any()
+
+
+def test_a_bomb_is_refused_before_memory_is_taken(monkeypatch):
     def never(nbytes):
         raise AssertionError(f"asked for {nbytes}")
 
@@ -209,6 +219,9 @@ def test_a_bomb_is_refused_before_memory_is_taken():
     count = 20_000  # times 128 MiB
     raw = compression._HEADER.pack(compression.MAGIC, 0, compression.VERSION, count, count * largest[0])
     raw += compression._ENTRY.pack(*largest) * count + bomb * count
+    with pytest.raises(shm.Corrupt, match="more than 256 times as much"):
+        decompress(seal(np.frombuffer(raw, np.uint8)), never)
+    monkeypatch.setattr(compression, "MOST_RATIO", 1 << 40)
     with pytest.raises(shm.Corrupt, match="more than the memory"):
         decompress(seal(np.frombuffer(raw, np.uint8)), never)
     lie = compression._HEADER.pack(compression.MAGIC, 0, compression.VERSION, 1, 1 << 40)

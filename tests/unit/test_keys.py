@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -161,10 +162,78 @@ def test_a_public_key_alone_is_not_enough(tmp_path, keys):
         shm.Keys.load(tmp_path / "key.pub")
 
 
-@pytest.mark.parametrize("key", ["", "x" * 39, "x" * 41, "é" * 40, "\\" * 40])
+NO_KEYS = ["", "x" * 39, "x" * 41, "é" * 40, "\\" * 40, "#" * 40, b"x" * 40, None]
+
+
+@pytest.mark.parametrize("key", NO_KEYS)
 def test_what_is_no_key_is_refused(key, keys):
-    with pytest.raises(ValueError, match="Z85"):
-        shm.Keys(key, keys.secret)
+    for what, arguments in {
+        "public": (key, keys.secret),
+        "secret": (keys.public, key),
+        "known": (keys.public, keys.secret, (keys.public, key)),
+    }.items():
+        with pytest.raises(ValueError, match=f"the {what} key is none: .*Z85.*shmengine keys"):
+            shm.Keys(*arguments)
+
+
+def test_a_damaged_key_file_is_named(tmp_path, keys):
+    keys.save(tmp_path / "key")
+    damaged = tmp_path / "other.pub"
+    damaged.write_text((tmp_path / "key.pub").read_text().replace(keys.public, "#" * 40))
+    with pytest.raises(ValueError, match=r"the public key in .*other\.pub is none"):
+        shm.Keys.load(tmp_path / "key", known=[damaged])
+
+
+def test_known_is_a_sequence_that_is_not_empty(tmp_path, keys):
+    keys.save(tmp_path / "key")
+    for known in (str(tmp_path / "key.pub"), tmp_path / "key.pub"):
+        with pytest.raises(ValueError, match=r"write \[path\]"):
+            shm.Keys.load(tmp_path / "key", known=known)
+    with pytest.raises(ValueError, match="known is empty"):
+        shm.Keys.load(tmp_path / "key", known=[])
+    with pytest.raises(ValueError, match=r"write \(key,\)"):
+        shm.Keys(keys.public, keys.secret, keys.public)
+    assert hash(shm.Keys(keys.public, keys.secret, [keys.public])) == hash(keys)
+
+
+def test_who_connects_knows_one_server(keys):
+    two = shm.Keys(keys.public, keys.secret, (keys.public, shm.generate_keys().public))
+    with pytest.raises(ValueError, match="know 2 public keys"):
+        shm.connect("tcp://127.0.0.1:1", auth=two)
+    with shm.listen("tcp://127.0.0.1:0", auth=two) as server, channel_through(server, keys) as (end, other):
+        end.send(1)
+        assert other.receive(30) == 1
+
+
+@pytest.mark.parametrize("fails", ["a file is there", "no space"])
+def test_keys_are_saved_wholly_or_not_at_all(fails, tmp_path, keys, monkeypatch):
+    if fails == "no space":
+
+        def fsync(fd):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="space"):
+            keys.save(tmp_path / "key")
+        assert list(tmp_path.iterdir()) == []
+    else:
+        (tmp_path / "key.pub").write_text("of somebody")
+        with pytest.raises(FileExistsError):
+            keys.save(tmp_path / "key")
+        assert [path.name for path in tmp_path.iterdir()] == ["key.pub"]
+        assert (tmp_path / "key.pub").read_text() == "of somebody"
+
+
+@pytest.mark.parametrize("umask", [0, 0o077])
+def test_whatever_the_umask_others_read_the_public_key_alone(umask, tmp_path, keys):
+    before = os.umask(umask)
+    try:
+        keys.save(tmp_path / "key")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(tmp_path / "key").st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(tmp_path / "key.pub").st_mode) == 0o644
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "key.pub"]
 
 
 def test_the_command_line_makes_them(tmp_path, capsys):

@@ -595,3 +595,15 @@ def test_a_capacity_of_numpy_is_one():
     with Ring(np.int64(4), 1 << 20) as ring:
         assert type(ring.capacity) is int
         assert ring.capacity == 4
+
+
+@pytest.mark.parametrize("shape", [1 << 62, 1 << 63, 1 << 70, (1 << 32, 1 << 32), (1 << 62, 0)])
+def test_an_array_that_no_memory_could_hold_is_too_large(ring, shape):
+    with pytest.raises(MemoryBudgetExceeded, match="larger than the memory budget"):
+        ring.claim(shape, "f8")
+
+
+@pytest.mark.parametrize("shape", [1.5, (2, 1.5), "3", None, float("inf")])
+def test_a_shape_is_made_of_whole_numbers(ring, shape):
+    with pytest.raises(ArrayError, match="no array has shape"):
+        ring.claim(shape)
