@@ -2,9 +2,10 @@
 /* Claims and leases as Python objects: the short way between `with ring.claim(...)` and the core.
  *
  * A cffi call costs as much as the core's work for a whole message, and a Python frame as much again, so what
- * happens for every message is here, and nothing else: it never waits
- * (but for some microseconds of spinning, where that has been gaining), never releases the GIL, and whatever
- * does not succeed at once goes to Python (Ring._claim_slowly and its siblings), which waits through cffi.
+ * happens for every message is here, and nothing else: at most some microseconds of spinning, where that has been
+ * gaining, with the GIL held. A lease then sleeps here too, without the GIL, for a moment: who has slept finds the
+ * caches cold, and is back the sooner the less code lies between the wake-up and the message. Whatever does not succeed
+ * goes to Python (Ring._claim_slowly and its siblings), which waits through cffi.
  *
  *   End     one process's end of a ring: its layouts, its read-only arrays by place, handles to use again
  *   Layout  what follows from a shape and a dtype, and the writable arrays of that kind by place
@@ -14,9 +15,11 @@
 
 #define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
 #include <numpy/ndarraytypes.h>
+#include <time.h>
 
 #define PLACES 256 /* of the direct-mapped tables below */
 #define SPARE_MAX 16
+#define SLEEP_NS 50000000 /* then Python looks for signals, and what has become of the others */
 
 struct handles_core core;
 
@@ -114,9 +117,22 @@ static PyObject *ring_of(End *end) {
 
 static PyObject *address(shmr_block *block) { return PyLong_FromVoidPtr(block); }
 
+static int64_t monotonic_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
 /* Whoever may wait spins a little first: a partner on another core answers within a microsecond. */
 static int64_t brief(PyObject *timeout) {
     return timeout != Py_None && PyFloat_AsDouble(timeout) == 0 ? 0 : SHMR_BRIEFLY;
+}
+
+/* As status.deadline_of; the timeout is a good one. */
+static int64_t deadline_of(PyObject *timeout, int64_t now) {
+    if (timeout == Py_None) return -1;
+    double seconds = PyFloat_AsDouble(timeout);
+    return seconds == 0 ? 0 : now + (int64_t)((seconds < 1e9 ? seconds : 1e9) * 1e9);
 }
 
 static int ended(const char *what, const char *how) {
@@ -555,8 +571,17 @@ static PyObject *end_lease(End *self, PyObject *const *args, Py_ssize_t count, P
     int status = SHMR_WOULD_BLOCK;
     if (!self->payload_check && PyObject_Size(self->kept) == 0) /* a checksum takes long: without the GIL then */
         status = core.lease(self->handle, 0, 0, brief(timeout), block);
+    int64_t now = status == SHMR_OK ? 0 : monotonic_ns(), deadline = status == SHMR_OK ? 0 : deadline_of(timeout, now);
+    if (status == SHMR_WOULD_BLOCK && deadline != 0 && PyObject_Size(self->kept) == 0) {
+        int64_t sleep_end = now + SLEEP_NS, end = deadline < 0 || deadline > sleep_end ? sleep_end : deadline;
+        Py_BEGIN_ALLOW_THREADS
+        status = core.lease(self->handle, 0, self->payload_check, end, block);
+        Py_END_ALLOW_THREADS
+        if (status == SHMR_TIMEOUT && end != deadline) status = SHMR_WOULD_BLOCK;
+    }
     if (status != SHMR_OK) {
-        PyObject *done = PyObject_CallMethod(ring, "_lease_slowly", "NOi", address(block), timeout, status);
+        PyObject *done =
+            PyObject_CallMethod(ring, "_lease_slowly", "NOiL", address(block), timeout, status, (long long)deadline);
         if (!done) {
             Py_DECREF(lease);
             return NULL;

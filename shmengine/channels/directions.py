@@ -318,13 +318,12 @@ class Receiver(_Direction):
 
     # What the handles (csrc/handles.c) leave to us.
 
-    def _lease_slowly(self, address: int, timeout: float | None, status: int) -> None:
+    def _lease_slowly(self, address: int, timeout: float | None, status: int, deadline: int) -> None:
         if status in (CORRUPT, FORKED):
             self.corrupt += status == CORRUPT
             self._give_up_on(status, "lease")
         block = ffi.cast("shmr_block *", address)
         block.state = 0
-        deadline = deadline_of(timeout)
         try:
             while not self._lease_until(_to_next_look(deadline), block):
                 fate = self._presence.fate()
