@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sysconfig
+import uuid
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from shmengine._native import ffi, lib
 from shmengine._native._handles import End, Layout, Message, connect
 from shmengine._native.status import FORKED, STALE, WOULD_BLOCK
+from shmengine.arrays import address_of
 from shmengine.errors import Corrupt, LeaseError
 from shmengine.ring import Ring
 from tests.helpers.memory import assert_memory_is_whole
@@ -439,3 +441,17 @@ def test_a_message_that_was_released_otherwise(ring):
     del message
     assert ring.receive(0)[0] == 2
     assert_memory_is_whole(ring)
+
+
+@pytest.mark.parametrize("nbytes", [1, 64, 4096])
+def test_few_blocks_of_a_size_go_round(nbytes):
+    """Each has a record, and arrays made over it: more of them than fit a cache would be cold, and made anew."""
+    name = f"shmengine-test-{uuid.uuid4().hex[:12]}"
+    places = set()
+    with Ring(4, "8 MiB", name) as producer, Ring(4, "8 MiB", name) as consumer:
+        for _ in range(1000):
+            with producer.claim(nbytes, "u1") as array:
+                places.add(address_of(array))
+            with consumer.lease():
+                pass
+    assert len(places) <= 32
