@@ -15,7 +15,7 @@ from shmengine._native import ffi, lib
 from shmengine._native._handles import End, Layout, Message, connect
 from shmengine._native.status import FORKED, STALE, WOULD_BLOCK
 from shmengine.arrays import address_of
-from shmengine.errors import Corrupt, LeaseError
+from shmengine.errors import Closed, Corrupt, LeaseError
 from shmengine.ring import Ring
 from tests.helpers.memory import assert_memory_is_whole
 from tests.helpers.scripts import ROOT
@@ -455,3 +455,10 @@ def test_few_blocks_of_a_size_go_round(nbytes):
             with consumer.lease():
                 pass
     assert len(places) <= 32
+
+
+@pytest.mark.parametrize("timeout", [0, 1, 2e9])
+def test_a_lease_from_a_closed_ring(ring, timeout):
+    assert lib.shmr_close_ring(ring._h, 0) == 0
+    with pytest.raises(Closed):
+        ring.lease(timeout)
