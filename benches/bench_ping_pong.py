@@ -5,7 +5,8 @@
 
 Needs 2 cores; each process is pinned to one, so that the kernel cannot put both on the same. Expected: each answer
 carries the number of its question. With pauses both sides compute for a while before they send, so that the other one
-is asleep; the pauses are taken off.
+is asleep; the pauses are taken off. Who is woken finds the caches cold, and an interpreter is large: the same
+semaphores with the interpreter around them tell how much of the time that is.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 import shmengine as shm
 from benches.measure import Each, cpu_seconds
-from benches.rivals import PATIENCE, PipeOfBytes, compiled, known, round_trips
+from benches.rivals import PATIENCE, PipeOfBytes, compiled, fork, known, round_trips
 from shmengine.bench.crew import Crew, cores
 
 IDLE_SECONDS = 2.0
@@ -62,14 +63,16 @@ def test_ping_pong_asleep(compare: Any, targets: Any) -> None:
 
             return run
 
-        left, right = shm.channel("shm")
-        stack.callback(left.close)
-        stack.callback(right.close)
+        (left, right), (sender, receiver) = shm.channel("shm"), shm.channel("shm")
+        for end in (left, right, sender, receiver):
+            stack.callback(end.close)
         there, back = (stack.enter_context(shm.Ring(capacity=4, arena_bytes=1 << 20)) for _ in range(2))
         result = compare(
             {
                 "shm": contestant(partial(_ping, left, left), partial(_pong, right, right)),
                 "Ring": contestant(partial(_ping, there, back), partial(_pong, back, there)),
+                "shm, bytes sent": contestant(partial(_ping_bytes, sender), partial(_pong_bytes, receiver)),
+                "sem_t in Python": contestant(*_semaphores_in_python()),
                 "sem_t in C": contestant(*_semaphores()),
             },
             unit="a round trip, less the pause",
@@ -77,16 +80,26 @@ def test_ping_pong_asleep(compare: Any, targets: Any) -> None:
     for name in ("shm", "Ring"):
         ratio = 1 / result.ratio(name, "sem_t in C")
         targets.at_most(f"ping-pong of sleepers, {name} to sem_t in C, time", ratio, 1.15, "x")
+    for name in ("shm, bytes sent", "sem_t in Python"):
+        targets.note(f"the same, {name}", f"{1 / result.ratio(name, 'sem_t in C'):.3g}x")
 
 
 def _member(part: Any) -> Any:
     return lambda: (part, lambda: None)
 
 
+def _think(ns: int) -> None:
+    """Compute for a while, in the language of those who do: a call out of the interpreter would be part of a trip."""
+    clock = time.perf_counter_ns
+    end = clock() + ns
+    while clock() < end:
+        pass
+
+
 def _ping(out: Any, back: Any, count: int) -> list[float]:
-    think, clock, trips = compiled().rival_think, time.perf_counter, []
+    clock, trips = time.perf_counter, []
     for number in range(count):
-        think(PAUSE_NS)
+        _think(PAUSE_NS)
         start = clock()
         frame = out.claim(64, "u1")
         frame.array.fill(number & 127)
@@ -100,16 +113,64 @@ def _ping(out: Any, back: Any, count: int) -> list[float]:
 
 
 def _pong(out: Any, back: Any, count: int) -> int:
-    think = compiled().rival_think
     for _ in range(count):
         frame = back.lease()
         value = int(frame.array[63])
         frame.release()
-        think(PAUSE_NS)
+        _think(PAUSE_NS)
         frame = out.claim(64, "u1")
         frame.array.fill(value + 1)
         frame.commit()
     return count
+
+
+def _ping_bytes(end: Any, count: int) -> list[float]:
+    clock, trips = time.perf_counter, []
+    for number in range(count):
+        _think(PAUSE_NS)
+        start = clock()
+        end.send(bytes((number & 127,)) * 64)
+        answer = end.receive()[63]
+        trips.append(clock() - start)
+        assert answer == (number & 127) + 1
+    return trips
+
+
+def _pong_bytes(end: Any, count: int) -> int:
+    for _ in range(count):
+        value = end.receive()[63]
+        _think(PAUSE_NS)
+        end.send(bytes((value + 1,)) * 64)
+    return count
+
+
+def _semaphores_in_python() -> Any:
+    message = np.frombuffer(mmap.mmap(-1, 4096), np.uint8)[:64]
+    there, back = fork.Semaphore(0), fork.Semaphore(0)
+
+    def ping(count: int) -> list[float]:
+        clock, trips = time.perf_counter, []
+        for number in range(count):
+            _think(PAUSE_NS)
+            start = clock()
+            message.fill(number & 127)
+            there.release()
+            back.acquire()
+            answer = int(message[63])
+            trips.append(clock() - start)
+            assert answer == (number & 127) + 1
+        return trips
+
+    def pong(count: int) -> int:
+        for _ in range(count):
+            there.acquire()
+            value = int(message[63])
+            _think(PAUSE_NS)
+            message.fill(value + 1)
+            back.release()
+        return count
+
+    return ping, pong
 
 
 def _semaphores() -> Any:

@@ -72,7 +72,7 @@ static uint64_t now(void)
     return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
 }
 
-void rival_think(uint64_t ns)
+static void think(uint64_t ns)
 {
     for (uint64_t end = now() + ns; ns != 0 && now() < end;)
         ;
@@ -90,7 +90,7 @@ unsigned rival_ping(struct trip *trip, unsigned count, uint64_t think_ns, uint64
 {
     unsigned right = 0;
     for (unsigned number = 0; number < count; number++) {
-        rival_think(think_ns);
+        think(think_ns);
         uint64_t start = now();
         memset(trip->message, (int)(number & 127), sizeof trip->message);
         sem_post(&trip->there);
@@ -105,7 +105,7 @@ unsigned rival_pong(struct trip *trip, unsigned count, uint64_t think_ns)
 {
     for (unsigned number = 0; number < count; number++) {
         wait_for(&trip->there);
-        rival_think(think_ns);
+        think(think_ns);
         memset(trip->message, trip->message[63] + 1, sizeof trip->message);
         sem_post(&trip->back);
     }

@@ -193,7 +193,6 @@ def compiled() -> ctypes.CDLL:
         "trip_init": [pointer],
         "ping": [pointer, number, ns, pointer],
         "pong": [pointer, number, ns],
-        "think": [ns],
     }.items():
         getattr(loaded, f"rival_{name}").argtypes = arguments
     return loaded

@@ -2,9 +2,10 @@
 /* Claims and leases as Python objects: the short way between `with ring.claim(...)` and the core.
  *
  * A cffi call costs as much as the core's work for a whole message, and a Python frame as much again, so what
- * happens for every message is here, and nothing else: it never waits
- * (but for some microseconds of spinning, where that has been gaining), never releases the GIL, and whatever
- * does not succeed at once goes to Python (Ring._claim_slowly and its siblings), which waits through cffi.
+ * happens for every message is here, and nothing else: at most some microseconds of spinning, where that has been
+ * gaining, with the GIL held. A lease then sleeps here too, without the GIL, for a moment: who has slept finds the
+ * caches cold, and is back the sooner the less code lies between the wake-up and the message. Whatever does not succeed
+ * goes to Python (Ring._claim_slowly and its siblings), which waits through cffi.
  *
  *   End     one process's end of a ring: its layouts, its read-only arrays by place, handles to use again
  *   Layout  what follows from a shape and a dtype, and the writable arrays of that kind by place
@@ -14,6 +15,7 @@
 
 #define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
 #include <numpy/ndarraytypes.h>
+#include <time.h>
 
 #define PLACES 256 /* of the direct-mapped tables below */
 #define SPARE_MAX 16
@@ -114,9 +116,27 @@ static PyObject *ring_of(End *end) {
 
 static PyObject *address(shmr_block *block) { return PyLong_FromVoidPtr(block); }
 
+int64_t monotonic_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+int64_t sleep_end(int64_t deadline) {
+    int64_t end = monotonic_ns() + SLEEP_NS;
+    return deadline < 0 || deadline > end ? end : deadline;
+}
+
 /* Whoever may wait spins a little first: a partner on another core answers within a microsecond. */
 static int64_t brief(PyObject *timeout) {
     return timeout != Py_None && PyFloat_AsDouble(timeout) == 0 ? 0 : SHMR_BRIEFLY;
+}
+
+/* As status.deadline_of; the timeout is a good one. */
+static int64_t deadline_of(PyObject *timeout) {
+    if (timeout == Py_None) return -1;
+    double seconds = PyFloat_AsDouble(timeout);
+    return seconds == 0 ? 0 : monotonic_ns() + (int64_t)((seconds < 1e9 ? seconds : 1e9) * 1e9);
 }
 
 static int ended(const char *what, const char *how) {
@@ -555,8 +575,17 @@ static PyObject *end_lease(End *self, PyObject *const *args, Py_ssize_t count, P
     int status = SHMR_WOULD_BLOCK;
     if (!self->payload_check && PyObject_Size(self->kept) == 0) /* a checksum takes long: without the GIL then */
         status = core.lease(self->handle, 0, 0, brief(timeout), block);
+    int64_t deadline = status == SHMR_OK ? 0 : deadline_of(timeout);
+    if (status == SHMR_WOULD_BLOCK && deadline != 0 && PyObject_Size(self->kept) == 0) {
+        int64_t end = sleep_end(deadline);
+        Py_BEGIN_ALLOW_THREADS
+        status = core.lease(self->handle, 0, self->payload_check, end, block);
+        Py_END_ALLOW_THREADS
+        if (status == SHMR_TIMEOUT && end != deadline) status = SHMR_WOULD_BLOCK;
+    }
     if (status != SHMR_OK) {
-        PyObject *done = PyObject_CallMethod(ring, "_lease_slowly", "NOi", address(block), timeout, status);
+        PyObject *done =
+            PyObject_CallMethod(ring, "_lease_slowly", "NOiL", address(block), timeout, status, (long long)deadline);
         if (!done) {
             Py_DECREF(lease);
             return NULL;
@@ -687,18 +716,21 @@ static PyTypeObject EndType = {
     .tp_members = end_members,
 };
 
-/* connect(LeaseError, claim, commit, abort, lease, release): where the core is */
+/* connect(LeaseError, claim, commit, abort, lease, release, send, check_payload): where the core is */
 static PyObject *connect(PyObject *module, PyObject *args) {
     (void)module;
     PyObject *error;
-    unsigned long long claim, commit, abort_, lease, release;
-    if (!PyArg_ParseTuple(args, "OKKKKK", &error, &claim, &commit, &abort_, &lease, &release)) return NULL;
+    unsigned long long claim, commit, abort_, lease, release, send, check;
+    if (!PyArg_ParseTuple(args, "OKKKKKKK", &error, &claim, &commit, &abort_, &lease, &release, &send, &check))
+        return NULL;
     Py_XSETREF(lease_error, Py_NewRef(error));
     core.claim = (int (*)(shmr *, uint64_t, const shmr_ref *, uint32_t, int, int64_t, shmr_block *))(uintptr_t)claim;
     core.commit = (int (*)(shmr *, uint32_t, int, int, int64_t, shmr_block *))(uintptr_t)commit;
     core.abort = (int (*)(shmr *, shmr_block *))(uintptr_t)abort_;
     core.lease = (int (*)(shmr *, uint32_t, int, int64_t, shmr_block *))(uintptr_t)lease;
     core.release = (int (*)(shmr *, shmr_block *))(uintptr_t)release;
+    core.send = (int (*)(shmr *, uint32_t, int, int64_t, const void *, shmr_block *))(uintptr_t)send;
+    core.check_payload = (int (*)(shmr *, const shmr_block *))(uintptr_t)check;
     Py_RETURN_NONE;
 }
 
@@ -712,7 +744,8 @@ PyMODINIT_FUNC PyInit__handles(void) {
     PyObject *m = PyModule_Create(&module);
     if (!m || PyModule_AddType(m, &EndType) < 0 || PyModule_AddType(m, &LayoutType) < 0 ||
         PyModule_AddType(m, &ClaimType) < 0 || PyModule_AddType(m, &LeaseType) < 0 ||
-        PyModule_AddType(m, &MessageType) < 0) {
+        PyModule_AddType(m, &MessageType) < 0 || PyModule_AddType(m, &InboxType) < 0 ||
+        PyModule_AddType(m, &OutboxType) < 0 || directions_init() < 0) {
         Py_XDECREF(m);
         return NULL;
     }

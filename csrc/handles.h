@@ -15,6 +15,7 @@
 #define Py_T_OBJECT_EX T_OBJECT_EX
 #define Py_READONLY READONLY
 #define Py_T_ULONGLONG T_ULONGLONG
+#define Py_T_INT T_INT
 #endif
 
 /* The core is in cffi's module; its addresses are handed over once. */
@@ -24,9 +25,29 @@ struct handles_core {
     int (*abort)(shmr *, shmr_block *);
     int (*lease)(shmr *, uint32_t, int, int64_t, shmr_block *);
     int (*release)(shmr *, shmr_block *);
+    int (*send)(shmr *, uint32_t, int, int64_t, const void *, shmr_block *);
+    int (*check_payload)(shmr *, const shmr_block *);
 };
 extern struct handles_core core;
 
-extern PyTypeObject MessageType; /* message.c */
+#define SLEEP_NS 50000000 /* then Python looks for signals, and what has become of the others */
+
+int64_t monotonic_ns(void);               /* handles.c */
+int64_t sleep_end(int64_t deadline);      /* the deadline of a sleep that Python does not see the end of */
+
+/* message.c */
+typedef struct {
+    PyObject_HEAD
+    PyObject *region; /* has the handle, and the mapping */
+    shmr *handle;
+    char *base;
+    shmr_block block;
+} Message;
+extern PyTypeObject MessageType;
+Message *message_like(const Message *other); /* of the same region; nothing is leased */
+
+/* directions.c */
+extern PyTypeObject InboxType, OutboxType;
+int directions_init(void);
 
 #endif

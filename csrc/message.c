@@ -5,14 +5,6 @@
  */
 #include "handles.h"
 
-typedef struct {
-    PyObject_HEAD
-    PyObject *region; /* has the handle, and the mapping */
-    shmr *handle;
-    char *base;
-    shmr_block block;
-} Message;
-
 static PyObject *message_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"region", "handle", "base", NULL};
     PyObject *region;
@@ -24,6 +16,15 @@ static PyObject *message_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     self->handle = (shmr *)(uintptr_t)handle;
     self->base = (char *)(uintptr_t)base;
     return (PyObject *)self;
+}
+
+Message *message_like(const Message *other) {
+    Message *self = (Message *)MessageType.tp_alloc(&MessageType, 0);
+    if (!self) return NULL;
+    self->region = Py_NewRef(other->region);
+    self->handle = other->handle;
+    self->base = other->base;
+    return self;
 }
 
 static void message_dealloc(Message *self) {

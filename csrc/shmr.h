@@ -149,6 +149,8 @@ int shmr_send(shmr *h, uint32_t ring, int payload_check, int64_t deadline, const
  * payload's, `kind` and `tag` are its own, and else `kind` is 0.
  * CLOSED: the ring was closed and is empty. */
 int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr_block *out);
+/* What a lease without `payload_check` has left out, of a block that this process leases. CORRUPT: it is still leased. */
+int shmr_check_payload(shmr *h, const shmr_block *block);
 int shmr_release(shmr *h, shmr_block *block);
 /* The references at the start of a leased block's payload. */
 int shmr_references(shmr *h, const shmr_block *block, shmr_ref *out, uint32_t count);

@@ -23,6 +23,7 @@ enum { RUN_NONE = 0, RUN_FREE = 1, RUN_USED = 2, RUN_QUICK = 3 };
 #define SMALL_MAX 32768u
 #define LARGE_MIN 131072u /* from here on, look at what others have released before each allocation */
 #define LOOK_EVERY 4      /* below, and above small ones, only so often */
+#define SMALL_EVERY 16    /* for small ones */
 #define UNUSED UINT32_MAX /* in a slab's records */
 #define PAGES_PER_EXTENT (SHMR_EXTENT / SHMR_PAGE)
 
@@ -347,9 +348,10 @@ static void release_small(shmr *h, struct shmr_slab *s, uint64_t offset, uint64_
 /* ---- the interface ----------------------------------------------------------------------------------------------- */
 
 /* Of blocks that fit into a cache a few may go round, and what was released is looked at in one go; of a large one
- * the warmest is worth asking each time. */
+ * the warmest is worth asking each time. But only a few: of a slab's hundreds each has a record, and views of it in the
+ * interpreter, that would have left the cache when its turn comes. */
 bool shmr_arena_has_warm(shmr *h, uint64_t bytes) {
-    if (bytes <= SMALL_MAX) return h->arena.partial[class_of(bytes)];
+    if (bytes <= SMALL_MAX) return ++h->arena.turn % SMALL_EVERY && h->arena.partial[class_of(bytes)];
     if (bytes > LARGE_MIN) return false;
     uint32_t pages = (uint32_t)((bytes + SHMR_PAGE - 1) / SHMR_PAGE);
     const struct shmr_quick *q = quick_of(&h->arena, pages);

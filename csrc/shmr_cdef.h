@@ -122,6 +122,7 @@ int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t de
 int shmr_abort(shmr *h, shmr_block *block);
 int shmr_send(shmr *h, uint32_t ring, int payload_check, int64_t deadline, const void *bytes, shmr_block *block);
 int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr_block *out);
+int shmr_check_payload(shmr *h, const shmr_block *block);
 int shmr_release(shmr *h, shmr_block *block);
 int shmr_references(shmr *h, const shmr_block *block, shmr_ref *out, uint32_t count);
 int shmr_share(shmr *h, const void *address, uint64_t bytes, shmr_ref *out);

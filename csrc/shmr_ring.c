@@ -323,6 +323,12 @@ static int try_lease(shmr *h, void *argument) {
     return status;
 }
 
+int shmr_check_payload(shmr *h, const shmr_block *block) {
+    uint32_t stored = (uint32_t)shmr_load_relaxed(&shmr_record_at(h, block->block)->check); /* leased by us */
+    if (stored == 0 || stored == shmr_crc32c(0, h->base + block->offset, block->length)) return SHMR_OK;
+    return shmr_fail(SHMR_CORRUPT, 0, "checksum of the payload");
+}
+
 int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr_block *out) {
     int status = shmr_usable(h);
     if (status != SHMR_OK) return status;
@@ -345,11 +351,7 @@ int shmr_lease(shmr *h, uint32_t ring, int payload_check, int64_t deadline, shmr
         out->kind = 0;
         status = shmr_fail(SHMR_CORRUPT, 0, "sequence number: a message is missing, doubled or out of order");
     }
-    if (status == SHMR_OK && payload_check) {
-        uint32_t stored = (uint32_t)shmr_load_relaxed(&shmr_record_at(h, out->block)->check); /* leased by us */
-        if (stored != 0 && stored != shmr_crc32c(0, h->base + out->offset, out->length))
-            status = shmr_fail(SHMR_CORRUPT, 0, "checksum of the payload");
-    }
+    if (status == SHMR_OK && payload_check) status = shmr_check_payload(h, out);
     if (status == SHMR_CORRUPT) shmr_release(h, out); /* reported, and out of everybody's way */
     return status;
 }

@@ -283,13 +283,12 @@ class Ring(Attached):
         except _Nothing:
             return None
 
-    def _lease_slowly(self, address: int, timeout: float | None, status: int) -> None:
+    def _lease_slowly(self, address: int, timeout: float | None, status: int, deadline: int) -> None:
         if status not in (WOULD_BLOCK, INTERRUPTED):
             self._refuse(status, "lease from this ring", timeout, 0)
-        self._take(ffi.cast("shmr_block *", address), timeout)
+        self._take(ffi.cast("shmr_block *", address), timeout, deadline)
 
-    def _take(self, block: Any, timeout: float | None) -> None:
-        deadline = deadline_of(timeout)
+    def _take(self, block: Any, timeout: float | None, deadline: int) -> None:
         block.state = 0
         try:
             if self._take_kept(block):
@@ -346,7 +345,7 @@ class Ring(Attached):
         block = new_block()
         watched = False
         try:
-            self._take(block, timeout)
+            self._take(block, timeout, deadline_of(timeout))
             root, array = self._read(int(ffi.cast("uintptr_t", block)))
             release_with(root, self._region, block)
             watched = True

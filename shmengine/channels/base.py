@@ -33,7 +33,7 @@ from shmengine.interrupts import InterruptsLater
 from shmengine.region import call_at_process_end
 from shmengine.stats import ChannelStats
 
-__all__ = ["END", "NOTHING", "Capabilities", "Counts", "End", "Link", "Options"]
+__all__ = ["END", "LOOK_NS", "NOTHING", "Capabilities", "Counts", "End", "Link", "Options"]
 
 FINISH_NS = 4 * 50_000_000
 LOOK_NS = 50_000_000  # how often whoever waits looks what has become of the other end
@@ -235,7 +235,9 @@ class End:
         ValueError
             There is no such priority, or the timeout is no number of seconds.
         """
-        deadline = deadline_of(timeout)
+        self._send_by(deadline_of(timeout), obj, timeout, priority)
+
+    def _send_by(self, deadline: int, obj: Any, timeout: float | None, priority: int) -> None:
         link = self._use(sending=True)
         if priority:
             self._check_priority(priority)
@@ -361,7 +363,9 @@ class End:
         Closed
             This end was closed here.
         """
-        deadline = deadline_of(timeout)
+        return self._receive_by(deadline_of(timeout), timeout)
+
+    def _receive_by(self, deadline: int, timeout: float | None) -> Any:
         link = self._use(sending=False)
         turn = self._receiving
         box: list[Any] = []

@@ -9,7 +9,9 @@ they also carry what is no array.
     kind 5       a frame of an array alone: of one that is not C-contiguous
 
 What a call has reached is in its `shmr_block`, in C: whatever a signal's handler raises, at whatever moment, the next
-call sees whether something is claimed, or leased, and goes on there.
+call sees whether something is claimed, or leased, and goes on there. Messages of kinds 1 and 3 mostly do not come
+here at all: `Outbox` and `Inbox` (csrc/directions.c) send and receive them, in one call of C, if nothing is out of the
+ordinary.
 """
 
 from __future__ import annotations
@@ -17,13 +19,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
 
 from shmengine._native import ffi, lib
-from shmengine._native._handles import Message
+from shmengine._native._handles import Inbox, Message, Outbox
 from shmengine._native.status import (
     CLOSED,
     CORRUPT,
@@ -52,7 +53,6 @@ from shmengine.errors import (
     UseAfterFork,
     WouldBlock,
 )
-from shmengine.leases import new_block
 from shmengine.region import Region
 from shmengine.ring import KIND_ARRAY, KIND_ARRAY_PREFIX, NO_REFS, Array, Ring
 
@@ -126,9 +126,10 @@ class Sender(_Direction):
     """Claims, copies and commits; waits for room until there is nobody to send to."""
 
     def __init__(self, region: Region, options: Options, presence: Presence) -> None:
-        self._block = new_block()  # what is claimed, and not committed
-        self._pending: Any = None  # the message that it is filled with
         super().__init__(region, options, presence)
+        self.outbox = Outbox(region, int(ffi.cast("uintptr_t", self._h)), bool(self._payload_check))
+        self._block = ffi.cast("shmr_block *", self.outbox.address)  # what is claimed, and not committed
+        self._pending: Any = None  # the message that it is filled with
 
     def put(self, message: tuple[int, Any], deadline: int) -> int:
         """Send a message, or go on with it; return a status of the core."""
@@ -174,6 +175,7 @@ class Sender(_Direction):
         block.kind, block.spec_bytes = KIND_ARRAY, len(layout.spec)
         ffi.memmove(block.spec, layout.spec, len(layout.spec))
         source = ffi.cast("void *", address_of(array))
+        self.outbox.remember(array)
         return int(lib.shmr_send(self._h, 0, self._payload_check, deadline, source, block))
 
     def _commit(self, block: Any, deadline: int) -> int:
@@ -249,32 +251,29 @@ class Sender(_Direction):
 class Receiver(_Direction):
     """Leases and decodes; waits for a message until none can come."""
 
-    received = 0
-    bytes_received = 0
     corrupt = 0
 
     def __init__(self, region: Region, options: Options, presence: Presence) -> None:
         super().__init__(region, options, presence)
-        self._base = lib.shmr_base(self._h)
-        self._lease_of = partial(
-            Message, region, int(ffi.cast("uintptr_t", self._h)), int(ffi.cast("uintptr_t", self._base))
-        )
-        self._leased = self._nothing_leased()
-        self._current: list[Any] = []  # what was received, and is not settled
-
-    def _nothing_leased(self) -> tuple[Message, Any]:
-        """Return a message, and its block to be leased into. The next call finds there what a lease has reached."""
-        message = self._lease_of()
-        return message, ffi.cast("shmr_block *", message.address)
+        address = [int(ffi.cast("uintptr_t", pointer)) for pointer in (self._h, lib.shmr_base(self._h))]
+        self.inbox = Inbox(Message(region, *address), self._kept, NOTHING)
 
     def get(self, deadline: int) -> Any:
         """Return the next message, `NOTHING` or `END`; the same one again until `let_go`."""
-        if self._current:
-            return self._current[0]
-        message, block = self._leased
+        inbox = self.inbox
+        obj = inbox.current
+        if obj is not NOTHING:
+            return obj
+        message = inbox.message
+        block = ffi.cast(
+            "shmr_block *", message.address
+        )  # the next call finds there what a lease has reached
         if not block.state and not (self._kept and self._take_kept(block)):
-            # The sender decides what has a checksum: here it is always looked at.
-            status = lib.shmr_lease(self._h, 0, 1, deadline, block)
+            status = inbox.failed
+            inbox.failed = OK
+            if status == OK:
+                # The sender decides what has a checksum: here it is always looked at.
+                status = lib.shmr_lease(self._h, 0, 1, deadline, block)
             if status in NOT_NOW:
                 return NOTHING
             if status == CLOSED:
@@ -287,9 +286,9 @@ class Receiver(_Direction):
             obj = self._decode(message, block)
         except (ShmError, MemoryError) as error:
             self.corrupt += isinstance(error, Corrupt)
-            self._leased = self._nothing_leased()
+            inbox.drop()
             raise
-        self._current.append(obj)
+        inbox.current = obj
         return obj
 
     def _decode(self, message: Any, block: Any) -> Any:
@@ -303,31 +302,20 @@ class Receiver(_Direction):
 
     def let_go(self) -> None:
         """Forget the message that `get` has returned: it is released with the last view of it."""
-        if self._current:
-            block = self._leased[1]
-            kind, nbytes = block.kind, block.length
-            if kind == KIND_BYTES:  # there are no views
-                lib.shmr_release(self._h, block)
-            else:
-                self._leased = self._nothing_leased()
-            self.received += 1
-            self.bytes_received += nbytes
-            self._current.clear()
+        self.inbox.settle()
 
     def _detach(self) -> None:
-        self._current.clear()
-        self._leased = self._nothing_leased()
+        self.inbox.drop()
         super()._detach()
 
     # What the handles (csrc/handles.c) leave to us.
 
-    def _lease_slowly(self, address: int, timeout: float | None, status: int) -> None:
+    def _lease_slowly(self, address: int, timeout: float | None, status: int, deadline: int) -> None:
         if status in (CORRUPT, FORKED):
             self.corrupt += status == CORRUPT
             self._give_up_on(status, "lease")
         block = ffi.cast("shmr_block *", address)
         block.state = 0
-        deadline = deadline_of(timeout)
         try:
             while not self._lease_until(_to_next_look(deadline), block):
                 fate = self._presence.fate()

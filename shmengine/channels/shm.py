@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from time import monotonic_ns
 from typing import Any, ClassVar
 
 import numpy as np
 
 from shmengine._native import lib
-from shmengine._native.status import OK
+from shmengine._native._handles import Inbox, Outbox
+from shmengine._native.status import OK, deadline_of
 from shmengine.arrays import is_plain_dtype
-from shmengine.channels.base import Capabilities, Counts, End, Link, Options
+from shmengine.channels.base import LOOK_NS, NOTHING, Capabilities, Counts, End, Link, Options
 from shmengine.channels.directions import (
     KIND_ARRAY,
     KIND_ARRAY_FRAME,
@@ -165,8 +167,8 @@ class RingLink(Link):
             if direction.closed or not self._presence.in_use:
                 continue
             if isinstance(direction, Receiver):
-                counts.messages_received = direction.received + direction._end.leases
-                counts.bytes_received = direction.bytes_received + direction._end.bytes_leased
+                counts.messages_received = direction.inbox.received + direction._end.leases
+                counts.bytes_received = direction.inbox.bytes_received + direction._end.bytes_leased
                 counts.corrupt = direction.corrupt
             else:
                 done = direction._region.counters()
@@ -201,6 +203,39 @@ class ShmEnd(End):
     """
 
     _link: RingLink
+    _outbox: Outbox | None = None
+    _inbox: Inbox | None = None
+
+    def send(self, obj: Any, timeout: float | None = None, *, priority: int = 0) -> None:
+        """Send an object, as `End.send`: ``bytes`` and contiguous arrays in one call of C, if there is room."""
+        deadline = -1 if timeout is None else deadline_of(timeout)
+        outbox = self._outbox
+        if (
+            outbox is None
+            or priority
+            or monotonic_ns() - self._looked > LOOK_NS
+            or not outbox.put(obj, deadline)
+        ):
+            self._send_by(deadline, obj, timeout, priority)
+
+    def receive(self, timeout: float | None = None) -> Any:
+        """Take the next message, as `End.receive`: ``bytes`` and contiguous arrays in one call of C."""
+        deadline = -1 if timeout is None else deadline_of(timeout)
+        inbox = self._inbox
+        if inbox is not None:
+            try:
+                obj = inbox.take(deadline)
+                if obj is not NOTHING:
+                    inbox.taken = True
+                    if self._closed:  # by another thread, while this one waited
+                        self.close()
+                    return obj
+            except BaseException:  # a signal's handler: the message is for the next call
+                self._leave(self._receiving)
+                raise
+            if self._closed:
+                self.close()
+        return self._receive_by(deadline, timeout)
 
     def claim(self, shape: int | tuple[int, ...], dtype: Any = float, timeout: float | None = None) -> Claim:
         """Claim memory for an array, to be filled in place.
@@ -281,13 +316,21 @@ class ShmEnd(End):
         # From here on without a Python frame, which costs as much as the rest of a message.
         if self._sends:
             vars(self)["claim"] = self._link.sender.claim
+            self._outbox = self._link.sender.outbox
+            self._outbox.open(self._sending)
         if self._receives:
             vars(self)["lease"] = self._link.receiver.lease
+            self._inbox = self._link.receiver.inbox
+            self._inbox.open(self._receiving, self._ready)
 
     def close(self) -> None:
         """Use this end no more; the other one receives what was sent, and then `EndOfStream`. Never waits."""
         vars(self).pop("claim", None)
         vars(self).pop("lease", None)
+        if self._outbox is not None:
+            self._outbox.shut()
+        if self._inbox is not None:
+            self._inbox.shut()
         super().close()
 
     def _check_time(self, deadline: int, now: int, what: str, timeout: float | None) -> None:

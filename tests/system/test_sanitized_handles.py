@@ -1,4 +1,4 @@
-"""Claims and leases in C (csrc/handles.c) under AddressSanitizer: the unit tests of the ring once more."""
+"""What is C and knows Python (csrc/handles.c and its siblings) under AddressSanitizer: the unit tests once more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ import pytest
 
 from tests.helpers.scripts import ROOT
 
-TESTS = ["tests/unit/test_ring.py", "tests/unit/test_channel_shm.py", "tests/lifetime/test_views.py"]
+TESTS = [
+    "tests/unit/test_ring.py",
+    "tests/unit/test_directions.py",
+    "tests/unit/test_channel_shm.py",
+    "tests/lifetime/test_views.py",
+]
 # What takes most of the time, and calls nothing there that the others do not: many views, fresh interpreters.
 LEFT_OUT = "not 100_000 and not spawn and not forkserver"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sysconfig
+import uuid
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,12 +14,13 @@ import pytest
 from shmengine._native import ffi, lib
 from shmengine._native._handles import End, Layout, Message, connect
 from shmengine._native.status import FORKED, STALE, WOULD_BLOCK
-from shmengine.errors import Corrupt, LeaseError
+from shmengine.arrays import address_of
+from shmengine.errors import Closed, Corrupt, LeaseError
 from shmengine.ring import Ring
 from tests.helpers.memory import assert_memory_is_whole
 from tests.helpers.scripts import ROOT
 
-CALLS = ("claim", "commit", "abort", "lease", "release")
+CALLS = ("claim", "commit", "abort", "lease", "release", "send", "check_payload")
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def refused(name, status):
         (lambda end: End(), "ring"),
         (lambda end: End(5, 5, 5, False, ()), "weak reference"),
         (lambda end: Layout(1), "shape"),
-        (lambda end: connect(LeaseError), "6 arguments"),
+        (lambda end: connect(LeaseError), "8 arguments"),
     ],
 )
 def test_wrong_arguments(ring, call, text):
@@ -439,3 +441,24 @@ def test_a_message_that_was_released_otherwise(ring):
     del message
     assert ring.receive(0)[0] == 2
     assert_memory_is_whole(ring)
+
+
+@pytest.mark.parametrize("nbytes", [1, 64, 4096])
+def test_few_blocks_of_a_size_go_round(nbytes):
+    """Each has a record, and arrays made over it: more of them than fit a cache would be cold, and made anew."""
+    name = f"shmengine-test-{uuid.uuid4().hex[:12]}"
+    places = set()
+    with Ring(4, "8 MiB", name) as producer, Ring(4, "8 MiB", name) as consumer:
+        for _ in range(1000):
+            with producer.claim(nbytes, "u1") as array:
+                places.add(address_of(array))
+            with consumer.lease():
+                pass
+    assert len(places) <= 32
+
+
+@pytest.mark.parametrize("timeout", [0, 1, 2e9])
+def test_a_lease_from_a_closed_ring(ring, timeout):
+    assert lib.shmr_close_ring(ring._h, 0) == 0
+    with pytest.raises(Closed):
+        ring.lease(timeout)
