@@ -33,7 +33,7 @@ setup(
     ext_modules=[
         Extension(
             "shmengine._native._handles",
-            ["csrc/handles.c", "csrc/message.c"],
+            ["csrc/handles.c", "csrc/message.c", "csrc/wire.c"],
             include_dirs=["csrc", np.get_include()],
             depends=["csrc/handles.h", "csrc/shmr.h", "csrc/shmr_status.h"],
             extra_compile_args=compile_args,

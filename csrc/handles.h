@@ -29,4 +29,7 @@ extern struct handles_core core;
 
 extern PyTypeObject MessageType; /* message.c */
 
+PyObject *connect_zeromq(PyObject *module, PyObject *args); /* wire.c */
+int add_wire(PyObject *module);
+
 #endif

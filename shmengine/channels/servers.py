@@ -112,7 +112,7 @@ class Server:
                 if port.arrived:
                     session = port.arrived[0]
                     link = _RemoteLink(self._options, port, session, self._peer_timeout)
-                    end = End(link, self._options)
+                    end = link.end(self._options)
                     port.arrived.popleft()
                     return end
             now = time.monotonic_ns()
@@ -240,7 +240,7 @@ def connect(
     session = Session(os.urandom(SESSION_BYTES), Counts(), options.buffer_bytes)
     port = DialPort(zmq.DEALER, place.address, session, Proof(b""), peer_timeout, place.keys)
     link = _RemoteLink(options, port, session, peer_timeout)
-    end = End(link, options)
+    end = link.end(options)
     try:
         while not port.answered.wait(
             LOOK_SECONDS if until < 0 else max(0, until - time.monotonic_ns()) / 1e9

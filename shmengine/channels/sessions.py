@@ -16,16 +16,17 @@ import hmac
 import os
 import struct
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from shmengine._native._handles import Stream
 from shmengine.channels.base import Counts
 from shmengine.tokens import start_time
 
 __all__ = [
+    "ACKNOWLEDGE_MESSAGES",
     "PART_BYTES",
     "PREFIX_BYTES",
     "SESSION_BYTES",
@@ -74,10 +75,11 @@ _HELLO, _DATA, _GOODBYE = int(Kind.HELLO), int(Kind.DATA), int(Kind.GOODBYE)
 _REPEAT, _BEGINNING = int(Kind.REPEAT), int(Kind.BEGINNING)
 
 
-class Session:
+class Session(Stream):
     """Both directions of a channel at one of its ends, over one connection or several that follow each other.
 
-    Everything but `next_message` and `take` is called under the lock of the port.
+    Everything but `next_message` and `take` is called under the lock of the port. What is counted here is in C, with
+    the short ways of small messages (csrc/wire.c).
 
     Attributes
     ----------
@@ -95,32 +97,15 @@ class Session:
         self.key = key
         self.counts = counts
         self.window = window
-        self.peer: bytes | None = None
         self.missed_since = 0
         self.refusal = ""
         self.other = ""
         self.goodbye = False  # of the other end has come
-        # (number, position of its end in the stream, part, how many messages end up to it) of what may have to be sent
-        # again
-        self._kept: deque[tuple[int, int, Any, int]] = deque()
-        self._acknowledged = 0  # parts
-        self._messages = 0  # of these
-        self._released = 0  # position in the stream
-        self._handed_over = 0  # the next message that the connection gets
-        self._handed_over_most = 0
-        # (number, kind, part) of what has come and was not taken
-        self._inbox: deque[tuple[int, int, Any]] = deque()
-        self._received = 0  # the number of the next message to come
-        self._asked = -1  # the one that was asked for last
+        self._asked = -1  # the message that was asked for last
         self.misses = False  # something came that should have come after something else
-        self._taken = 0
-        self._told = 0
         self._telling = (0, 0)
-        self._taken_bytes = 0
-        self._told_bytes = 0
         self._shown = -1
-        self.answers = False  # the other end has been taking messages lately
-        self._acknowledge_bytes = min(ACKNOWLEDGE_BYTES, window // 8)
+        self.acknowledge_bytes = min(ACKNOWLEDGE_BYTES, window // 8)
         self._spare: list[Any] = []  # parts whose memory can be used again, all of one size
 
     # --- sending -----------------------------------------------------------------------------------
@@ -206,13 +191,8 @@ class Session:
         kept = self._kept
         if not kept or kept[0][0] >= count:
             return False
-        while kept and kept[0][0] < count:
-            number, end, part, messages = kept[0]
-            self._acknowledged, self._released, self._messages = number + 1, end, messages
-            kept.popleft()
-            if type(part) is not bytes:
-                self._put_aside(part)
-        self.answers = True
+        while (part := self.let_go(count)) is not None:
+            self._put_aside(part)
         return True
 
     def _put_aside(self, part: Any) -> None:
@@ -238,14 +218,14 @@ class Session:
             self._handed_over = max(self._acknowledged, min(number, self._handed_over))
         if kind != _DATA and kind != _GOODBYE and kind != _BEGINNING:
             return kind, False, room
-        if number > self._received:
-            self.misses = self._asked != self._received
+        if number > self.received:
+            self.misses = self._asked != self.received
             return kind, False, room
-        if number < self._received:
+        if number < self.received:
             self.counts.duplicates += 1
             return kind, False, room
         self._inbox.append((number, kind, part))
-        self._received = number + 1
+        self.received = number + 1
         if kind == _GOODBYE:
             self.goodbye = True
         return kind, True, room
@@ -291,7 +271,7 @@ class Session:
         """Whether enough has been taken for the other end to be told."""
         return (
             self._taken - self._told >= ACKNOWLEDGE_MESSAGES
-            or self._taken_bytes - self._told_bytes >= self._acknowledge_bytes
+            or self._taken_bytes - self._told_bytes >= self.acknowledge_bytes
         )
 
     def acknowledgement(self) -> bytes | None:
@@ -311,15 +291,15 @@ class Session:
 
     def greet(self, kind: Kind, body: bytes) -> bytes:
         """Return a greeting with what this end has received."""
-        return self.prefix(kind, self._received) + body
+        return self.prefix(kind, self.received) + body
 
     def request(self) -> bytes:
         """Return the part that asks for all that this end has not received; say `requested` when it has gone."""
-        return self.prefix(_REPEAT, self._received)
+        return self.prefix(_REPEAT, self.received)
 
     def requested(self) -> None:
         """Note that the other end was asked."""
-        self._asked = self._received
+        self._asked = self.received
         self.misses = False
 
     def connected(self, peer: bytes, part: Any, other: str) -> None:
