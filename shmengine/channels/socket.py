@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
+from shmengine._native.status import deadline_of
 from shmengine.arrays import Bytes, address_of
 from shmengine.channels.base import NOTHING, Capabilities, End, Link, Options
 from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
@@ -386,14 +387,19 @@ class SocketEnd(End):
     def send(self, obj: Any, timeout: float | None = None, *, priority: int = 0) -> None:
         """Send an object, as `End.send` says."""
         post = self._post
-        if post is not None and timeout is None and not priority and post(obj, self._looked):
-            return
+        if post is not None and not priority:
+            if timeout is not None:
+                deadline_of(timeout)
+            if post(obj, self._looked):
+                return
         super().send(obj, timeout, priority=priority)
 
     def receive(self, timeout: float | None = None) -> Any:
         """Take the next message, as `End.receive` says."""
         take = self._take
-        if take is not None and timeout is None and not self._ready:
+        if take is not None and not self._ready:
+            if timeout is not None:
+                deadline_of(timeout)
             box: list[Any] = []
             try:
                 if take(box):
