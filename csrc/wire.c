@@ -31,7 +31,7 @@
 #define KIND_PICKLE 1
 #define KIND_ARRAY 3
 #define MESSAGE_COST 256
-#define SMALL_PART_BYTES 5120 /* a larger one is no small message, whatever is in it */
+#define SMALL_PART_BYTES 4632 /* a larger one is no small message, whatever is in it */
 #define MOST_DIMENSIONS 4
 #define AFTER_BYTES 2 /* of a pickle of bytes: what follows these */
 #define BATCH 64
@@ -136,6 +136,7 @@ static PyTypeObject PartType = {
 typedef struct {
     PyObject_HEAD
     void *socket;
+    char half; /* of a message perhaps only the address was sent */
 } Wire;
 
 /* The frame of the last object that was sent, but for its own bytes: of many alike. */
@@ -158,7 +159,6 @@ typedef struct {
     char sends, receives; /* may be gone: nobody is on the long one */
     char answers;
     char checks_all, allows_pickle;
-    int since_look;
     long long window, most_told, most_told_bytes;
     unsigned long long quick_sent, quick_sent_bytes, quick_received, quick_received_bytes;
     Wire *wire;
@@ -260,7 +260,7 @@ static PyObject *stream_use(Stream *self, PyObject *args) {
 
 /* Whether the socket is to be had for as long as the GIL is kept, with a connection, and the service awake. */
 static int is_ready(Stream *self) {
-    if (self->peer == Py_None || !self->wire->socket || PySet_GET_SIZE(self->armed)) return 0;
+    if (!PyBytes_CheckExact(self->peer) || !self->wire->socket || PySet_GET_SIZE(self->armed)) return 0;
     PyObject *locked = PyObject_CallMethodNoArgs(self->lock, name_locked);
     PyObject *awake = locked ? PyObject_GetAttr(self->hub, name_awake) : NULL;
     if (!awake) PyErr_Clear();
@@ -271,7 +271,7 @@ static int is_ready(Stream *self) {
 }
 
 /* The same, and the socket has parts for this stream alone: no peer there has a name. */
-static int may_pump(Stream *self) { return PyBytes_CheckExact(self->peer) && !PyBytes_GET_SIZE(self->peer) && is_ready(self); }
+static int may_pump(Stream *self) { return is_ready(self) && !PyBytes_GET_SIZE(self->peer); }
 
 static long long item(PyObject *entry, Py_ssize_t index) { return PyLong_AsLongLong(PyTuple_GET_ITEM(entry, index)); }
 
@@ -280,6 +280,11 @@ static PyObject *entry_of(PyObject *deque, Py_ssize_t index) {
     PyObject *entry = PyObject_Size(deque) > 0 ? PySequence_GetItem(deque, index) : NULL;
     Py_XDECREF(entry);
     return entry;
+}
+
+static long long next_number(Stream *self) {
+    PyObject *last = entry_of(self->kept, -1);
+    return last ? item(last, 0) + 1 : self->acknowledged;
 }
 
 static int append(PyObject *deque, PyObject *entry) {
@@ -411,6 +416,9 @@ static PyObject *wire_close(Wire *self, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
+static PyMemberDef wire_members[] = {
+    {"half", T_BOOL, offsetof(Wire, half), 0, "whether of a message perhaps only the address was sent"},
+    {NULL, 0, 0, 0, NULL}};
 static PyMethodDef wire_methods[] = {
     {"receive", (PyCFunction)wire_receive, METH_VARARGS,
      "receive($self, raw, most, stream, /)\n--\n\nTake out up to so many parts (-1: all); True: there may be more.\n\n"
@@ -423,6 +431,7 @@ static PyTypeObject WireType = {
     .tp_flags = Py_TPFLAGS_DEFAULT,
     .tp_doc = "A socket of ZeroMQ, by its address.",
     .tp_new = wire_new,
+    .tp_members = wire_members,
     .tp_methods = wire_methods,
 };
 
@@ -509,6 +518,16 @@ static PyObject *part_of(Stream *self, PyObject *obj) {
     return part;
 }
 
+/* Whether the connection has got a part. */
+static int to_peer(Stream *self, const void *part, size_t nbytes) {
+    void *socket = self->wire->socket;
+    Py_ssize_t name = PyBytes_GET_SIZE(self->peer);
+    if (name && zmq.send(socket, PyBytes_AS_STRING(self->peer), (size_t)name, DONTWAIT | SNDMORE) < 0) return 0;
+    int sent = zmq.send(socket, part, nbytes, DONTWAIT) >= 0;
+    if (name && !sent) self->wire->half = 1;
+    return sent;
+}
+
 static PyObject *stream_send_small(Stream *self, PyObject *const *args, Py_ssize_t count) {
     if (count != 2) {
         PyErr_SetString(PyExc_TypeError, "send_small() takes an object and a time");
@@ -525,8 +544,8 @@ static PyObject *stream_send_small(Stream *self, PyObject *const *args, Py_ssize
         return NULL;
     }
     PyTuple_SET_ITEM(entry, 2, part);
-    if (++self->since_look >= LOOK_EVERY && self->sends && may_pump(self)) {
-        self->since_look = 0;
+    if (next_number(self) % LOOK_EVERY == 0) {
+        if (!may_pump(self)) goto unusual;
         if (wire_pump(self->wire, self->raw, -1, self) < 0) goto failed;
     }
 
@@ -534,14 +553,12 @@ static PyObject *stream_send_small(Stream *self, PyObject *const *args, Py_ssize
     clock_gettime(CLOCK_MONOTONIC, &now);
     Py_ssize_t nbytes = PyBytes_GET_SIZE(part);
     PyObject *last = entry_of(self->kept, -1);
-    long long number = last ? item(last, 0) + 1 : self->acknowledged;
+    long long number = next_number(self);
     long long end = (last ? item(last, 1) : self->released) + nbytes + MESSAGE_COST;
     long long messages = last ? item(last, 3) : self->messages;
     if (!self->sends || self->handed_over != number || end - self->released > self->window ||
-        now.tv_sec * 1000000000LL + now.tv_nsec - looked > LOOK_NS || !may_pump(self)) {
-        Py_DECREF(entry);
-        Py_RETURN_FALSE;
-    }
+        now.tv_sec * 1000000000LL + now.tv_nsec - looked > LOOK_NS || !is_ready(self) || self->wire->half)
+        goto unusual;
     unsigned char *at = (unsigned char *)PyBytes_AS_STRING(part);
     uint64_t prefix[3] = {DATA, (uint64_t)number, (uint64_t)self->taken};
     memcpy(at, prefix, PREFIX_BYTES);
@@ -553,13 +570,16 @@ static PyObject *stream_send_small(Stream *self, PyObject *const *args, Py_ssize
     self->quick_sent++;
     self->quick_sent_bytes += (unsigned long long)(nbytes - PREFIX_BYTES);
     /* From here on it is sent. If the connection has just ended the service will give it to the next one. */
-    if (zmq.send(self->wire->socket, at, (size_t)nbytes, DONTWAIT) >= 0) {
+    if (to_peer(self, at, (size_t)nbytes)) {
         self->handed_over = self->handed_over_most = number + 1;
         self->told = self->taken;
         self->told_bytes = self->taken_bytes;
     }
     Py_DECREF(entry);
     Py_RETURN_TRUE;
+unusual:
+    Py_DECREF(entry);
+    Py_RETURN_FALSE;
 failed:
     Py_DECREF(entry);
     return NULL;

@@ -383,7 +383,6 @@ class ListenPort(Port):
             _check_free(address.removeprefix("ipc://"))
         self._make = make
         self._proof = proof
-        self._may_be_half = False
         self._peers: dict[bytes, Session] = {}
         self._by_fd: dict[int, Session] = {}
         self.arrived: deque[Session] = deque()
@@ -447,15 +446,15 @@ class ListenPort(Port):
             if self._alone:
                 self._send(part, _NOW, False)
                 return True
-            if self._may_be_half:
+            if self.wire.half:
                 self._end_half()
-            self._may_be_half = True  # if a signal's handler, which pyzmq calls, raises
+            self.wire.half = True  # if a signal's handler, which pyzmq calls, raises
             deque(map(self._send, (peer, part), (_MORE, _NOW), (False, False)), 0)
-            self._may_be_half = False
+            self.wire.half = False
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            self._may_be_half = False
+            self.wire.half = False
             return False
         return True
 
@@ -465,7 +464,7 @@ class ListenPort(Port):
             self._send(b"", _NOW, False)
         except zmq.ZMQError:
             pass
-        self._may_be_half = False
+        self.wire.half = False
 
     def _sort(self) -> None:
         raw = self.raw

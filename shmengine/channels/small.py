@@ -70,9 +70,9 @@ def encode_small(obj: Any, *, allow_pickle: bool, most_bytes: int = MOST_BYTES) 
 
 def _has_few(obj: dict[Any, Any]) -> bool:
     """Whether a dict has few entries, and of plain values only."""
-    if len(obj) > MOST_ENTRIES:
+    if len(obj) > MOST_ENTRIES or not VALUES.issuperset(map(type, obj)):
         return False
-    for value in (*obj, *obj.values()):
+    for value in obj.values():
         cls = type(value)
         if cls not in VALUES or ((cls is bytes or cls is str) and len(value) > MOST_TEXT):
             return False

@@ -1,4 +1,4 @@
-"""Claims and leases in C (csrc/handles.c) under AddressSanitizer: the unit tests of the ring once more."""
+"""Claims, leases and wires in C under AddressSanitizer: the unit tests of rings and wires once more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ import pytest
 
 from tests.helpers.scripts import ROOT
 
-TESTS = ["tests/unit/test_ring.py", "tests/unit/test_channel_shm.py", "tests/lifetime/test_views.py"]
+TESTS = [
+    "tests/unit/test_ring.py",
+    "tests/unit/test_channel_shm.py",
+    "tests/unit/test_wire.py",
+    "tests/lifetime/test_views.py",
+]
 
 
 def library(name):

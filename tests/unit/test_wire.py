@@ -1,4 +1,4 @@
-"""The short ways of small messages over a socket (csrc/wire.c): what goes there, what does not, and what is left then."""
+"""The short ways of small messages over a socket (csrc/wire.c): what goes there, and what is left to the long ones."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def closed(side):
     side.wire.close()
 
 
-UNUSUAL = [no_peer, named_peer, locked, somebody_waits, asleep, on_the_long_way, closed]
+UNUSUAL = [no_peer, locked, somebody_waits, asleep, on_the_long_way, closed]
 
 
 @pytest.mark.parametrize("change", UNUSUAL, ids=lambda change: change.__name__)
@@ -199,6 +199,35 @@ def test_nothing_is_sent_where_that_is_not_simple(sides, sockets, change):
     assert sockets[1].recv()
     with pytest.raises(zmq.Again):
         sockets[1].recv(zmq.DONTWAIT)
+
+
+def test_a_peer_with_a_name_gets_that_first():
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as dealer:
+        router.router_mandatory = True
+        router.bind("inproc://wire")
+        dealer.routing_id = b"name"
+        dealer.connect("inproc://wire")
+        dealer.send(b"hello")
+        assert router.recv_multipart() == [b"name", b"hello"]
+        side = Side(router)
+        named_peer(side)
+        side.session.keep([side.session.prefix(Kind.DATA, 0) + frame(0)])
+        side.session.handed_over(0)
+        for number in range(1, 64):
+            assert side.send(number)
+            assert dealer.recv() == PREFIX.pack(Kind.DATA, number, 0) + frame(number, number)
+        assert not side.send(64), "the long way looks what was acknowledged"
+        side.session.let_go(63)
+        side.session.keep([b"x"])
+        side.session.handed_over(64)
+        side.wire.half = True
+        assert not side.send(65)
+        side.wire.half = False
+        side.session.peer = b"nobody"
+        assert side.send(65), "it is kept for the next connection"
+        assert side.session._kept[-1][0] == 65
+        assert side.session._handed_over == 65
+        assert not side.send(66)
 
 
 def test_nothing_is_sent_without_a_look_at_the_other_end_lately(sides):
