@@ -52,10 +52,12 @@ class _RemoteLink(SocketLink):
 
     def _fate(self) -> Fate:
         session = self._session
-        if session.peer is not None:
+        with self._port.lock:  # another thread may be noting that a connection has ended, or begun
+            peer, missed_since, other = session.peer, session.missed_since, session.other
+        if peer is not None:
             return Fate.ALIVE
-        patience = 0 if is_gone(session.other) else self._patience_ns
-        return Fate.ALIVE if time.monotonic_ns() - session.missed_since < patience else Fate.LOST
+        patience = 0 if is_gone(other) else self._patience_ns
+        return Fate.ALIVE if time.monotonic_ns() - missed_since < patience else Fate.LOST
 
 
 class Server:

@@ -314,8 +314,8 @@ class Session(Stream):
     def disconnected(self) -> None:
         """Note that the connection has ended."""
         if self.peer is not None:
+            self.missed_since = time.monotonic_ns()  # first: nobody is missed since nothing
             self.peer = None
-            self.missed_since = time.monotonic_ns()
 
 
 def refusal(body: bytes) -> bytes:

@@ -1113,6 +1113,17 @@ def test_acknowledgements_of_what_was_never_sent_do_no_harm():
     assert [number for number, _ in session.to_hand_over()] == [1]
 
 
+def test_a_session_is_never_missed_since_nothing(monkeypatch):
+    """Whoever looks in the middle of it, or after a signal's handler, would take the other end for lost long ago."""
+    session = Session(b"k" * 16, Counts(), 1 << 20)
+    session.connected(b"peer", part(Kind.WELCOME, 0), "somebody")
+    peers = []
+    monkeypatch.setattr(time, "monotonic_ns", lambda: peers.append(session.peer) or 5)
+    session.disconnected()
+    assert peers == [b"peer"]
+    assert (session.peer, session.missed_since) == (None, 5)
+
+
 def test_a_process_of_this_machine_is_known_to_be_gone():
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0,))
     here = identity_of_this_process()
