@@ -23,8 +23,13 @@ LIST = ROOT / "docs" / "coverage.md"
 AT_LEAST = 95.0
 GCOVR = [sys.executable, "-m", "gcovr"]
 
-PYTHON_TESTS = ["tests/unit/test_handles.py", "tests/unit/test_ring.py", "tests/unit/test_channel_shm.py"]
-"""What only Python reaches: handles.c, message.c. (Processes that end by `os._exit` or a signal leave no counts.)"""
+PYTHON_TESTS = [
+    "tests/unit/test_handles.py",
+    "tests/unit/test_ring.py",
+    "tests/unit/test_channel_shm.py",
+    "tests/unit/test_wire.py",
+]
+"""What only Python reaches: handles.c, message.c, wire.c. (Who ends by `os._exit` or a signal leaves no counts.)"""
 
 ENTRY = re.compile(r"^- `(?P<file>[\w.]+)`, `(?P<function>\w+)`: `(?P<code>[^`]+)`$", re.MULTILINE)
 

@@ -45,16 +45,28 @@ class Hub:
 class Side:
     """A session over one of two sockets, which takes itself to be connected."""
 
-    def __init__(self, socket, *, encoder=None, decoder=decode_small, pickles=True, checks_all=False):
+    def __init__(
+        self,
+        socket,
+        *,
+        encoder=None,
+        decoder=decode_small,
+        pickles=True,
+        checks_all=False,
+        raw=None,
+        most_told_bytes=WINDOW,
+    ):
         self.socket = socket
         self.wire = wire_of(socket)
         self.session = Session(b"k" * 16, Counts(), WINDOW)
-        self.lock, self.armed, self.raw, self.hub = threading.Lock(), set(), deque(), Hub()
+        self.lock, self.armed, self.hub = threading.Lock(), set(), Hub()
+        self.raw = deque() if raw is None else raw
         self.expected = {0: 0}
         self.session.use(
             *(self.wire, self.lock, self.armed, self.raw, self.hub, np.ndarray),
             encoder or partial(encode_small, allow_pickle=pickles, most_bytes=4096),
-            *(self.expected, decoder, UNKNOWN, checks_all, pickles, WINDOW, 100, WINDOW),
+            *(self.expected, decoder, UNKNOWN, checks_all, pickles, WINDOW, 100),
+            most_told_bytes,
         )
         self.session.peer = b""
 
@@ -120,6 +132,7 @@ def test_objects_that_differ_in_anything_but_their_bytes(sides, sockets):
         array.astype("f4"),
         array.reshape(2, 4),
         array[:4],
+        array[:5],
         array.reshape(2, 4).T.copy(),
         b"12345678",
         b"123",
@@ -179,6 +192,10 @@ def asleep(side):
     side.hub._awake = False
 
 
+def no_hub(side):
+    side.hub.__class__ = type("Other", (), {})
+
+
 def on_the_long_way(side):
     side.session.sends = side.session.receives = False
 
@@ -187,7 +204,7 @@ def closed(side):
     side.wire.close()
 
 
-UNUSUAL = [no_peer, locked, somebody_waits, asleep, on_the_long_way, closed]
+UNUSUAL = [no_peer, locked, somebody_waits, asleep, no_hub, on_the_long_way, closed]
 
 
 @pytest.mark.parametrize("change", UNUSUAL, ids=lambda change: change.__name__)
@@ -275,6 +292,40 @@ def test_what_the_encoder_returns_is_looked_at(sockets):
         assert not Side(sockets[0], encoder=lambda obj, wrong=wrong: wrong).send(1)
 
 
+def test_a_frame_without_the_bytes_of_its_object_is_no_template(sockets):
+    frames = iter([bytes(200), bytes(64), bytes(100)])
+    side = Side(sockets[0], encoder=lambda obj: next(frames))
+    for nbytes in (200, 64, 100):
+        assert side.send(b"x" * 60)
+        assert len(sockets[1].recv()) == PREFIX_BYTES + nbytes
+
+
+def test_an_encoder_may_go_the_long_way(sockets):
+    def encode(obj):
+        on_the_long_way(side)
+        return frame(obj)
+
+    side = Side(sockets[0], encoder=encode)
+    assert not side.send(1)
+    assert not side.session._kept
+
+
+class NoDeque(deque):
+    def append(self, part):
+        raise ArithmeticError("no")
+
+
+def test_what_pumping_raises_is_raised(sockets):
+    left, right = Side(sockets[0]), Side(sockets[1], raw=NoDeque())
+    left.post(Kind.REPEAT, 0)
+    with pytest.raises(ArithmeticError):
+        right.take()
+    left.post(Kind.REPEAT, 0)
+    with pytest.raises(ArithmeticError):
+        right.send(1)
+    assert right.send(1)
+
+
 # --- receiving --------------------------------------------------------------------------------------
 
 
@@ -310,6 +361,14 @@ def test_an_acknowledgement_that_falls_due_is_left_to_the_long_way(sides):
         taken += 1
     assert taken == 99
     assert right.session.next_message() is not None
+
+
+def test_so_is_one_for_many_bytes(sockets):
+    left, right = Side(sockets[0]), Side(sockets[1], most_told_bytes=1000)
+    for _ in range(3):
+        assert left.send(b"x" * 400)
+    assert len(right.take()) == 1
+    assert right.take() == []
 
 
 @pytest.mark.parametrize("change", UNUSUAL, ids=lambda change: change.__name__)
@@ -358,6 +417,49 @@ def test_what_is_not_sound_is_left_to_the_long_way(sides, damage):
     assert right.session._taken == 0
     assert len(right.session._inbox) + len(right.raw) == 1
     assert right.expected == {0: 0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"), [(Kind.DATA, frame(1)), (Kind.DATA, frame(b"x" * 10_000)), (Kind.GOODBYE, b"")]
+)
+def test_what_the_long_way_has_taken_in_is_left_to_it(sides, kind, body):
+    """If it is bytes, large, or no message."""
+    right = sides[1]
+    if len(body) > 5000:
+        sides[0].post(kind, 0, 0, body)
+        right.wire.receive(right.raw, 1, None)
+        right.session.feed(right.raw.popleft())
+    else:
+        right.session.feed(PREFIX.pack(kind, 0, 0) + body)
+    assert right.take() == []
+    assert len(right.session._inbox) == 1
+
+
+def test_what_was_taken_before_is_left_to_the_long_way(sides):
+    left, right = sides
+    assert left.send(1)
+    assert right.wire.receive(right.raw, 1, right.session)
+    right.session._taken = 1
+    assert right.take() == []
+
+
+def test_a_decoder_may_go_the_long_way(sockets):
+    def decode(*args):
+        on_the_long_way(right)
+        return decode_small(*args)
+
+    left, right = Side(sockets[0]), Side(sockets[1], decoder=decode)
+    assert left.send(1)
+    assert right.take() == []
+    assert right.session._taken == 0
+
+
+def test_the_first_number_is_nought(sides):
+    left, right = sides
+    right.expected.clear()
+    assert left.send(1)
+    assert right.take() == [1]
+    assert right.expected == {0: 1}
 
 
 def test_pickles_only_where_they_are_allowed(sockets):
@@ -535,6 +637,44 @@ def _parts(sides):
     raw = deque()
     sides[1].wire.receive(raw, 1, None)
     return raw
+
+
+def test_numbers_below_nought_are_early(sides):
+    assert sides[0].send(1)
+    assert sides[0].session.let_go(-1) is None
+    assert not sides[0].session.send_small(1, -1)
+
+
+def test_parts_that_are_none_wait_for_the_long_way(sides):
+    left, right = sides
+    left.socket.send(b"short")
+    right.wire.receive(right.raw, -1, right.session)
+    assert bytes(right.raw.popleft()) == b"short"
+    no_peer(right)
+    left.post(Kind.ACKNOWLEDGE, 0)
+    right.wire.receive(right.raw, -1, right.session)
+    assert len(right.raw) == 1
+    left.post(Kind.ACKNOWLEDGE, 0)
+    right.wire.receive(right.raw, -1, right.session)
+    assert len(right.raw) == 2
+
+
+def test_a_session_before_its_use_lets_nothing_go(sides):
+    session = Session(b"k" * 16, Counts(), WINDOW)
+    session.peer = b""
+    session.keep([session.prefix(Kind.DATA, 0)])
+    sides[0].post(Kind.ACKNOWLEDGE, 0, 1)
+    sides[1].wire.receive(sides[1].raw, -1, session)
+    assert len(session._kept) == len(sides[1].raw) == 1
+
+
+def test_a_lock_that_is_none_is_locked(sides):
+    side = sides[0]
+    side.session.use(
+        *(side.wire, None, side.armed, side.raw, side.hub, np.ndarray, encode_small, {0: 0}, decode_small),
+        *(UNKNOWN, False, True, WINDOW, 100, WINDOW),
+    )
+    assert side.take() == []
 
 
 def test_a_raw_that_takes_nothing_is_an_error(sides):
