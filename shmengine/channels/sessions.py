@@ -79,7 +79,7 @@ class Session(Stream):
     """Both directions of a channel at one of its ends, over one connection or several that follow each other.
 
     Everything but `next_message` and `take` is called under the lock of the port. What is counted here is in C, with
-    the short ways of small messages (csrc/wire.c).
+    the short ways of small messages (csrc/small.c).
 
     Attributes
     ----------

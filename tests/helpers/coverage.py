@@ -29,7 +29,7 @@ PYTHON_TESTS = [
     "tests/unit/test_channel_shm.py",
     "tests/unit/test_wire.py",
 ]
-"""What only Python reaches: handles.c, message.c, wire.c. (Who ends by `os._exit` or a signal leaves no counts.)"""
+"""What only Python reaches: handles.c and what is beside it. (Who ends by `os._exit` or a signal leaves no counts.)"""
 
 ENTRY = re.compile(r"^- `(?P<file>[\w.]+)`, `(?P<function>\w+)`: `(?P<code>[^`]+)`$", re.MULTILINE)
 

@@ -1,4 +1,4 @@
-"""What csrc/wire.c knows of parts and frames is what sessions.py, codec.py and socket.py say."""
+"""What csrc/small.c knows of parts and frames is what sessions.py, codec.py and socket.py say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from shmengine import codec
 from shmengine.channels import base, sessions, socket
 from tests.helpers.scripts import ROOT
 
-DEFINED = dict(re.findall(r"^#define (\w+) (\d+)\b", (ROOT / "csrc" / "wire.c").read_text(), re.MULTILINE))
+SOURCES = "".join((ROOT / "csrc" / name).read_text() for name in ("wire.h", "small.c"))
+DEFINED = dict(re.findall(r"^#define (\w+) (\d+)\b", SOURCES, re.MULTILINE))
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,5 @@ def test_they_are_the_same(name, value):
 
 
 def test_the_magic_and_version_are_the_same():
-    text = (ROOT / "csrc" / "wire.c").read_text()
-    assert f'header->magic, "{codec.FRAME_MAGIC.decode()}", 4' in text
-    assert f"header->version == {codec.FRAME_VERSION} " in text
+    assert f'header->magic, "{codec.FRAME_MAGIC.decode()}", 4' in SOURCES
+    assert f"header->version == {codec.FRAME_VERSION} " in SOURCES

@@ -1,4 +1,4 @@
-"""The short ways of small messages over a socket (csrc/wire.c): what goes there, and what is left to the long ones."""
+"""The short ways of small messages over a socket (csrc/small.c): what goes there, and what is left to the long ones."""
 
 from __future__ import annotations
 
