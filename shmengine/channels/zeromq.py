@@ -29,11 +29,16 @@ _FUNCTIONS = (
 
 
 def _connect() -> None:
-    from zmq.backend.cython import _zmq
+    try:
+        from zmq.backend.cython import _zmq
 
-    # Of that very library which pyzmq was linked to: its sockets are no other one's.
-    library = ctypes.CDLL(_zmq.__file__)
-    addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _FUNCTIONS]
+        # Of that very library which pyzmq was linked to: its sockets are no other one's.
+        library = ctypes.CDLL(_zmq.__file__)
+        addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _FUNCTIONS]
+    except (ImportError, AttributeError, OSError) as error:
+        raise ImportError(
+            f"channels over sockets need a pyzmq that shows ZeroMQ's functions, as its wheels do: {error}"
+        ) from error
     connect_zeromq(int(ffi.cast("uintptr_t", ffi.addressof(lib, "shmr_crc32c"))), *addresses)
 
 

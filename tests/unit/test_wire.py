@@ -14,6 +14,7 @@ import pytest
 import zmq
 
 from shmengine._native._handles import Stream, Wire, connect_zeromq
+from shmengine.channels import zeromq
 from shmengine.channels.base import Counts
 from shmengine.channels.sessions import PREFIX, PREFIX_BYTES, Kind, Session
 from shmengine.channels.small import UNKNOWN, decode_small, encode_small
@@ -675,6 +676,12 @@ def test_a_lock_that_is_none_is_locked(sides):
         *(UNKNOWN, False, True, WINDOW, 100, WINDOW),
     )
     assert side.take() == []
+
+
+def test_a_pyzmq_that_hides_what_is_needed_is_an_import_error(monkeypatch):
+    monkeypatch.setattr(zeromq, "_FUNCTIONS", ("zmq_no_such_function",))
+    with pytest.raises(ImportError, match="zmq_no_such_function"):
+        zeromq._connect()
 
 
 def test_a_raw_that_takes_nothing_is_an_error(sides):
