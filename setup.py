@@ -33,9 +33,9 @@ setup(
     ext_modules=[
         Extension(
             "shmengine._native._handles",
-            ["csrc/handles.c", "csrc/message.c", "csrc/directions.c"],
+            [f"csrc/{name}.c" for name in ("handles", "message", "directions", "wire", "small")],
             include_dirs=["csrc", np.get_include()],
-            depends=["csrc/handles.h", "csrc/shmr.h", "csrc/shmr_status.h"],
+            depends=["csrc/handles.h", "csrc/wire.h", "csrc/shmr.h", "csrc/shmr_status.h"],
             extra_compile_args=compile_args,
             extra_link_args=link_args,
         )

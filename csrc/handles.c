@@ -735,6 +735,8 @@ static PyObject *connect(PyObject *module, PyObject *args) {
 }
 
 static PyMethodDef module_methods[] = {{"connect", connect, METH_VARARGS, "Say where the core's functions are."},
+                                       {"connect_zeromq", connect_zeromq, METH_VARARGS,
+                                        "Say where ZeroMQ's functions are."},
                                        {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT, .m_name = "_handles", .m_doc = "Claims and leases.", .m_size = -1,
@@ -745,7 +747,7 @@ PyMODINIT_FUNC PyInit__handles(void) {
     if (!m || PyModule_AddType(m, &EndType) < 0 || PyModule_AddType(m, &LayoutType) < 0 ||
         PyModule_AddType(m, &ClaimType) < 0 || PyModule_AddType(m, &LeaseType) < 0 ||
         PyModule_AddType(m, &MessageType) < 0 || PyModule_AddType(m, &InboxType) < 0 ||
-        PyModule_AddType(m, &OutboxType) < 0 || directions_init() < 0) {
+        PyModule_AddType(m, &OutboxType) < 0 || directions_init() < 0 || add_wire(m) < 0) {
         Py_XDECREF(m);
         return NULL;
     }

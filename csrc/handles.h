@@ -50,4 +50,7 @@ Message *message_like(const Message *other); /* of the same region; nothing is l
 extern PyTypeObject InboxType, OutboxType;
 int directions_init(void);
 
+PyObject *connect_zeromq(PyObject *module, PyObject *args); /* wire.c */
+int add_wire(PyObject *module);
+
 #endif

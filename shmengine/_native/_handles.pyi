@@ -1,4 +1,6 @@
-# Types of csrc/handles.c.
+# Types of csrc/handles.c, message.c, wire.c and small.c.
+from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -78,3 +80,67 @@ class Inbox:
     def drop(self) -> None: ...
 
 def connect(error: type[Exception], *addresses: int) -> None: ...
+
+class Part:
+    @property
+    def more(self) -> bool: ...
+    @property
+    def source(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class Stream:
+    _kept: deque[tuple[int, int, Any, int]]
+    """(number, position of its end in the stream, part, messages up to it) of what may have to be sent again."""
+    _inbox: deque[tuple[int, int, Any]]
+    """(number, kind, part) of what has come and was not taken."""
+    peer: bytes | None
+    answers: bool
+    sends: bool
+    receives: bool
+    _acknowledged: int  # parts
+    _messages: int  # of these
+    _released: int  # position in the stream
+    _handed_over: int  # the next message that the connection gets
+    _handed_over_most: int
+    received: int  # the number of the next message to come
+    _waiting: int  # bytes in the inbox, and of what was taken from it since they were last counted
+    _look_at: int  # from so many on a part goes the long way, which counts them
+    pace: int
+    _taken: int
+    _taken_bytes: int
+    _told: int
+    _told_bytes: int
+    quick_sent: int
+    quick_sent_bytes: int
+    quick_received: int
+    quick_received_bytes: int
+    def use(
+        self,
+        wire: Wire,
+        lock: object,
+        armed: set[Any],
+        raw: deque[Part],
+        hub: object,
+        array_type: type,
+        encode: Callable[[Any], bytes | None],
+        expected: dict[int, int],
+        decode: Callable[[bytes, int, int, int, int], object],
+        unknown: object,
+        checks_all: bool,
+        allows_pickle: bool,
+        most_told: int,
+        most_told_bytes: int,
+        /,
+    ) -> None: ...
+    def send_small(self, obj: Any, looked: int, /) -> bool: ...
+    def take_small(self, box: list[Any], /) -> bool: ...
+    def let_go(self, until: int, /) -> Any: ...
+
+class Wire:
+    half: bool
+    def __init__(self, socket: int) -> None: ...
+    def receive(self, raw: deque[Part], most: int, stream: Stream | None, /) -> bool: ...
+    def close(self) -> None: ...
+
+def connect_zeromq(*addresses: int) -> None: ...

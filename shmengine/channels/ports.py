@@ -17,15 +17,14 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import islice
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from shmengine._native._handles import Part
 from shmengine.channels import hub
 from shmengine.channels.keys import Keys
 from shmengine.channels.sessions import PART_BYTES, PREFIX_BYTES, Greeting, Kind, Proof, Session, refusal
-from shmengine.channels.zeromq import zmq
+from shmengine.channels.zeromq import wire_of, zmq
 from shmengine.descriptors import Descriptor
 
 if TYPE_CHECKING:
@@ -33,8 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DialPort", "ListenPort", "Port", "Waiter"]
 
-BATCH = 64  # parts that are taken from a socket at once
-FEW = 8
+BATCH = 128  # parts that are taken from a socket at once
 MOST_AT_ONCE = 1 << 14  # that the service takes, of one socket
 RECONNECT_MS = (5, 200)  # first and longest pause between two attempts
 LINGER_MS = 500  # for what was handed over when a socket is closed
@@ -51,8 +49,6 @@ _EVENTS = (
 )
 _EVENT = struct.Struct("=Hi")  # what it is, and for some of them the connection's descriptor
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
-_EVENTS_OPTION = int(zmq.EVENTS)
-_POLLIN = int(zmq.POLLIN)
 _MORE = int(zmq.SNDMORE | zmq.DONTWAIT)
 _NOW = int(zmq.DONTWAIT)
 
@@ -105,7 +101,15 @@ class Waiter:
 class Port:
     """One socket of this process."""
 
-    def __init__(self, kind: int, peer_timeout: float, auth: Keys | None, *, serves: bool) -> None:
+    def __init__(
+        self,
+        kind: int,
+        peer_timeout: float,
+        auth: Keys | None,
+        *,
+        serves: bool,
+        alone: Session | None = None,
+    ) -> None:
         self.lock = threading.Lock()
         self.armed: set[Waiter] = set()
         self.waiters: dict[bytes, tuple[Waiter, Waiter]] = {}  # who reads, and who writes, by session
@@ -114,7 +118,8 @@ class Port:
         self.greeting_until = 0.0  # somebody is expected to say who he is
         self.closed = False
         self.denied = ""
-        self._raw: deque[zmq.Frame] = deque()
+        self.raw: deque[Part] = deque()
+        self._alone = alone  # whose all parts are
         self.hub = hub.enter(self)
         with contextlib.ExitStack() as undo:
             undo.callback(self.hub.forget, self)
@@ -135,47 +140,23 @@ class Port:
             undo.callback(self.monitor.close, 0)
             undo.callback(socket.disable_monitor)
             self.fd = int(socket.fd)
-            self._may_have_lost = False
-            # Called from C, so that there is no bytecode between taking a part and putting it somewhere.
-            receive: Any = partial(super(zmq.Socket, socket).recv, _NOW, False, False)
-            self._incoming: Iterator[zmq.Frame] = iter(receive, None)
-            self._step = 2 if kind == zmq.ROUTER else 1  # parts of a message
+            self.wire = wire_of(socket)
             self._send: Callable[..., Any] = super(zmq.Socket, socket).send
-            self._poll: Callable[[int], Any] = super(zmq.Socket, socket).get
             undo.pop_all()
 
     # --- under the lock ------------------------------------------------------------------------------
 
-    def pump(self, most: int = 2 * BATCH) -> bool:
-        """Take in what has come: about so many parts, -1: all. True: there may be more."""
-        raw, step = self._raw, self._step
-        if raw:
+    def pump(self, most: int = BATCH) -> bool:
+        """Take in what has come: up to so many parts, -1: all. True: there may be more."""
+        if self.raw:
             self._sort()  # a signal's handler has kept somebody from it
-        if self._may_have_lost:
-            self._ask_again()
-        taken = 0
-        while most < 0 or taken < most:
-            if not self._poll(_EVENTS_OPTION) & _POLLIN:
-                return False
-            # Not to find anything is an exception, and slow: few parts are better taken one by one.
-            count = step if taken < FEW else BATCH
-            self._may_have_lost = True  # if a signal's handler, which pyzmq calls, raises
-            try:
-                raw.extend(islice(self._incoming, count))
-            except zmq.Again:
-                self._may_have_lost = False
-                self._sort()
-                return False
-            self._may_have_lost = False
-            self._sort()
-            taken += count
-        return True
-
-    def _ask_again(self) -> None:
-        for session in self.sessions.values():
-            if session.peer is not None:
-                self._request(session, session.peer)
-        self._may_have_lost = False
+        alone = self._alone
+        received = 0 if alone is None else alone.received
+        more = self.wire.receive(self.raw, most, alone)
+        if self.armed and alone is not None and alone.received > received:
+            self.waiters[alone.key][0].wake()
+        self._sort()
+        return more
 
     def _request(self, session: Session, peer: bytes) -> None:
         self.post(peer, session.request())
@@ -331,6 +312,7 @@ class Port:
             for session in list(self.sessions.values()):
                 self.remove(session)
             self.hub.forget(self)
+            self.wire.close()
             self._socket.disable_monitor()
             self.monitor.close(0)
             self._socket.close()
@@ -342,7 +324,7 @@ class DialPort(Port):
     def __init__(
         self, kind: int, address: str, session: Session, proof: Proof, peer_timeout: float, auth: Keys | None
     ) -> None:
-        super().__init__(kind, peer_timeout, auth, serves=False)
+        super().__init__(kind, peer_timeout, auth, serves=False, alone=session)
         self._is_local = address.startswith("ipc:")
         self._session = session
         self._proof = proof
@@ -403,7 +385,7 @@ class DialPort(Port):
         return True
 
     def _sort(self) -> None:
-        raw, session = self._raw, self._session
+        raw, session = self.raw, self._session
         while raw:
             part = raw[0]
             if session.peer is not None:
@@ -412,8 +394,8 @@ class DialPort(Port):
                 self._read_answer(part)
             raw.popleft()
 
-    def _read_answer(self, part: zmq.Frame) -> None:
-        session, kind = self._session, part.buffer[0]
+    def _read_answer(self, part: Part) -> None:
+        session, kind = self._session, memoryview(part)[0]
         if kind not in (Kind.WELCOME, Kind.REFUSAL):
             return
         greeting = Greeting.unpack(part)
@@ -422,7 +404,7 @@ class DialPort(Port):
         if not self._proof.holds(Kind(kind), greeting):
             return
         self._nonce, self.greeting_until = b"", 0.0
-        if self._is_local and _user_behind(int(part.get(zmq.SRCFD))) != os.geteuid():
+        if self._is_local and _user_behind(part.source) != os.geteuid():
             session.refusal = "it is a process of another user"
         elif kind == Kind.REFUSAL:
             session.refusal = greeting.text
@@ -454,17 +436,15 @@ class ListenPort(Port):
     ) -> None:
         if address.startswith("ipc:"):
             _check_free(address.removeprefix("ipc://"))
-        self._alone = alone
         self._make = make
         self._patience_ns = int(peer_timeout * 1e9)
         self._proof = proof
-        self._may_be_half = False
         self._listener: Descriptor | None = None
         self._peers: dict[bytes, Session] = {}
         self._by_fd: dict[int, Session] = {}
         self.arrived: deque[Session] = deque()
         self.news = threading.Event()
-        super().__init__(zmq.PAIR if alone else zmq.ROUTER, peer_timeout, auth, serves=True)
+        super().__init__(zmq.PAIR if alone else zmq.ROUTER, peer_timeout, auth, serves=True, alone=alone)
         if alone is None:
             self._socket.router_mandatory = True
         if address.startswith("ipc:"):
@@ -539,15 +519,15 @@ class ListenPort(Port):
             if self._alone:
                 self._send(part, _NOW, False)
                 return True
-            if self._may_be_half:
+            if self.wire.half:
                 self._end_half()
-            self._may_be_half = True  # if a signal's handler, which pyzmq calls, raises
+            self.wire.half = True  # if a signal's handler, which pyzmq calls, raises
             deque(map(self._send, (peer, part), (_MORE, _NOW), (False, False)), 0)
-            self._may_be_half = False
+            self.wire.half = False
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            self._may_be_half = False
+            self.wire.half = False
             return False
         return True
 
@@ -557,10 +537,10 @@ class ListenPort(Port):
             self._send(b"", _NOW, False)
         except zmq.ZMQError:
             pass
-        self._may_be_half = False
+        self.wire.half = False
 
     def _sort(self) -> None:
-        raw = self._raw
+        raw = self.raw
         if self._alone:
             while raw:
                 self._receive(b"", raw[0])
@@ -576,26 +556,26 @@ class ListenPort(Port):
             if part.more:
                 self._drop_long()
                 continue
-            self._receive(raw[0].bytes, part)
+            self._receive(bytes(raw[0]), part)
             raw.popleft()
             raw.popleft()
 
     def _drop_long(self) -> None:
         """Drop a message of more parts than there should be."""
-        raw = self._raw
+        raw = self.raw
         while raw.popleft().more:
             if not raw:
-                raw.extend(islice(self._incoming, 1))
+                self.wire.receive(raw, 1, None)
 
-    def _receive(self, peer: bytes, part: zmq.Frame) -> None:
+    def _receive(self, peer: bytes, part: Part) -> None:
         session = self._peers.get(peer)
-        kind = part.buffer[0] if session is None and len(part) >= PREFIX_BYTES else 0
+        kind = memoryview(part)[0] if session is None and len(part) >= PREFIX_BYTES else 0
         if session is not None:
             kind = self._feed(session, part)
         if kind == Kind.HELLO:
             self._greet(peer, part)
 
-    def _greet(self, peer: bytes, part: zmq.Frame) -> None:
+    def _greet(self, peer: bytes, part: Part) -> None:
         greeting = Greeting.unpack(part)
         if greeting is None or not self._proof.holds(Kind.HELLO, greeting):
             return
@@ -611,7 +591,7 @@ class ListenPort(Port):
             self._peers.pop(session.peer, None)
             session.disconnected()
         self._by_fd = {fd: other for fd, other in self._by_fd.items() if other is not session}
-        self._by_fd[int(part.get(zmq.SRCFD))] = session
+        self._by_fd[part.source] = session
         self._peers[peer] = session
         answer = self._proof.greeting(Kind.WELCOME, greeting.key, greeting.nonce, window=session.window)
         self.post(peer, session.greet(Kind.WELCOME, answer))
@@ -619,11 +599,11 @@ class ListenPort(Port):
         self._hand_over(session)
         self.wake_all()
 
-    def _session_of(self, greeting: Greeting, part: zmq.Frame) -> Session | None:
+    def _session_of(self, greeting: Greeting, part: Part) -> Session | None:
         """Return the session that a greeting is of, made if it is new; None: it is refused."""
         session = self.sessions.get(greeting.key)
         if session is None and self._alone is None and self._make is not None:
-            number = int.from_bytes(part.buffer[8:PREFIX_BYTES], "little")
+            number = int.from_bytes(memoryview(part)[8:PREFIX_BYTES], "little")
             if number == 0 and len(self.arrived) < MOST_UNKNOWN:
                 session = self._make(greeting.key)
                 try:

@@ -55,10 +55,12 @@ class _RemoteLink(SocketLink):
 
     def _fate(self) -> Fate:
         session = self._session
-        if session.peer is not None:
+        with self._port.lock:  # another thread may be noting that a connection has ended, or begun
+            peer, missed_since, other = session.peer, session.missed_since, session.other
+        if peer is not None:
             return Fate.ALIVE
-        patience = 0 if is_gone(session.other) else self._patience_ns
-        return Fate.ALIVE if time.monotonic_ns() - session.missed_since < patience else Fate.LOST
+        patience = 0 if is_gone(other) else self._patience_ns
+        return Fate.ALIVE if time.monotonic_ns() - missed_since < patience else Fate.LOST
 
     def loss(self) -> str:
         """Say what is known of an end that is lost."""
@@ -126,7 +128,7 @@ class Server:
                 if port.arrived:
                     session = port.arrived[0]
                     link = _RemoteLink(self._options, port, session, self._peer_timeout)
-                    end = End(link, self._options)
+                    end = link.end(self._options)
                     port.accept(session)
                     port.arrived.popleft()
                     return end
@@ -265,7 +267,7 @@ def connect(
     except zmq.ZMQError as error:
         raise OSError(error.errno, f"cannot connect to {address}: {error.strerror}") from None
     link = _RemoteLink(options, port, session, peer_timeout)
-    end = End(link, options)
+    end = link.end(options)
     try:
         while not port.answered.wait(
             LOOK_SECONDS if until < 0 else max(0, until - time.monotonic_ns()) / 1e9

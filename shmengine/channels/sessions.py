@@ -17,17 +17,18 @@ import hmac
 import os
 import struct
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from shmengine import config
+from shmengine._native._handles import Stream
 from shmengine.channels.base import Counts
 from shmengine.tokens import start_time
 
 __all__ = [
+    "ACKNOWLEDGE_MESSAGES",
     "PART_BYTES",
     "PREFIX_BYTES",
     "SESSION_BYTES",
@@ -46,6 +47,8 @@ PART_BYTES = 1 << 19
 MESSAGE_COST = 256  # bytes of memory that a small message takes beside its own
 ACKNOWLEDGE_MESSAGES = 1024
 ACKNOWLEDGE_BYTES = 2 << 20
+# While the other end keeps taking messages no more than this is on its way, so that the copies stay in the cache.
+PACE_BYTES = 8 << 20
 UNKNOWN_BYTES = 1 << 18  # that wait in a session which nobody has accepted; what is more comes again later
 VERSION = 2
 SESSION_BYTES = 16
@@ -77,10 +80,11 @@ _HELLO, _DATA, _GOODBYE = int(Kind.HELLO), int(Kind.DATA), int(Kind.GOODBYE)
 _REPEAT, _BEGINNING = int(Kind.REPEAT), int(Kind.BEGINNING)
 
 
-class Session:
+class Session(Stream):
     """Both directions of a channel at one of its ends, over one connection or several that follow each other.
 
-    Everything but `next_message` and `take` is called under the lock of the port.
+    Everything but `next_message` and `take` is called under the lock of the port. What is counted here is in C, with
+    the short ways of small messages (csrc/small.c).
 
     Attributes
     ----------
@@ -88,6 +92,8 @@ class Session:
         Bytes of messages, of each direction, that may wait at this end.
     window_there : int
         Bytes of this end's messages that may be on their way: what the other end has room for, `window` at most.
+    pace : int
+        Bytes of them that are on their way at most while the other end keeps taking messages.
     peer : bytes or None
         Where the other end can be reached through the port now; None: nowhere.
     missed_since : int
@@ -102,36 +108,19 @@ class Session:
         self.key = key
         self.counts = counts
         self.window = self.window_there = window
-        self.peer: bytes | None = None
+        self.pace = min(window, PACE_BYTES)
         self.missed_since = 0
         self.refusal = ""
         self.other = ""
         self.goodbye = False  # of the other end has come
-        # (number, position of its end in the stream, part, how many messages end up to it) of what may have to be sent
-        # again
-        self._kept: deque[tuple[int, int, Any, int]] = deque()
-        self._acknowledged = 0  # parts
-        self._messages = 0  # of these
-        self._released = 0  # position in the stream
-        self._handed_over = 0  # the next message that the connection gets
-        self._handed_over_most = 0
-        # (number, kind, part) of what has come and was not taken
-        self._inbox: deque[tuple[int, int, Any]] = deque()
         self._accepted = accepted  # somebody takes what comes
         self._most_waiting = 2 * window + PART_BYTES  # who keeps to the window stays far below
-        self._waiting = 0  # bytes in the inbox, and of what was taken from it since they were last counted
         self._look_at = self._most_waiting if accepted else UNKNOWN_BYTES
-        self._received = 0  # the number of the next message to come
-        self._asked = -1  # the one that was asked for last
+        self._asked = -1  # the message that was asked for last
         self.misses = False  # something came that should have come after something else
-        self._taken = 0
-        self._told = 0
         self._telling = (0, 0)
-        self._taken_bytes = 0
-        self._told_bytes = 0
         self._shown = -1
-        self.answers = False  # the other end has been taking messages lately
-        self._acknowledge_bytes = min(ACKNOWLEDGE_BYTES, window // 8)
+        self.acknowledge_bytes = min(ACKNOWLEDGE_BYTES, window // 8)
         self._spare: list[Any] = []  # parts whose memory can be used again, all of one size
 
     # --- sending -----------------------------------------------------------------------------------
@@ -229,13 +218,8 @@ class Session:
         kept = self._kept
         if not kept or kept[0][0] >= count:
             return False
-        while kept and kept[0][0] < count:
-            number, end, part, messages = kept[0]
-            self._acknowledged, self._released, self._messages = number + 1, end, messages
-            kept.popleft()
-            if type(part) is not bytes:
-                self._put_aside(part)
-        self.answers = True
+        while (part := self.let_go(count)) is not None:
+            self._put_aside(part)
         return True
 
     def _put_aside(self, part: Any) -> None:
@@ -261,18 +245,19 @@ class Session:
             self._handed_over = max(self._acknowledged, min(number, self._handed_over))
         if kind != _DATA and kind != _GOODBYE and kind != _BEGINNING:
             return kind, False, room
-        if number > self._received:
-            self.misses = self._asked != self._received
+        if number > self.received:
+            self.misses = self._asked != self.received
             return kind, False, room
-        if number < self._received:
+        if number < self.received:
             self.counts.duplicates += 1
             return kind, False, room
         if self.goodbye or not (kind == _GOODBYE or self._has_space(len(part))):
             return kind, False, room
         self._inbox.append((number, kind, part))
-        self._received = number + 1
+        self.received = number + 1
         if kind == _GOODBYE:
             self.goodbye = True
+            self._look_at = -1  # at each part: nothing more should come
         return kind, True, room
 
     def _has_space(self, nbytes: int) -> bool:
@@ -283,7 +268,7 @@ class Session:
         inbox = list(self._inbox)
         self._waiting = nbytes + MESSAGE_COST + sum(len(part) + MESSAGE_COST for _, _, part in inbox)
         if not self._accepted:
-            self._asked = self._received  # and not again before `accept`
+            self._asked = self.received  # and not again before `accept`
             return False
         self._look_at = self._most_waiting
         if self._waiting <= self._look_at:
@@ -302,8 +287,9 @@ class Session:
         """Note that somebody takes what comes from now on; what there was no space for is missed."""
         if not self._accepted:
             self._accepted = True
-            self._look_at = self._most_waiting
-            self.misses = self._asked == self._received
+            if not self.goodbye:
+                self._look_at = self._most_waiting
+            self.misses = self._asked == self.received
 
     def next_message(self) -> tuple[bool, list[Any]] | None:
         """Return the first message that was not taken: whether it is the goodbye, and its parts; None: there is none.
@@ -346,7 +332,7 @@ class Session:
         """Whether enough has been taken for the other end to be told."""
         return (
             self._taken - self._told >= ACKNOWLEDGE_MESSAGES
-            or self._taken_bytes - self._told_bytes >= self._acknowledge_bytes
+            or self._taken_bytes - self._told_bytes >= self.acknowledge_bytes
         )
 
     def acknowledgement(self) -> bytes | None:
@@ -366,21 +352,22 @@ class Session:
 
     def greet(self, kind: Kind, body: bytes) -> bytes:
         """Return a greeting with what this end has received."""
-        return self.prefix(kind, self._received) + body
+        return self.prefix(kind, self.received) + body
 
     def request(self) -> bytes:
         """Return the part that asks for all that this end has not received; say `requested` when it has gone."""
-        return self.prefix(_REPEAT, self._received)
+        return self.prefix(_REPEAT, self.received)
 
     def requested(self) -> None:
         """Note that the other end was asked."""
-        self._asked = self._received
+        self._asked = self.received
         self.misses = False
 
     def connected(self, peer: bytes, part: Any, greeting: Greeting) -> None:
         """Go on over a new connection, from where the other end's greeting says."""
         _, received, taken = PREFIX.unpack_from(part)
         self.window_there = min(self.window, greeting.window)
+        self.pace = min(self.window_there, PACE_BYTES)
         self._acknowledge(taken)
         self._handed_over = max(self._acknowledged, min(received, self.next_number))
         if self.missed_since:
@@ -390,8 +377,8 @@ class Session:
     def disconnected(self) -> None:
         """Note that the connection has ended."""
         if self.peer is not None:
+            self.missed_since = time.monotonic_ns()  # first: nobody is missed since nothing
             self.peer = None
-            self.missed_since = time.monotonic_ns()
 
 
 def refusal(body: bytes) -> bytes:

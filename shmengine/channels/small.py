@@ -1,4 +1,4 @@
-"""Small frames in few steps: of a small array, or of one plain value.
+"""Small frames in few steps: of a small array, of one plain value, or of a dict of few of these.
 
 They are frames as any others (codec.py), made from what was remembered of the last one alike. Number and checksum are
 filled in as they are sent, and are verified before they are read, by the core where that sends and receives them; else
@@ -36,7 +36,9 @@ UNKNOWN: Final = object()
 """What `decode_small` returns for a frame that is none of these, or that has an error."""
 
 MOST_REMEMBERED = 4096
+MOST_ENTRIES = 16
 MOST_BYTES = 3072  # of an array, or of a pickle: with header and spec no more than SHMR_SMALL_FRAME
+MOST_TEXT = MOST_BYTES // 4  # a character may have 4 bytes
 VALUES = frozenset((bytes, str, int, float, complex, bool, type(None)))
 
 _NUMBER = struct.Struct("<Q")  # in a frame's header
@@ -57,13 +59,24 @@ def encode_small(obj: Any, *, allow_pickle: bool, most_bytes: int = MOST_BYTES) 
             return None
         beginning = _beginnings.get((obj.dtype, obj.shape))
         return _first_array(obj) if beginning is None else beginning + obj.tobytes()
-    if cls in VALUES and allow_pickle:
-        if (cls is bytes or cls is str) and len(obj) > MOST_BYTES // 4:  # a character may have 4 bytes
+    if allow_pickle and (cls in VALUES or (cls is dict and _has_few(obj))):
+        if (cls is bytes or cls is str) and len(obj) > MOST_TEXT:
             return None
         raw = pickle.dumps(obj, 5)
         header = _headers.get(len(raw))
         return _first_value(obj, raw) if header is None else header + raw
     return None
+
+
+def _has_few(obj: dict[Any, Any]) -> bool:
+    """Whether a dict has few entries, and of plain values only."""
+    if len(obj) > MOST_ENTRIES or not VALUES.issuperset(map(type, obj)):
+        return False
+    for value in obj.values():
+        cls = type(value)
+        if cls not in VALUES or ((cls is bytes or cls is str) and len(value) > MOST_TEXT):
+            return False
+    return True
 
 
 def _first_array(array: np.ndarray[Any, Any]) -> bytes | None:

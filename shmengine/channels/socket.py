@@ -5,21 +5,31 @@ from __future__ import annotations
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Final
 
 import numpy as np
 
+from shmengine._native.status import deadline_of
 from shmengine.arrays import Bytes, address_of
-from shmengine.channels.base import NOTHING, Capabilities, Link, Options
+from shmengine.channels.base import NOTHING, Capabilities, End, Link, Options
 from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
 from shmengine.channels.ports import DialPort, ListenPort, Port, Waiter
 from shmengine.channels.presence import Fate, Presence, PresenceToken
-from shmengine.channels.sessions import PART_BYTES, PREFIX_BYTES, Kind, Proof, Session
-from shmengine.channels.small import UNKNOWN, encode_small, open_small, seal_small
+from shmengine.channels.sessions import (
+    ACKNOWLEDGE_MESSAGES,
+    PART_BYTES,
+    PREFIX_BYTES,
+    Kind,
+    Proof,
+    Session,
+)
+from shmengine.channels.small import UNKNOWN, decode_small, encode_small, open_small, seal_small
 from shmengine.channels.zeromq import zmq
 from shmengine.codec import KIND_ARRAY, KIND_PICKLE
+from shmengine.stats import ChannelStats
 
 __all__ = ["SocketLink", "pair"]
 
@@ -29,10 +39,7 @@ SMALL_FRAME_BYTES = SMALL_BYTES + 512
 LARGE_BYTES = 1 << 16  # from here on a message is not copied where that can be avoided
 ALIGNMENT = 16  # of frames that are used where they arrived; malloc gives it
 DRAIN_NS = 500_000_000  # after a death, for what the kernel still has of the dead
-# While the other end keeps taking messages no more than this is on its way, so that the copies stay in the cache; a
-# sender waits for that so long, and then goes on until all of the buffer is full.
-PACE_BYTES = 8 << 20
-PACE_NS = 10_000_000
+PACE_NS = 10_000_000  # that a sender waits for room within the pace; then it goes on until the buffer is full
 LOOK_EVERY = 64  # messages of a sender, between looks what was acknowledged
 
 _DATA: Final = int(Kind.DATA)
@@ -71,8 +78,29 @@ class SocketLink(FrameLink):
         self._port, self._session = port, session
         self._reader, self._writer = port.add(session)
         self.read_fd, self.write_fd = self._reader.fd, self._writer.fd
+        self._expected[0] = 0
+        session.use(
+            port.wire,
+            port.lock,
+            port.armed,
+            port.raw,
+            port.hub,
+            np.ndarray,
+            partial(encode_small, allow_pickle=self.options.allow_pickle, most_bytes=SMALL_BYTES),
+            self._expected,
+            decode_small,
+            UNKNOWN,
+            self._checks_all,
+            self.options.allow_pickle,
+            ACKNOWLEDGE_MESSAGES,
+            session.acknowledge_bytes,
+        )
         port.links[session.key] = self
         self._pid = os.getpid()
+
+    def end(self, options: Options, *, sends: bool = True, receives: bool = True) -> End:
+        """Return the end over this link."""
+        return SocketEnd(self, options, sends=sends, receives=receives)
 
     # --- messages --------------------------------------------------------------------------------
 
@@ -87,6 +115,13 @@ class SocketLink(FrameLink):
 
     def send(self, message: Any, priority: int, deadline: int) -> bool:
         """Send a message that was encoded."""
+        self._session.sends = False  # in the short way: its number is this one's
+        sent = self._send(message, priority, deadline)
+        if sent:
+            self._session.sends = True
+        return sent
+
+    def _send(self, message: Any, priority: int, deadline: int) -> bool:
         if type(message) is not bytes:
             return super().send(message, priority, deadline)
         nbytes = len(message)
@@ -108,7 +143,7 @@ class SocketLink(FrameLink):
             number = session.next_number
             if number % LOOK_EVERY == 0:
                 port.pump(-1)
-            if session.has_room(nbytes, min(window, PACE_BYTES) if paces else window):
+            if session.has_room(nbytes, session.pace if paces else window):
                 self._keep(number, pieces, nbytes)
                 return True
         return self._write_later(pieces, nbytes, deadline, time.monotonic_ns() + PACE_NS if paces else 0)
@@ -128,7 +163,7 @@ class SocketLink(FrameLink):
             while True:
                 with port.lock:
                     port.pump(-1)
-                    if session.has_room(nbytes, min(window, PACE_BYTES) if paced_until else window):
+                    if session.has_room(nbytes, session.pace if paced_until else window):
                         self._keep(session.next_number, pieces, nbytes)
                         return True
                     self._writer.arm()
@@ -174,6 +209,20 @@ class SocketLink(FrameLink):
 
     def give_up(self) -> None:
         """Take back nothing: a message is sent whole, or not at all."""
+        self._session.sends = True
+
+    def receive(self, deadline: int) -> Any:
+        """Return the next message, `NOTHING` or `END`; the same one again until `settle`."""
+        self._session.receives = False  # in the short way: what is next is this one's
+        got = super().receive(deadline)
+        if got is NOTHING:
+            self._session.receives = not self._number_unknown
+        return got
+
+    def settle(self) -> None:
+        """Let go of the message that `receive` has returned."""
+        super().settle()
+        self._session.receives = not self._number_unknown
 
     def read(self, deadline: int) -> Bytes | bytes | object:
         """Return the next message."""
@@ -228,6 +277,28 @@ class SocketLink(FrameLink):
         self._accept(obj, number, 0, len(wire), len(wire))
         return obj
 
+    def short_ways(
+        self, *, sends: bool, receives: bool
+    ) -> tuple[Callable[[Any, int], bool] | None, Callable[[list[Any]], bool] | None]:
+        """Return what sends a small object, and what takes a small message, if they can do so at once."""
+        session = self._session
+        return session.send_small if sends else None, session.take_small if receives else None
+
+    def count_short_ways(self, stats: ChannelStats) -> ChannelStats:
+        """Add what has gone the short ways."""
+        if self._pid == 0:
+            return stats
+        session = self._session
+        return replace(
+            stats,
+            messages_sent=stats.messages_sent + session.quick_sent,
+            bytes_sent=stats.bytes_sent + session.quick_sent_bytes,
+            wire_bytes_sent=stats.wire_bytes_sent + session.quick_sent_bytes,
+            messages_received=stats.messages_received + session.quick_received,
+            bytes_received=stats.bytes_received + session.quick_received_bytes,
+            wire_bytes_received=stats.wire_bytes_received + session.quick_received_bytes,
+        )
+
     def taken(self) -> None:
         """Forget the message that `read` has returned."""
         session = self._session
@@ -268,6 +339,7 @@ class SocketLink(FrameLink):
         if not self._closed:
             self._closed = True
             if self._pid == os.getpid():
+                self._session.sends = self._session.receives = False
                 self._port.hub.finish(self)
             else:
                 self._closed_unused()
@@ -297,6 +369,56 @@ class SocketLink(FrameLink):
             port.remove(session)
         self._finished(delivered=delivered or not hurry)
         return True
+
+
+class SocketEnd(End):
+    """One end of a channel over a socket: small messages go the short ways of its session, where nothing waits."""
+
+    _link: SocketLink
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._post: Callable[[Any, int], bool] | None = None
+        self._take: Callable[[list[Any]], bool] | None = None
+
+    def _start(self) -> None:
+        super()._start()
+        self._post, self._take = self._link.short_ways(sends=self._sends, receives=self._receives)
+
+    def send(self, obj: Any, timeout: float | None = None, *, priority: int = 0) -> None:
+        """Send an object, as `End.send` says."""
+        post = self._post
+        if post is not None and not priority:
+            if timeout is not None:
+                deadline_of(timeout)
+            if post(obj, self._looked):
+                return
+        super().send(obj, timeout, priority=priority)
+
+    def receive(self, timeout: float | None = None) -> Any:
+        """Take the next message, as `End.receive` says."""
+        take = self._take
+        if take is not None and not self._ready:
+            if timeout is not None:
+                deadline_of(timeout)
+            box: list[Any] = []
+            try:
+                if take(box):
+                    return box[0]
+            except BaseException:
+                if box:  # what a signal's handler keeps from being returned is for the next call
+                    self._ready.appendleft(box)
+                raise
+        return super().receive(timeout)
+
+    def stats(self) -> ChannelStats:
+        """Return what this end has done so far, in this process."""
+        return self._link.count_short_ways(super().stats())
+
+    def close(self) -> None:
+        """Use this end no more; the other one receives what was sent, and then `EndOfStream`. Never waits."""
+        self._post = self._take = None
+        super().close()
 
 
 def _join(pieces: list[Any], target: Bytes) -> None:

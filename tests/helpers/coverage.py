@@ -23,7 +23,9 @@ LIST = ROOT / "docs" / "coverage.md"
 AT_LEAST = 95.0
 GCOVR = [sys.executable, "-m", "gcovr"]
 
-PYTHON_TESTS = [f"tests/unit/test_{name}.py" for name in ("handles", "directions", "ring", "channel_shm")]
+PYTHON_TESTS = [
+    f"tests/unit/test_{name}.py" for name in ("handles", "directions", "ring", "channel_shm", "wire")
+]
 """What only Python reaches: handles.c and its siblings. (Who ends by `os._exit` or a signal leaves no counts.)"""
 
 ENTRY = re.compile(r"^- `(?P<file>[\w.]+)`, `(?P<function>\w+)`: `(?P<code>[^`]+)`$", re.MULTILINE)

@@ -15,6 +15,7 @@ TESTS = [
     "tests/unit/test_ring.py",
     "tests/unit/test_directions.py",
     "tests/unit/test_channel_shm.py",
+    "tests/unit/test_wire.py",
     "tests/lifetime/test_views.py",
 ]
 # What takes most of the time, and calls nothing there that the others do not: many views, fresh interpreters.

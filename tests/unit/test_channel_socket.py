@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+from functools import partial
 from io import UnsupportedOperation
 
 import numpy as np
@@ -872,6 +873,191 @@ def test_a_storm_of_signals_loses_and_doubles_nothing():
     )
 
 
+STORM = """
+    import multiprocessing, os, random, signal, threading
+    import shmengine as shm
+
+    COUNT = 30_000
+    PACKAGE = os.path.dirname(shm.__file__)
+
+    class Storm(BaseException):
+        pass
+
+    def storm(_, frame):
+        if frame.f_code.co_filename.startswith(PACKAGE):  # not between a call and where its result is kept
+            raise Storm
+
+    def thunder(function):
+        stop, main = threading.Event(), threading.main_thread().ident
+        signal.signal(signal.SIGUSR1, storm)
+
+        def run():
+            while not stop.wait(random.uniform(0, 0.0003)):
+                signal.pthread_kill(main, signal.SIGUSR1)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            return function()
+        finally:
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            stop.set()
+            thread.join()
+
+    def send(end):
+        sure, number, interrupted = [], 0, 0
+        while number < COUNT:
+            try:
+                while number < COUNT:
+                    number += 1
+                    end.send(number - 1)
+                    sure.append(number - 1)
+            except Storm:
+                interrupted += 1
+        return sure, interrupted
+
+    def receive(end):
+        got, interrupted = [], 0
+        while not got or got[-1] != "last":
+            try:
+                while not got or got[-1] != "last":
+                    got.append(end.receive(30))
+            except Storm:
+                interrupted += 1
+        return got, interrupted
+
+    def sender(end):
+        sent, _ = send(end)
+        end.send("last")
+        end.receive(30)
+
+    def receiver(end, pipe):
+        pipe.send(receive(end))
+
+    if __name__ == "__main__":
+        context = multiprocessing.get_context("fork")
+        left, right = shm.channel("socket", buffer_bytes="1 MiB")
+"""
+
+
+def test_a_storm_over_short_ways_loses_and_doubles_nothing_that_is_received():
+    run_script(
+        STORM
+        + """
+        child = context.Process(target=sender, args=(right,))
+        child.start()
+        right.close()
+        got, interrupted = thunder(lambda: receive(left))
+        assert got == [*range(COUNT), "last"], len(got)
+        assert interrupted > 10, interrupted
+        assert left._link._session.quick_received > COUNT // 2
+        left.send("all")
+        left.close()
+        child.join()
+        assert child.exitcode == 0
+        """,
+        check=True,
+        timeout=90,
+    )
+
+
+def test_a_storm_over_short_ways_loses_and_doubles_nothing_that_is_sent():
+    run_script(
+        STORM
+        + """
+        here, there = context.Pipe()
+        child = context.Process(target=receiver, args=(right, there))
+        child.start()
+        right.close()
+        sure, interrupted = thunder(lambda: send(left))
+        left.send("last")
+        got, _ = here.recv()
+        assert got == sorted(set(got[:-1])) + ["last"]
+        assert set(sure) <= set(got), "lost"
+        assert interrupted > 10, interrupted
+        assert left._link._session.quick_sent > COUNT // 2
+        left.close()
+        child.join()
+        assert child.exitcode == 0
+        """,
+        check=True,
+        timeout=90,
+    )
+
+
+# --- short ways ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check", ["frame", "payload"])
+def test_small_messages_go_the_short_ways(check):
+    left, right = shm.channel("socket", check=check)
+    with left, right:
+        left.send("warm")
+        assert right.receive(20) == "warm"
+        for number in range(3000):
+            left.send(number)
+        assert [right.receive(20) for _ in range(3000)] == list(range(3000))
+        assert left._link._session.quick_sent > 2000
+        assert right._link._session.quick_received > 2000
+        sent, received = left.stats(), right.stats()
+        assert sent.messages_sent == received.messages_received == 3001
+        assert sent.bytes_sent == received.bytes_received == sent.wire_bytes_sent
+        assert received.wire_bytes_received == sent.wire_bytes_sent
+
+
+def test_threads_that_go_short_and_long_ways_keep_their_order(ends):
+    """Small messages do not overtake large ones of the same thread, nor does one come twice."""
+    left, right = ends
+    block = np.zeros(100_000, "u1")
+
+    def send(who):
+        for number in range(400):
+            left.send((who, number, block) if number % 7 == 0 else f"{who} {number}")
+
+    senders = [threading.Thread(target=send, args=(who,)) for who in range(3)]
+    received = []
+    receivers = [
+        threading.Thread(target=lambda: received.append([right.receive(20) for _ in range(600)]))
+        for _ in range(2)
+    ]
+    for thread in (*senders, *receivers):
+        thread.start()
+    for thread in (*senders, *receivers):
+        thread.join()
+    names = []
+    for some in received:
+        mine = [tuple(map(int, x.split())) if isinstance(x, str) else x[:2] for x in some]
+        for who in range(3):
+            numbers = [number for other, number in mine if other == who]
+            assert numbers == sorted(numbers)
+        names += mine
+    assert sorted(names) == [(who, number) for who in range(3) for number in range(400)]
+
+
+@pytest.mark.parametrize("timeout", ["soon", -1, float("nan")])
+def test_short_ways_check_the_timeout(ends, timeout):
+    left, right = ends
+    left.send(1)
+    assert right.receive(20) == 1
+    for call in (partial(left.send, 2), right.receive):
+        with pytest.raises((TypeError, ValueError)):
+            call(timeout)
+    left.send(3)
+    assert right.receive(20) == 3
+
+
+def test_a_closed_end_goes_no_short_way(ends):
+    left, right = ends
+    left.send(1)
+    assert right.receive(20) == 1
+    left.send(2)
+    right.close()
+    left.close()
+    for call in (partial(left.send, 3), right.receive):
+        with pytest.raises(shm.Closed):
+            call()
+
+
 # --- sessions alone ---------------------------------------------------------------------------------------
 
 
@@ -929,6 +1115,17 @@ def test_acknowledgements_of_what_was_never_sent_do_no_harm():
     session.connected(b"", part(Kind.WELCOME, 1 << 60, 1 << 60), GREETING)
     session.keep([part(Kind.DATA, 1)])
     assert [number for number, _ in session.to_hand_over()] == [1]
+
+
+def test_a_session_is_never_missed_since_nothing(monkeypatch):
+    """Whoever looks in the middle of it, or after a signal's handler, would take the other end for lost long ago."""
+    session = Session(b"k" * 16, Counts(), 1 << 20)
+    session.connected(b"peer", part(Kind.WELCOME, 0), "somebody")
+    peers = []
+    monkeypatch.setattr(time, "monotonic_ns", lambda: peers.append(session.peer) or 5)
+    session.disconnected()
+    assert peers == [b"peer"]
+    assert (session.peer, session.missed_since) == (None, 5)
 
 
 def test_a_process_of_this_machine_is_known_to_be_gone():

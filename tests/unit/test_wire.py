@@ -1,0 +1,744 @@
+"""The short ways of small messages over a socket (csrc/small.c): what goes there, and what is left to the long ones."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections import deque
+from functools import partial
+
+import numpy as np
+import pytest
+import zmq
+
+from shmengine._native._handles import Stream, Wire, connect_zeromq
+from shmengine.channels import zeromq
+from shmengine.channels.base import Counts
+from shmengine.channels.sessions import PREFIX, PREFIX_BYTES, Kind, Session
+from shmengine.channels.small import UNKNOWN, decode_small, encode_small
+from shmengine.channels.zeromq import wire_of
+from shmengine.codec import HEADER_BYTES, decode, encode, number_of
+from tests.helpers.arrays import same
+
+WINDOW = 1 << 20
+SMALL = [
+    b"x" * 64,
+    b"",
+    "text",
+    7,
+    None,
+    np.arange(8.0),
+    np.array(5, "i2"),
+    np.arange(6, dtype=">u4").reshape(2, 3),
+    np.zeros((1, 2, 1, 3, 1), "u1"),
+    {"a": 1, "b": 2.5, "c": "three", "d": None, "e": True},
+]
+
+
+class Hub:
+    """As far as it is looked at."""
+
+    _awake = True
+
+
+class Side:
+    """A session over one of two sockets, which takes itself to be connected."""
+
+    def __init__(
+        self,
+        socket,
+        *,
+        encoder=None,
+        decoder=decode_small,
+        pickles=True,
+        checks_all=False,
+        raw=None,
+        most_told_bytes=WINDOW,
+    ):
+        self.socket = socket
+        self.wire = wire_of(socket)
+        self.session = Session(b"k" * 16, Counts(), WINDOW)
+        self.lock, self.armed, self.hub = threading.Lock(), set(), Hub()
+        self.raw = deque() if raw is None else raw
+        self.expected = {0: 0}
+        self.session.use(
+            *(self.wire, self.lock, self.armed, self.raw, self.hub, np.ndarray),
+            encoder or partial(encode_small, allow_pickle=pickles, most_bytes=4096),
+            *(self.expected, decoder, UNKNOWN, checks_all, pickles, 100),
+            most_told_bytes,
+        )
+        self.session.peer = b""
+
+    def send(self, obj):
+        return self.session.send_small(obj, time.monotonic_ns())
+
+    def take(self):
+        """Return the next message in a list, or an empty one."""
+        box = []
+        assert self.session.take_small(box) is bool(box)
+        return box
+
+    def post(self, kind, number, taken=0, body=b""):
+        """Send what the other end may say."""
+        self.socket.send(PREFIX.pack(kind, number, taken) + body)
+
+
+@pytest.fixture
+def sockets():
+    context = zmq.Context()
+    pair = [context.socket(zmq.PAIR) for _ in range(2)]
+    pair[0].bind("inproc://wire")
+    pair[1].connect("inproc://wire")
+    yield pair
+    for socket in pair:
+        socket.close(0)
+    context.term()
+
+
+@pytest.fixture
+def sides(sockets):
+    return [Side(socket) for socket in sockets]
+
+
+def frame(obj, number=0, **options):
+    return b"".join(encode(obj, memmap_mode=None).pieces(sequence=number, **options))
+
+
+# --- sending ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checks_all", [False, True])
+@pytest.mark.parametrize("obj", SMALL, ids=repr)
+def test_what_is_sent_is_a_frame_as_any_other(sockets, obj, checks_all):
+    """The first one of a kind, and those that are made from it."""
+    side = Side(sockets[0], checks_all=checks_all)
+    for number in range(3):
+        assert side.send(obj)
+        part = sockets[1].recv()
+        assert PREFIX.unpack_from(part) == (Kind.DATA, number, 0)
+        assert part[PREFIX_BYTES:] == frame(obj, number, checksum=checks_all)
+        assert side.session._kept[-1][2] == part
+    assert side.session.messages == side.session.next_number == side.session.quick_sent == 3
+    assert side.session.quick_sent_bytes == 3 * len(frame(obj))
+
+
+def test_objects_that_differ_in_anything_but_their_bytes(sides, sockets):
+    """None is made from the frame of another kind, shape or length."""
+    array = np.arange(8.0)
+    several = [
+        array,
+        array.copy(),
+        array.astype("f4"),
+        array.reshape(2, 4),
+        array[:4],
+        array[:5],
+        array.reshape(2, 4).T.copy(),
+        b"12345678",
+        b"123",
+        b"abc",
+        "abc",
+        array.astype(">f8"),
+        array,
+    ]
+    for number, obj in enumerate(several):
+        assert sides[0].send(obj)
+        raw = np.frombuffer(bytearray(sockets[1].recv()[PREFIX_BYTES:]), np.uint8)
+        assert same(decode(raw), obj)
+        assert number_of(raw) == (number, 0)
+
+
+@pytest.mark.parametrize(
+    "obj",
+    [
+        b"x" * 10_000,
+        np.zeros(10_000),
+        np.arange(8)[::2],
+        np.arange(6).reshape(2, 3).T,
+        np.zeros(0),
+        np.zeros(2, dtype=[("a", "i4")]),
+        np.ma.zeros(3),
+        [1, 2],
+        {"a": []},
+        {"a": b"x" * 10_000},
+        dict.fromkeys(range(100)),
+        10**10_000,
+    ],
+    ids=lambda obj: type(obj).__name__,
+)
+def test_what_is_not_small_goes_the_long_way(sides, obj):
+    assert sides[0].send(np.arange(8))
+    assert not sides[0].send(obj)
+    assert len(sides[0].session._kept) == 1
+
+
+def no_peer(side):
+    side.session.peer = None
+
+
+def named_peer(side):
+    side.session.peer = b"name"
+
+
+def locked(side):
+    side.lock.acquire()
+
+
+def somebody_waits(side):
+    side.armed.add(side)
+
+
+def asleep(side):
+    side.hub._awake = False
+
+
+def no_hub(side):
+    side.hub.__class__ = type("Other", (), {})
+
+
+def on_the_long_way(side):
+    side.session.sends = side.session.receives = False
+
+
+def closed(side):
+    side.wire.close()
+
+
+UNUSUAL = [no_peer, locked, somebody_waits, asleep, no_hub, on_the_long_way, closed]
+
+
+@pytest.mark.parametrize("change", UNUSUAL, ids=lambda change: change.__name__)
+def test_nothing_is_sent_where_that_is_not_simple(sides, sockets, change):
+    assert sides[0].send(1)
+    change(sides[0])
+    assert not sides[0].send(2)
+    assert len(sides[0].session._kept) == 1
+    assert sockets[1].recv()
+    with pytest.raises(zmq.Again):
+        sockets[1].recv(zmq.DONTWAIT)
+
+
+def test_a_peer_with_a_name_gets_that_first():
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as dealer:
+        router.router_mandatory = True
+        router.bind("inproc://wire")
+        dealer.routing_id = b"name"
+        dealer.connect("inproc://wire")
+        dealer.send(b"hello")
+        assert router.recv_multipart() == [b"name", b"hello"]
+        side = Side(router)
+        named_peer(side)
+        side.session.keep([side.session.prefix(Kind.DATA, 0) + frame(0)])
+        side.session.handed_over(0)
+        for number in range(1, 64):
+            assert side.send(number)
+            assert dealer.recv() == PREFIX.pack(Kind.DATA, number, 0) + frame(number, number)
+        assert not side.send(64), "the long way looks what was acknowledged"
+        side.session.let_go(63)
+        side.session.keep([b"x"])
+        side.session.handed_over(64)
+        side.wire.half = True
+        assert not side.send(65)
+        side.wire.half = False
+        side.session.peer = b"nobody"
+        assert side.send(65), "it is kept for the next connection"
+        assert side.session._kept[-1][0] == 65
+        assert side.session._handed_over == 65
+        assert not side.send(66)
+
+
+def test_nothing_is_sent_without_a_look_at_the_other_end_lately(sides):
+    assert not sides[0].session.send_small(1, time.monotonic_ns() - 10**9)
+
+
+def test_nothing_is_sent_before_what_the_connection_has_not_got(sides):
+    session = sides[0].session
+    session.keep([session.prefix(Kind.DATA, 0) + frame(1)])
+    assert not sides[0].send(2)
+
+
+def test_nothing_is_sent_beyond_the_window(sides):
+    sent = 0
+    while sides[0].send(b"x" * 700):
+        sent += 1
+    kept = sides[0].session._kept
+    assert len(kept) == sent
+    assert kept[-1][1] <= WINDOW < kept[-1][1] + kept[0][1]
+
+
+def test_nothing_is_sent_beyond_what_the_other_end_has_room_for(sides):
+    session = sides[0].session
+    session.pace = 2000
+    while sides[0].send(1):
+        pass
+    assert session._kept[-1][1] <= 2000
+
+
+def test_what_has_to_be_counted_goes_the_long_way(sides):
+    left, right = sides
+    left.send(1)
+    right.session._look_at = 100
+    assert right.take() == []
+    [part] = right.raw
+    assert right.session.feed(part) == (Kind.DATA, True, False)
+    assert right.session._look_at > WINDOW
+    assert right.session._waiting > len(part)
+
+
+def test_what_comes_after_the_goodbye_is_dropped(sides):
+    left, right = sides
+    right.session.feed(right.session.prefix(Kind.GOODBYE, 0))
+    left.session.keep([left.session.prefix(Kind.GOODBYE, 0)])
+    left.session._handed_over = 1
+    assert left.send(1)
+    right.wire.receive(right.raw, -1, right.session)
+    [part] = right.raw
+    assert right.session.feed(part) == (Kind.DATA, False, False)
+
+
+def test_room_is_for_what_was_kept_first(sides):
+    left, right = sides
+    assert left.send(1)
+    left.session.keep([left.session.prefix(Kind.DATA, 1)])  # for which there was no room
+    right.post(Kind.ACKNOWLEDGE, 0, 1)
+    assert left.take() == []
+    assert len(left.raw) == 1
+
+
+def test_a_sender_sees_now_and_then_what_was_acknowledged(sides):
+    """Whatever he sends, without ever receiving."""
+    left, right = sides
+    for number in range(1000):
+        assert left.send(number)
+        right.post(Kind.ACKNOWLEDGE, 0, number)
+    assert len(left.session._kept) < 200
+    assert left.session.answers
+    assert left.session.next_number == left.session.messages == 1000
+
+
+def test_an_error_of_the_encoder_is_the_senders(sockets):
+    def broken(obj):
+        raise ValueError("no")
+
+    side = Side(sockets[0], encoder=broken)
+    with pytest.raises(ValueError, match="no"):
+        side.send(1)
+    assert not side.session._kept
+
+
+def test_what_the_encoder_returns_is_looked_at(sockets):
+    for wrong in (bytearray(100), b"short", 5):
+        assert not Side(sockets[0], encoder=lambda obj, wrong=wrong: wrong).send(1)
+
+
+def test_a_frame_without_the_bytes_of_its_object_is_no_template(sockets):
+    frames = iter([bytes(200), bytes(64), bytes(100)])
+    side = Side(sockets[0], encoder=lambda obj: next(frames))
+    for nbytes in (200, 64, 100):
+        assert side.send(b"x" * 60)
+        assert len(sockets[1].recv()) == PREFIX_BYTES + nbytes
+
+
+def test_an_encoder_may_go_the_long_way(sockets):
+    def encode(obj):
+        on_the_long_way(side)
+        return frame(obj)
+
+    side = Side(sockets[0], encoder=encode)
+    assert not side.send(1)
+    assert not side.session._kept
+
+
+class NoDeque(deque):
+    def append(self, part):
+        raise ArithmeticError("no")
+
+
+def test_what_pumping_raises_is_raised(sockets):
+    left, right = Side(sockets[0]), Side(sockets[1], raw=NoDeque())
+    left.post(Kind.REPEAT, 0)
+    with pytest.raises(ArithmeticError):
+        right.take()
+    left.post(Kind.REPEAT, 0)
+    with pytest.raises(ArithmeticError):
+        right.send(1)
+    assert right.send(1)
+
+
+# --- receiving --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("obj", SMALL, ids=repr)
+def test_what_was_sent_is_taken(sides, obj):
+    left, right = sides
+    for _ in range(3):
+        assert left.send(obj)
+    for _ in range(3):
+        (got,) = right.take()
+        assert same(got, obj)
+        if isinstance(got, np.ndarray):
+            assert got.flags.writeable
+    assert right.take() == []
+    assert right.expected == {0: 3}
+    assert right.session._taken == right.session.received == right.session.quick_received == 3
+    assert right.session.quick_received_bytes == 3 * len(frame(obj))
+
+
+def test_all_in_their_order(sides):
+    left, right = sides
+    for number in range(90):
+        assert left.send(number)
+    assert [right.take() for _ in range(91)] == [[number] for number in range(90)] + [[]]
+
+
+def test_an_acknowledgement_that_falls_due_is_left_to_the_long_way(sides):
+    left, right = sides
+    for number in range(200):
+        assert left.send(number)
+    taken = 0
+    while right.take():
+        taken += 1
+    assert taken == 99
+    assert right.session.next_message() is not None
+
+
+def test_so_is_one_for_many_bytes(sockets):
+    left, right = Side(sockets[0]), Side(sockets[1], most_told_bytes=1000)
+    for _ in range(3):
+        assert left.send(b"x" * 400)
+    assert len(right.take()) == 1
+    assert right.take() == []
+
+
+@pytest.mark.parametrize("change", UNUSUAL, ids=lambda change: change.__name__)
+def test_nothing_is_taken_where_that_is_not_simple(sides, change):
+    left, right = sides
+    assert left.send(1)
+    change(right)
+    assert right.take() == []
+    assert right.session._taken == 0
+
+
+def test_a_peer_with_a_name_shares_the_socket(sides):
+    """What has come for it is taken; the socket is left alone."""
+    left, right = sides
+    assert left.send(1)
+    assert left.send(2)
+    assert right.take() == [1]
+    named_peer(right)
+    assert right.take() == [2]
+    assert left.send(3)
+    assert right.take() == []
+
+
+BAD = {
+    "damaged": lambda good: good[:-1] + bytes([good[-1] ^ 1]),
+    "short": lambda good: good[: HEADER_BYTES - 1],
+    "longer": lambda good: good + b"x",
+    "magic": lambda good: b"SHMX" + good[4:],
+    "version": lambda good: good[:8] + b"\x02" + good[9:],
+    "kind": lambda good: good[:9] + b"\x02" + good[10:],
+    "flags": lambda good: good[:10] + b"\x01" + good[11:],
+    "in band": lambda good: good[:16] + b"\xff" * 8 + good[24:],
+    "prefix": lambda good: good[:52] + b"\xff" * 4 + good[56:],
+    "checked": lambda good: good[:32] + b"\xff" * 8 + good[40:],
+    "number": lambda good: frame(1, 5),
+    "large": lambda good: frame(b"x" * 10_000),
+    "empty": lambda good: b"",
+}
+
+
+@pytest.mark.parametrize("damage", BAD.values(), ids=BAD)
+def test_what_is_not_sound_is_left_to_the_long_way(sides, damage):
+    left, right = sides
+    left.post(Kind.DATA, 0, 0, damage(frame(1)))
+    assert right.take() == []
+    assert right.session._taken == 0
+    assert len(right.session._inbox) + len(right.raw) == 1
+    assert right.expected == {0: 0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"), [(Kind.DATA, frame(1)), (Kind.DATA, frame(b"x" * 10_000)), (Kind.GOODBYE, b"")]
+)
+def test_what_the_long_way_has_taken_in_is_left_to_it(sides, kind, body):
+    """If it is bytes, large, or no message."""
+    right = sides[1]
+    if len(body) > 5000:
+        sides[0].post(kind, 0, 0, body)
+        right.wire.receive(right.raw, 1, None)
+        right.session.feed(right.raw.popleft())
+    else:
+        right.session.feed(PREFIX.pack(kind, 0, 0) + body)
+    assert right.take() == []
+    assert len(right.session._inbox) == 1
+
+
+def test_what_was_taken_before_is_left_to_the_long_way(sides):
+    left, right = sides
+    assert left.send(1)
+    assert right.wire.receive(right.raw, 1, right.session)
+    right.session._taken = 1
+    assert right.take() == []
+
+
+def test_a_decoder_may_go_the_long_way(sockets):
+    def decode(*args):
+        on_the_long_way(right)
+        return decode_small(*args)
+
+    left, right = Side(sockets[0]), Side(sockets[1], decoder=decode)
+    assert left.send(1)
+    assert right.take() == []
+    assert right.session._taken == 0
+
+
+def test_the_first_number_is_nought(sides):
+    left, right = sides
+    right.expected.clear()
+    assert left.send(1)
+    assert right.take() == [1]
+    assert right.expected == {0: 1}
+
+
+def test_pickles_only_where_they_are_allowed(sockets):
+    left, right = Side(sockets[0]), Side(sockets[1], pickles=False)
+    assert left.send(np.arange(3))
+    assert left.send("text")
+    assert same(right.take()[0], np.arange(3))
+    assert right.take() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "body"),
+    [
+        (Kind.DATA, 7, frame(1)),
+        (Kind.GOODBYE, 0, b""),
+        (Kind.BEGINNING, 0, frame(1)),
+        (Kind.HELLO, 0, b""),
+        (Kind.REPEAT, 0, b""),
+        (77, 0, b""),
+    ],
+)
+def test_other_parts_and_all_behind_them_wait_for_the_long_way(sides, kind, number, body):
+    left, right = sides
+    left.post(kind, number, 0, body)
+    assert left.send(1)
+    assert right.take() == []
+    assert len(right.raw) == 2
+    assert right.take() == []
+    assert len(right.raw) == 2
+
+
+def test_parts_of_one_message_wait_too(sides, sockets):
+    sockets[0].send(PREFIX.pack(Kind.DATA, 0, 0) + frame(1), zmq.SNDMORE)
+    sockets[0].send(b"x")
+    assert sides[1].take() == []
+    assert [part.more for part in sides[1].raw] == [True, False]
+
+
+def test_what_decoding_raises_leaves_the_message(sockets):
+    """As a signal's handler may."""
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return decode_small(*args)
+
+    left, right = Side(sockets[0]), Side(sockets[1], decoder=interrupted)
+    assert left.send(1)
+    with pytest.raises(KeyboardInterrupt):
+        right.take()
+    assert right.session._taken == 0
+    assert right.take() == [1]
+
+
+def test_what_nobody_knows_is_left_to_the_long_way(sockets):
+    left, right = Side(sockets[0]), Side(sockets[1], decoder=lambda *args: UNKNOWN)
+    assert left.send(1)
+    assert right.take() == []
+    assert right.session._taken == 0
+
+
+def test_a_message_that_another_takes_meanwhile_is_his(sockets):
+    """While one is decoded other threads run."""
+    others = []
+
+    def slow(*args):
+        if not others:
+            others.append(None)
+            others[:] = right.take()
+        return decode_small(*args)
+
+    left, right = Side(sockets[0]), Side(sockets[1], decoder=slow)
+    assert left.send(1)
+    assert left.send(2)
+    assert right.take() == []
+    assert others == [1]
+    assert right.take() == [2]
+
+
+# --- what was acknowledged --------------------------------------------------------------------------
+
+
+def test_an_answer_lets_go_of_what_it_answers(sides):
+    left, right = sides
+    for number in range(3):
+        assert left.send(number)
+        assert right.take() == [number]
+        assert right.send(-number)
+        assert left.take() == [-number]
+        assert not left.session._kept
+    assert left.session._released > 0
+
+
+def test_whoever_waits_for_room_is_woken_by_the_long_way(sides):
+    left, right = sides
+    assert left.send(1)
+    right.post(Kind.ACKNOWLEDGE, 0, 1)
+    left.armed.add(left)
+    assert left.wire.receive(left.raw, -1, left.session) is False
+    assert len(left.raw) == len(left.session._kept) == 1
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_memory_that_is_used_again_is_put_aside_by_the_long_way(sides, where):
+    left, right = sides
+    session = left.session
+    large = bytearray(session.prefix(Kind.DATA, 0 if where == "first" else 1) + frame(1))
+    if where == "first":
+        session.keep([large])
+        session.handed_over(0)
+    assert left.send(2)
+    if where == "last":
+        session.keep([large])
+    right.post(Kind.ACKNOWLEDGE, 0, 2)
+    left.wire.receive(left.raw, -1, session)
+    assert len(left.raw) == 1
+    assert len(session._kept) == 2
+    assert session.let_go(2) is large
+    assert session.let_go(2) is None
+    assert not session._kept
+
+
+def test_acknowledgements_of_what_was_never_sent_do_no_harm(sides):
+    left, right = sides
+    assert left.send(1)
+    right.post(Kind.ACKNOWLEDGE, 0, (1 << 64) - 1)
+    left.take()
+    assert not left.session._kept
+    assert left.session.next_number == 1
+    assert left.send(2)
+
+
+# --- wires and parts --------------------------------------------------------------------------------
+
+
+def test_a_part_is_a_writable_buffer(sides, sockets):
+    sockets[0].send(b"hello")
+    raw = deque()
+    assert sides[1].wire.receive(raw, 1, None) is True
+    assert sides[1].wire.receive(raw, 1, None) is False
+    (part,) = raw
+    assert (len(part), bytes(part), part.more, part.source) == (5, b"hello", False, -1)
+    memoryview(part)[0] = ord("j")
+    assert bytes(part) == b"jello"
+
+
+def test_a_closed_wire_says_so(sides):
+    sides[0].wire.close()
+    with pytest.raises(OSError, match="socket"):
+        sides[0].wire.receive(deque(), -1, None)
+
+
+def test_wrong_arguments_are_refused(sides):
+    session, wire = sides[0].session, sides[0].wire
+    for call in (
+        lambda: session.send_small(1),
+        lambda: session.send_small(1, "now"),
+        lambda: session.take_small(()),
+        lambda: session.let_go("all"),
+        lambda: session.use(wire),
+        lambda: wire.receive(deque()),
+        lambda: wire.receive(deque(), 1, 5),
+        lambda: Wire("socket"),
+        lambda: connect_zeromq(1),
+        type(next(iter(_parts(sides)))),
+    ):
+        with pytest.raises(TypeError):
+            call()
+
+
+def _parts(sides):
+    sides[0].socket.send(b"x")
+    raw = deque()
+    sides[1].wire.receive(raw, 1, None)
+    return raw
+
+
+def test_numbers_below_nought_are_early(sides):
+    assert sides[0].send(1)
+    assert sides[0].session.let_go(-1) is None
+    assert not sides[0].session.send_small(1, -1)
+
+
+def test_parts_that_are_none_wait_for_the_long_way(sides):
+    left, right = sides
+    left.socket.send(b"short")
+    right.wire.receive(right.raw, -1, right.session)
+    assert bytes(right.raw.popleft()) == b"short"
+    no_peer(right)
+    left.post(Kind.ACKNOWLEDGE, 0)
+    right.wire.receive(right.raw, -1, right.session)
+    assert len(right.raw) == 1
+    left.post(Kind.ACKNOWLEDGE, 0)
+    right.wire.receive(right.raw, -1, right.session)
+    assert len(right.raw) == 2
+
+
+def test_a_session_before_its_use_lets_nothing_go(sides):
+    session = Session(b"k" * 16, Counts(), WINDOW)
+    session.peer = b""
+    session.keep([session.prefix(Kind.DATA, 0)])
+    sides[0].post(Kind.ACKNOWLEDGE, 0, 1)
+    sides[1].wire.receive(sides[1].raw, -1, session)
+    assert len(session._kept) == len(sides[1].raw) == 1
+
+
+def test_a_lock_that_is_none_is_locked(sides):
+    side = sides[0]
+    side.session.use(
+        *(side.wire, None, side.armed, side.raw, side.hub, np.ndarray, encode_small, {0: 0}, decode_small),
+        *(UNKNOWN, False, True, 100, WINDOW),
+    )
+    assert side.take() == []
+
+
+def test_a_pyzmq_that_hides_what_is_needed_is_an_import_error(monkeypatch):
+    monkeypatch.setattr(zeromq, "_FUNCTIONS", ("zmq_no_such_function",))
+    with pytest.raises(ImportError, match="zmq_no_such_function"):
+        zeromq._connect()
+
+
+def test_a_raw_that_takes_nothing_is_an_error(sides):
+    sides[0].socket.send(b"x")
+    with pytest.raises(AttributeError):
+        sides[1].wire.receive((), 1, None)
+
+
+def test_a_stream_before_its_use_goes_no_short_way():
+    stream = Stream()
+    assert not stream.send_small(1, 0)
+    assert not stream.take_small([])
+    assert stream.let_go(5) is None
+
+
+def test_a_stream_in_a_cycle_is_collected(sides):
+    alive = weakref.ref(sides[0].session)
+    sides[0].session.owner = sides[0]
+    sides.clear()
+    gc.collect()
+    assert alive() is None
