@@ -287,7 +287,7 @@ static void recover_block(shmr *h, struct recovery *rec, uint32_t block) {
             restore(h, rec, block, generation);
             add_attempt(r);
             uint64_t again = shmr_state_pack(generation + 1, h->self, ring, flags, SHMR_COMMITTED);
-            if (shmr_cas_release(&r->state, &mine, again)) insert_or_keep(h, ring, block, generation + 1); /* R1 W21 */
+            if (shmr_cas_release(&r->state, &mine, again)) insert_or_keep(h, ring, block, generation + 1); /* R1 */
         }
         break;
     case SHMR_COMMITTED:
