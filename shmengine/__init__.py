@@ -37,7 +37,7 @@ from shmengine.errors import (
 )
 
 if TYPE_CHECKING:
-    from shmengine.channels.base import End as End
+    from shmengine.channels.end import End as End
     from shmengine.channels.keys import Keys as Keys
     from shmengine.channels.keys import generate_keys as generate_keys
     from shmengine.channels.open import channel as channel
@@ -108,7 +108,7 @@ __all__ = [
 # Each public name is imported when it is first used: a script that wants a ring does not pay for the engine.
 _HOMES = {
     "ChannelStats": "shmengine.stats",
-    "End": "shmengine.channels.base",
+    "End": "shmengine.channels.end",
     "Engine": "shmengine.engine",
     "EngineStats": "shmengine.stats",
     "Executor": "shmengine.futures",

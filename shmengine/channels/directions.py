@@ -37,7 +37,7 @@ from shmengine._native.status import (
     fail,
 )
 from shmengine.arrays import address_of
-from shmengine.channels.base import END, LOOK_NS, NOTHING, Options
+from shmengine.channels.link import END, LOOK_NS, NOTHING, Options
 from shmengine.channels.presence import Fate, Presence
 from shmengine.codec import decode
 from shmengine.config import format_bytes

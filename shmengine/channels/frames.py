@@ -9,8 +9,9 @@ from typing import Any, Final
 import numpy as np
 
 from shmengine.arrays import Bytes, address_of
-from shmengine.channels.base import END, NOTHING, Counts, Link, Options
 from shmengine.channels.compression import Compressor, decompress, is_compressed
+from shmengine.channels.end import End
+from shmengine.channels.link import END, NOTHING, Counts, Link, Options
 from shmengine.codec import FRAME_ALIGNMENT, decode, encode, number_of
 from shmengine.errors import Corrupt, ShmError, StaleReference
 
@@ -69,6 +70,10 @@ class FrameLink(Link):
         """Forget the message that `read` has returned; another call does no harm."""
 
     # --- what follows ------------------------------------------------------------------------------
+
+    def end(self, options: Options, *, sends: bool = True, receives: bool = True) -> End:
+        """Return the end over this link."""
+        return End(self, options, sends=sends, receives=receives)
 
     def encode(self, obj: Any) -> Any:
         """Make an object ready for `send`: its frame, and later the pieces of that and their bytes."""

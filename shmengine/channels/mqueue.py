@@ -17,7 +17,7 @@ from typing import ClassVar, NoReturn
 import posix_ipc
 
 from shmengine._native import lib
-from shmengine.channels.base import Capabilities, Link, Options
+from shmengine.channels.link import Capabilities, Link, Options
 from shmengine.channels.presence import Presence
 from shmengine.channels.stream import StreamLink, reopened
 from shmengine.config import format_bytes

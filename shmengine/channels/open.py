@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from shmengine.channels.base import End, Link, Options
+from shmengine.channels.end import End
+from shmengine.channels.link import Link, Options
 from shmengine.config import parse_bytes
 from shmengine.errors import ShmError
 

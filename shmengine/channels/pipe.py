@@ -6,7 +6,7 @@ import fcntl
 import multiprocessing
 from typing import ClassVar
 
-from shmengine.channels.base import Capabilities, Link, Options
+from shmengine.channels.link import Capabilities, Link, Options
 from shmengine.channels.presence import Presence
 from shmengine.channels.stream import StreamLink, reopened
 from shmengine.descriptors import Descriptor

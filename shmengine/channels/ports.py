@@ -8,11 +8,7 @@ puts where that one looks, and wakes him.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import select
-import socket as unix
-import stat
 import struct
 import threading
 import time
@@ -23,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 from shmengine._native._handles import Part
 from shmengine.channels import hub
 from shmengine.channels.keys import Keys
+from shmengine.channels.local import check_free, user_behind
 from shmengine.channels.sessions import PART_BYTES, PREFIX_BYTES, Greeting, Kind, Proof, Session, refusal
+from shmengine.channels.waiter import Waiter
 from shmengine.channels.zeromq import wire_of, zmq
 from shmengine.descriptors import Descriptor
 
 if TYPE_CHECKING:
     from shmengine.channels.socket import SocketLink
 
-__all__ = ["DialPort", "ListenPort", "Port", "Waiter"]
+__all__ = ["DialPort", "ListenPort", "Port"]
 
 BATCH = 128  # parts that are taken from a socket at once
 MOST_AT_ONCE = 1 << 14  # that the service takes, of one socket
@@ -48,54 +46,8 @@ _EVENTS = (
     | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
 )
 _EVENT = struct.Struct("=Hi")  # what it is, and for some of them the connection's descriptor
-_CREDENTIALS = struct.Struct("3i")  # process, user, group
 _MORE = int(zmq.SNDMORE | zmq.DONTWAIT)
 _NOW = int(zmq.DONTWAIT)
-
-
-class Waiter:
-    """Where one thread at a time waits for a port: for its socket, or for somebody who has used that meanwhile."""
-
-    def __init__(self, port: Port) -> None:
-        self._port = port
-        self._epoll = select.epoll()
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._epoll.register(self._event, select.EPOLLIN)
-        self._epoll.register(port.fd, select.EPOLLIN)
-        self._woken = False
-        self.fd = self._epoll.fileno()
-
-    def arm(self) -> None:
-        """Be woken from here on. Under the port's lock, and when its socket has nothing more."""
-        if self._woken:
-            try:
-                os.eventfd_read(self._event)
-            except BlockingIOError:
-                pass
-            self._woken = False
-        self._port.armed.add(self)
-
-    def wake(self) -> None:
-        """Wake who waits, or is about to. Under the port's lock."""
-        if not self._woken:
-            self._woken = True
-            os.eventfd_write(self._event, 1)
-
-    def wait(self, deadline: int) -> None:
-        """Wait, after `arm`, until it may be time to look again; until the deadline at the latest."""
-        seconds = -1.0 if deadline < 0 else max(0, deadline - time.monotonic_ns()) / 1e9
-        self._epoll.poll(seconds, 1)
-
-    def disarm(self) -> None:
-        """Need not be woken."""
-        self._port.armed.discard(self)
-
-    def close(self) -> None:
-        self._port.armed.discard(self)
-        if self._event >= 0:
-            self._epoll.close()
-            event, self._event = self._event, -1
-            os.close(event)
 
 
 class Port:
@@ -404,7 +356,7 @@ class DialPort(Port):
         if not self._proof.holds(Kind(kind), greeting):
             return
         self._nonce, self.greeting_until = b"", 0.0
-        if self._is_local and _user_behind(part.source) != os.geteuid():
+        if self._is_local and user_behind(part.source) != os.geteuid():
             session.refusal = "it is a process of another user"
         elif kind == Kind.REFUSAL:
             session.refusal = greeting.text
@@ -435,7 +387,7 @@ class ListenPort(Port):
         make: Callable[[bytes], Session] | None = None,
     ) -> None:
         if address.startswith("ipc:"):
-            _check_free(address.removeprefix("ipc://"))
+            check_free(address.removeprefix("ipc://"))
         self._make = make
         self._patience_ns = int(peer_timeout * 1e9)
         self._proof = proof
@@ -613,36 +565,3 @@ class ListenPort(Port):
                 self.arrived.append(session)
                 self.news.set()
         return session
-
-
-def _user_behind(fd: int) -> int:
-    """Return the user of the process that listens at the other side of a Unix connection; -1: it has ended."""
-    try:
-        with unix.socket(fileno=os.dup(fd)) as connection:
-            return int(_CREDENTIALS.unpack(connection.getsockopt(unix.SOL_SOCKET, unix.SO_PEERCRED, 12))[1])
-    except OSError:
-        return -1
-
-
-def _check_free(path: str) -> None:
-    """See that nothing is where a server wants to listen: ZeroMQ would remove it without asking.
-
-    Raises
-    ------
-    FileExistsError
-        A file is there that is no socket.
-    OSError
-        Somebody listens there.
-    """
-    if path.startswith("@"):
-        return
-    try:
-        mode = os.lstat(path).st_mode
-    except OSError:  # nothing is there; or what is wrong, `bind` says
-        return
-    if not stat.S_ISSOCK(mode):
-        raise FileExistsError(errno.EEXIST, "a file is there that is no socket", path)
-    with unix.socket(unix.AF_UNIX) as probe:
-        probe.setblocking(False)
-        if probe.connect_ex(path) in (0, errno.EAGAIN):
-            raise OSError(errno.EADDRINUSE, "somebody listens there", path)

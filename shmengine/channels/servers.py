@@ -14,8 +14,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from shmengine._native.status import deadline_of
-from shmengine.channels.base import Counts, End, Options
+from shmengine.channels.end import End
 from shmengine.channels.keys import Keys
+from shmengine.channels.link import Counts, Options
 from shmengine.channels.open import check_options
 from shmengine.channels.ports import DialPort, ListenPort, Port
 from shmengine.channels.presence import Fate

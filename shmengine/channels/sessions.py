@@ -24,7 +24,7 @@ from typing import Any
 
 from shmengine import config
 from shmengine._native._handles import Stream
-from shmengine.channels.base import Counts
+from shmengine.channels.link import Counts
 from shmengine.tokens import start_time
 
 __all__ = [

@@ -21,7 +21,6 @@ from shmengine._native import lib
 from shmengine._native._handles import Inbox, Outbox
 from shmengine._native.status import OK, deadline_of
 from shmengine.arrays import is_plain_dtype
-from shmengine.channels.base import LOOK_NS, NOTHING, Capabilities, Counts, End, Link, Options
 from shmengine.channels.directions import (
     KIND_ARRAY,
     KIND_ARRAY_FRAME,
@@ -30,6 +29,8 @@ from shmengine.channels.directions import (
     Receiver,
     Sender,
 )
+from shmengine.channels.end import End
+from shmengine.channels.link import LOOK_NS, NOTHING, Capabilities, Counts, Link, Options
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.codec import encode
 from shmengine.errors import Timeout, WouldBlock

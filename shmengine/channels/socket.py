@@ -14,9 +14,10 @@ import numpy as np
 
 from shmengine._native.status import deadline_of
 from shmengine.arrays import Bytes, address_of
-from shmengine.channels.base import NOTHING, Capabilities, End, Link, Options
+from shmengine.channels.end import End
 from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
-from shmengine.channels.ports import DialPort, ListenPort, Port, Waiter
+from shmengine.channels.link import NOTHING, Capabilities, Link, Options
+from shmengine.channels.ports import DialPort, ListenPort, Port
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.sessions import (
     ACKNOWLEDGE_MESSAGES,
@@ -27,6 +28,7 @@ from shmengine.channels.sessions import (
     Session,
 )
 from shmengine.channels.small import UNKNOWN, decode_small, encode_small, open_small, seal_small
+from shmengine.channels.waiter import Waiter
 from shmengine.channels.zeromq import zmq
 from shmengine.codec import KIND_ARRAY, KIND_PICKLE
 from shmengine.stats import ChannelStats

@@ -16,8 +16,8 @@ import numpy as np
 from shmengine._native import ffi, lib
 from shmengine._native.status import CLOSED, CORRUPT, INTERRUPTED, NO_MEMORY, OK, TIMEOUT, WOULD_BLOCK, fail
 from shmengine.arrays import Bytes, address_of
-from shmengine.channels.base import NOTHING, Options
 from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
+from shmengine.channels.link import NOTHING, Options
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.small import UNKNOWN, decode_small, encode_small
 from shmengine.codec import KIND_ARRAY, KIND_PICKLE

@@ -9,7 +9,7 @@ import importlib
 import re
 
 from shmengine.channels import Capabilities
-from shmengine.channels.base import Link
+from shmengine.channels.link import Link
 from shmengine.channels.open import MECHANISMS
 from tests.helpers.sources import ROOT
 

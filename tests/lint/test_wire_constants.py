@@ -8,7 +8,7 @@ import pytest
 import zmq
 
 from shmengine import codec
-from shmengine.channels import base, ports, sessions, socket
+from shmengine.channels import link, ports, sessions, socket
 from tests.helpers.scripts import ROOT
 
 SOURCES = "".join((ROOT / "csrc" / name).read_text() for name in ("wire.h", "small.c"))
@@ -30,7 +30,7 @@ DEFINED = dict(re.findall(r"^#define (\w+) (\d+)\b", SOURCES, re.MULTILINE))
         ("KIND_PICKLE", codec.KIND_PICKLE),
         ("KIND_ARRAY", codec.KIND_ARRAY),
         ("LOOK_EVERY", socket.LOOK_EVERY),
-        ("LOOK_NS", base.LOOK_NS),
+        ("LOOK_NS", link.LOOK_NS),
         ("MOST_AT_ONCE", ports.MOST_AT_ONCE),
         ("SMALL_PART_BYTES", sessions.PREFIX_BYTES + socket.SMALL_FRAME_BYTES),
     ],

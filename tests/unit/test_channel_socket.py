@@ -20,8 +20,8 @@ import pytest
 
 import shmengine as shm
 from shmengine.channels import hub, ports
-from shmengine.channels.base import Counts
 from shmengine.channels.hub import THREAD
+from shmengine.channels.link import Counts
 from shmengine.channels.sessions import (
     PREFIX,
     Greeting,
@@ -1120,7 +1120,7 @@ def test_acknowledgements_of_what_was_never_sent_do_no_harm():
 def test_a_session_is_never_missed_since_nothing(monkeypatch):
     """Whoever looks in the middle of it, or after a signal's handler, would take the other end for lost long ago."""
     session = Session(b"k" * 16, Counts(), 1 << 20)
-    session.connected(b"peer", part(Kind.WELCOME, 0), "somebody")
+    session.connected(b"peer", part(Kind.WELCOME, 0), Greeting(b"k" * 16, b"", b"", 1 << 20, "somebody"))
     peers = []
     monkeypatch.setattr(time, "monotonic_ns", lambda: peers.append(session.peer) or 5)
     session.disconnected()
@@ -1162,7 +1162,7 @@ def test_a_server_removes_no_file_and_takes_no_address(tmp_path):
 
 def test_a_listener_of_another_user_is_refused(tmp_path, monkeypatch):
     with shm.listen(f"ipc://{tmp_path}/theirs") as server:
-        monkeypatch.setattr(ports, "_user_behind", lambda fd: os.geteuid() + 1)
+        monkeypatch.setattr(ports, "user_behind", lambda fd: os.geteuid() + 1)
         with pytest.raises(shm.PeerLost, match="a process of another user"):
             shm.connect(server.address, timeout=20)
 

@@ -10,7 +10,7 @@ import pytest
 from shmengine import Corrupt
 from shmengine._native import lib
 from shmengine.channels import channel
-from shmengine.channels.base import NOTHING
+from shmengine.channels.link import NOTHING
 from shmengine.leases import new_block
 from tests.helpers.channels import FOREVER
 from tests.helpers.memory import assert_memory_is_whole

@@ -15,7 +15,7 @@ import zmq
 
 from shmengine._native._handles import Stream, Wire, connect_zeromq
 from shmengine.channels import zeromq
-from shmengine.channels.base import Counts
+from shmengine.channels.link import Counts
 from shmengine.channels.sessions import PREFIX, PREFIX_BYTES, Kind, Session
 from shmengine.channels.small import UNKNOWN, decode_small, encode_small
 from shmengine.channels.zeromq import wire_of
