@@ -1120,7 +1120,7 @@ def test_acknowledgements_of_what_was_never_sent_do_no_harm():
 def test_a_session_is_never_missed_since_nothing(monkeypatch):
     """Whoever looks in the middle of it, or after a signal's handler, would take the other end for lost long ago."""
     session = Session(b"k" * 16, Counts(), 1 << 20)
-    session.connected(b"peer", part(Kind.WELCOME, 0), Greeting(b"k" * 16, b"", b"", 1 << 20, "somebody"))
+    session.connected(b"peer", part(Kind.WELCOME, 0), GREETING)
     peers = []
     monkeypatch.setattr(time, "monotonic_ns", lambda: peers.append(session.peer) or 5)
     session.disconnected()
