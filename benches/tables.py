@@ -2,6 +2,8 @@
 
 <!-- bench NAME -->        everything from here
 <!-- bench end -->         to here is the tables of docs/results/NAME.json
+
+``<!-- bench NAME brief -->`` is what a first look needs of them: few sizes, and few rivals.
 """
 
 from __future__ import annotations
@@ -9,13 +11,20 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from shmengine.bench.plan import KIB, MIB
+from shmengine.bench.recommend import SIMPLEST_FIRST
 from shmengine.bench.results import Report
 from shmengine.bench.table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"^(<!-- bench (?!end)(\S+) -->\n)(.*?)^(<!-- bench end -->)$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"^(<!-- bench (?!end)(\S+)( brief)? -->\n)(.*?)^(<!-- bench end -->)$", re.DOTALL | re.MULTILINE
+)
+BRIEF_SIZES = frozenset((64, 4 * KIB, 64 * KIB, MIB, 16 * MIB))
+BRIEF_TARGETS = frozenset((*SIMPLEST_FIRST, "multiprocessing.Pipe", "multiprocessing.Queue"))
 
 
 def documents(root: Path = ROOT) -> Iterator[Path]:
@@ -37,7 +46,10 @@ def renewed(text: str, results: Path = ROOT / "docs" / "results") -> str:
 
     def block(found: re.Match[str]) -> str:
         report = Report.from_json((results / f"{found[2]}.json").read_text())
-        return f"{found[1]}\n{markdown(report)}\n{found[4]}"
+        if found[3]:
+            rows = [row for row in report.rows if row.nbytes in BRIEF_SIZES and row.target in BRIEF_TARGETS]
+            report = replace(report, rows=rows, missing={})
+        return f"{found[1]}\n{markdown(report)}\n{found[5]}"
 
     return BLOCK.sub(block, text)
 

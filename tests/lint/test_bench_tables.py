@@ -36,6 +36,16 @@ def test_this_test_sees(tmp_path):
     assert renewed(made, tmp_path) == made
 
 
+def test_a_brief_table_is_of_few_sizes(tmp_path):
+    whole = ROOT / "docs" / "results" / "xeon-2-cores.json"
+    (tmp_path / "run.json").write_text(whole.read_text())
+    made = renewed(DOCUMENT.format("").replace("bench run -->\n", "bench run brief -->\n", 1), tmp_path)
+    assert "| | 64 B | 4 KiB | 64 KiB | 1 MiB | 16 MiB |\n" in made
+    assert "| multiprocessing.Pipe |" in made
+    assert "| pyzmq |" not in made
+    assert renewed(made, tmp_path) == made
+
+
 def test_a_document_without_tables_stays_as_it_is():
     assert (
         renewed("`<!-- bench NAME -->` and `<!-- bench end -->`\n")
