@@ -43,42 +43,24 @@ _Static_assert(sizeof(frame_header) == HEADER_BYTES, "as codec.py packs it");
 
 static PyObject *name_popleft, *name_locked, *name_awake, *zero;
 
+/* What a stream holds. */
+static const size_t objects[] = {
+    offsetof(Stream, kept),       offsetof(Stream, inbox),  offsetof(Stream, peer),       offsetof(Stream, wire),
+    offsetof(Stream, lock),       offsetof(Stream, armed),  offsetof(Stream, raw),        offsetof(Stream, hub),
+    offsetof(Stream, last.frame), offsetof(Stream, last.kind), offsetof(Stream, array_type), offsetof(Stream, encode),
+    offsetof(Stream, expected),   offsetof(Stream, decode), offsetof(Stream, unknown)};
+#define OBJECTS (sizeof objects / sizeof *objects)
+
+static PyObject **object_at(Stream *self, size_t index) { return (PyObject **)((char *)self + objects[index]); }
+
 static int stream_traverse(Stream *self, visitproc visit, void *arg) {
-    Py_VISIT(self->kept);
-    Py_VISIT(self->inbox);
-    Py_VISIT(self->peer);
-    Py_VISIT((PyObject *)self->wire);
-    Py_VISIT(self->lock);
-    Py_VISIT(self->armed);
-    Py_VISIT(self->raw);
-    Py_VISIT(self->hub);
-    Py_VISIT(self->last.frame);
-    Py_VISIT(self->last.kind);
-    Py_VISIT(self->array_type);
-    Py_VISIT(self->encode);
-    Py_VISIT(self->expected);
-    Py_VISIT(self->decode);
-    Py_VISIT(self->unknown);
+    for (size_t i = 0; i < OBJECTS; i++) Py_VISIT(*object_at(self, i));
     return 0;
 }
 
 static int stream_clear(Stream *self) {
     self->sends = self->receives = 0;
-    Py_CLEAR(self->kept);
-    Py_CLEAR(self->inbox);
-    Py_CLEAR(self->peer);
-    Py_CLEAR(self->wire);
-    Py_CLEAR(self->lock);
-    Py_CLEAR(self->armed);
-    Py_CLEAR(self->raw);
-    Py_CLEAR(self->hub);
-    Py_CLEAR(self->last.frame);
-    Py_CLEAR(self->last.kind);
-    Py_CLEAR(self->array_type);
-    Py_CLEAR(self->encode);
-    Py_CLEAR(self->expected);
-    Py_CLEAR(self->decode);
-    Py_CLEAR(self->unknown);
+    for (size_t i = 0; i < OBJECTS; i++) Py_CLEAR(*object_at(self, i));
     return 0;
 }
 
@@ -201,9 +183,8 @@ int stream_feed(Stream *self, Part *part, PyObject *entry) {
     PyObject *first = entry_of(self->kept, 0), *last = entry_of(self->kept, -1);
     if (first && prefix[2] > (uint64_t)item(first, 0)) {
         /* Somebody, or a part that was kept, may wait for the room; and what is not bytes is used again. */
-        if (self->handed_over != next_number(self) || !self->armed || PySet_GET_SIZE(self->armed) || !PyBytes_CheckExact(PyTuple_GET_ITEM(first, 2)) ||
-            !PyBytes_CheckExact(PyTuple_GET_ITEM(last, 2)))
-            return 0;
+        if (self->handed_over != next_number(self) || !self->armed || PySet_GET_SIZE(self->armed)) return 0;
+        if (!PyBytes_CheckExact(PyTuple_GET_ITEM(first, 2)) || !PyBytes_CheckExact(PyTuple_GET_ITEM(last, 2))) return 0;
         PyObject *other = let_go(self, prefix[2] > INT64_MAX ? INT64_MAX : (long long)prefix[2]);
         Py_XDECREF(other);
     }

@@ -207,7 +207,7 @@ def test_what_was_read_ahead_is_received_without_the_descriptor(ends):
 @pytest.mark.parametrize(
     "obj",
     [
-        *(None, True, 7, -1 << 70, 2.5, 1j, "", "text", "ж" * 700, b"", b"x" * 768),
+        *(None, True, 7, -1 << 70, 2.5, 1j, "", "text", "ж" * 700, b"", b"x" * 768, {}, {"a": 1, 2: None}),
         *(np.arange(8), np.zeros((2, 3), ">f4"), np.array(5), np.array(["a", "bc"]), np.ones(384)),
         np.array(["2026-01-01"], "M8[D]"),
     ],
@@ -231,7 +231,19 @@ def test_a_small_frame_is_the_one_of_the_codec(obj, ends):
 @pytest.mark.parametrize(
     "obj",
     [
-        *([1], {}, b"x" * 4000, "x" * 4000, 1 << 30_000, np.float64(1), np.zeros(0), np.zeros(1000)),
+        *(
+            [1],
+            {1: [2]},
+            {"x": "x" * 1000},
+            dict.fromkeys(range(17)),
+            {(): 1},
+            b"x" * 4000,
+            "x" * 4000,
+            1 << 30_000,
+            np.float64(1),
+            np.zeros(0),
+            np.zeros(1000),
+        ),
         *(np.arange(8)[::2], np.array([None]), np.zeros(2, [("a", "i4")])),
     ],
     ids=lambda obj: type(obj).__name__,
