@@ -615,6 +615,7 @@ def test_memory_that_is_used_again_is_put_aside_by_the_long_way(sides, where):
     assert left.send(2)
     if where == "last":
         session.keep([large])
+        session.handed_over(1)
     right.post(Kind.ACKNOWLEDGE, 0, 2)
     left.wire.receive(left.raw, -1, session)
     assert len(left.raw) == 1
@@ -703,6 +704,7 @@ def test_a_session_before_its_use_lets_nothing_go(sides):
     session = Session(b"k" * 16, Counts(), WINDOW)
     session.peer = b""
     session.keep([session.prefix(Kind.DATA, 0)])
+    session._handed_over = 1
     sides[0].post(Kind.ACKNOWLEDGE, 0, 1)
     sides[1].wire.receive(sides[1].raw, -1, session)
     assert len(session._kept) == len(sides[1].raw) == 1
