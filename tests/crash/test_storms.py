@@ -24,7 +24,7 @@ from shmengine.ring import Ring
 from shmengine.workers import process
 from tests.helpers import ROOT, descendants, mount_namespace_run, run_script, shm_names, start_script
 from tests.helpers.fault_points import SEED, Victim
-from tests.helpers.leftovers import state_of
+from tests.helpers.leftovers import stands_still
 from tests.helpers.scripts import poll_until, soak_seconds
 
 STORMS = 8  # tests here that take what time they are given
@@ -263,9 +263,8 @@ def test_a_busy_main_process_is_killed(with_it):
             send(some, signal.SIGKILL)
         elif with_it == "a stopped worker":
             send(some, signal.SIGSTOP)
-            poll_until(
-                lambda: state_of(some) == "T", what="it stands still"
-            )  # else the kernel would not wake it
+            # All of it: else the kernel does not wake it when it is orphaned.
+            poll_until(lambda: stands_still(some), what="it stands still")
         process.kill()
         process.wait()
         assert process.stderr.read() == ""  # its end: nobody holds the pipe any more

@@ -46,6 +46,15 @@ def state_of(pid: int) -> str:
     return "".join(_stat_fields(pid)[:1])
 
 
+def stands_still(pid: int) -> bool:
+    """Whether each thread of a process has stopped: a SIGSTOP takes effect in one after the other."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return False
+    return all(state_of(int(thread)) == "T" for thread in threads)
+
+
 def _parents() -> dict[int, int]:
     found = {}
     for name in os.listdir("/proc"):
