@@ -190,7 +190,10 @@ def unpack_number(raw: bytes) -> Any:
     """Return what `pack_number` packed."""
     kind = raw[:1]
     if kind == b"n":
-        return np.frombuffer(raw, raw[1:2].decode(), 1, 2)[0]
+        char = raw[1:2].decode()
+        if char not in _NUMPY_NUMBERS:  # NumPy would warn of some
+            raise ValueError(f"{char!r} is no dtype of numbers")
+        return np.frombuffer(raw, char, 1, 2)[0]
     if kind == b"f":
         return _DOUBLE.unpack_from(raw, 1)[0]
     if kind == b"i":
@@ -217,7 +220,7 @@ def number_in(block: Any) -> tuple[int, Any]:
     raw = ffi.buffer(block.spec, block.spec_bytes)[:]
     try:
         return _ACCOUNT.unpack_from(raw)[0], unpack_number(raw[_ACCOUNT.size :])
-    except (struct.error, ValueError, TypeError, IndexError, SyntaxError) as error:  # NumPy parses dtypes
+    except (struct.error, ValueError, IndexError) as error:
         raise Corrupt(f"not a number in a descriptor: {error}", "spec") from error
 
 

@@ -6,7 +6,6 @@ import mmap
 import os
 import random
 import signal
-import struct
 import time
 
 import numpy as np
@@ -37,13 +36,13 @@ class Note:
     """A number that another process writes down, and that its death does not take along."""
 
     def __init__(self):
-        self._memory = mmap.mmap(-1, 8)
+        self._number = np.frombuffer(mmap.mmap(-1, 8), np.int64)
 
     def write(self, number):
-        struct.pack_into("<q", self._memory, 0, number)
+        self._number[0] = number  # in one store: `struct` would make it zero before
 
     def read(self):
-        return struct.unpack_from("<q", self._memory, 0)[0]
+        return int(self._number[0])
 
 
 def test_before_its_first_use(ends):

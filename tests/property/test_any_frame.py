@@ -41,6 +41,7 @@ def test_damaged_frames(number, seed, good_checksum):
 
 
 @example(b",", b"n")
+@example(b"a", b"n")
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=140), st.sampled_from([b"", b"n", b"nd", b"nO", b"n\xff", b"f", b"i", b"b", b"-"]))
 def test_descriptors(raw, kind):
