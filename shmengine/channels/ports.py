@@ -20,7 +20,7 @@ from shmengine._native._handles import Part
 from shmengine.channels import hub
 from shmengine.channels.keys import Keys
 from shmengine.channels.local import check_free, user_behind
-from shmengine.channels.sessions import PART_BYTES, PREFIX_BYTES, Greeting, Kind, Proof, Session, refusal
+from shmengine.channels.sessions import PREFIX_BYTES, Greeting, Kind, Proof, Session, most_part_bytes, refusal
 from shmengine.channels.waiter import Waiter
 from shmengine.channels.zeromq import wire_of, zmq
 from shmengine.descriptors import Descriptor
@@ -56,6 +56,7 @@ class Port:
     def __init__(
         self,
         kind: int,
+        address: str,
         peer_timeout: float,
         auth: Keys | None,
         *,
@@ -79,9 +80,8 @@ class Port:
             undo.callback(socket.close)
             socket.sndhwm = socket.rcvhwm = 0  # the window of each session is the limit
             socket.linger = LINGER_MS
-            socket.maxmsgsize = PART_BYTES + (
-                1 << 12
-            )  # whoever announces more is cut off, before he has said who he is
+            # Whoever announces more is cut off, before he has said who he is.
+            socket.maxmsgsize = most_part_bytes(address) + (1 << 12)
             beat = max(1, int(peer_timeout * 250))
             socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = beat, 2 * beat, 0
             socket.handshake_ivl = socket.connect_timeout = max(50, int(peer_timeout * 500))
@@ -276,7 +276,7 @@ class DialPort(Port):
     def __init__(
         self, kind: int, address: str, session: Session, proof: Proof, peer_timeout: float, auth: Keys | None
     ) -> None:
-        super().__init__(kind, peer_timeout, auth, serves=False, alone=session)
+        super().__init__(kind, address, peer_timeout, auth, serves=False, alone=session)
         self._is_local = address.startswith("ipc:")
         self._session = session
         self._proof = proof
@@ -396,7 +396,9 @@ class ListenPort(Port):
         self._by_fd: dict[int, Session] = {}
         self.arrived: deque[Session] = deque()
         self.news = threading.Event()
-        super().__init__(zmq.PAIR if alone else zmq.ROUTER, peer_timeout, auth, serves=True, alone=alone)
+        super().__init__(
+            zmq.PAIR if alone else zmq.ROUTER, address, peer_timeout, auth, serves=True, alone=alone
+        )
         if alone is None:
             self._socket.router_mandatory = True
         if address.startswith("ipc:"):

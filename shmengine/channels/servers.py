@@ -20,7 +20,7 @@ from shmengine.channels.link import Counts, Options
 from shmengine.channels.open import check_options
 from shmengine.channels.ports import DialPort, ListenPort, Port
 from shmengine.channels.presence import Fate
-from shmengine.channels.sessions import SESSION_BYTES, Proof, Session, is_gone
+from shmengine.channels.sessions import SESSION_BYTES, Proof, Session, is_gone, most_part_bytes
 from shmengine.channels.socket import PEER_SECONDS, SocketLink
 from shmengine.channels.zeromq import zmq
 from shmengine.errors import Closed, PeerLost, SerializationError, Timeout, UseAfterFork, WouldBlock
@@ -92,7 +92,7 @@ class Server:
         self._accepting = threading.Lock()
 
         def make(key: bytes) -> Session:
-            return Session(key, Counts(), options.buffer_bytes, accepted=False)
+            return Session(key, Counts(), options.buffer_bytes, most_part_bytes(address), accepted=False)
 
         try:
             self._port = ListenPort(address, Proof(b""), peer_timeout, auth, make=make)
@@ -262,7 +262,9 @@ def connect(
             f"connect: {address!r} is no place to connect to: give the name of one host, and the port of its server"
             " (see Server.address)"
         )
-    session = Session(os.urandom(SESSION_BYTES), Counts(), options.buffer_bytes)
+    session = Session(
+        os.urandom(SESSION_BYTES), Counts(), options.buffer_bytes, most_part_bytes(place.address)
+    )
     try:
         port = DialPort(zmq.DEALER, place.address, session, Proof(b""), peer_timeout, place.keys)
     except zmq.ZMQError as error:

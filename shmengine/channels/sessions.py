@@ -29,7 +29,6 @@ from shmengine.tokens import start_time
 
 __all__ = [
     "ACKNOWLEDGE_MESSAGES",
-    "PART_BYTES",
     "PREFIX_BYTES",
     "SESSION_BYTES",
     "Greeting",
@@ -37,13 +36,16 @@ __all__ = [
     "Proof",
     "Session",
     "is_gone",
+    "most_part_bytes",
     "refusal",
 ]
 
 PREFIX = struct.Struct("<B7xQQ")
 PREFIX_BYTES = PREFIX.size
-# Larger messages are cut: a part has to pass within half of `peer_timeout`, or nobody seems to be there.
+# Larger messages are cut: a part has to pass within half of `peer_timeout`, or nobody seems to be there. Within a
+# machine it does; and what fits into one part is received without another copy.
 PART_BYTES = 1 << 19
+LOCAL_PART_BYTES = 1 << 22
 MESSAGE_COST = 256  # bytes of memory that a small message takes beside its own
 ACKNOWLEDGE_MESSAGES = 1024
 ACKNOWLEDGE_BYTES = 2 << 20
@@ -90,6 +92,8 @@ class Session(Stream):
     ----------
     window : int
         Bytes of messages, of each direction, that may wait at this end.
+    part_bytes : int
+        Of the largest part.
     window_there : int
         Bytes of this end's messages that may be on their way: what the other end has room for, `window` at most.
     pace : int
@@ -104,8 +108,11 @@ class Session(Stream):
         The process of the other end, from its greeting.
     """
 
-    def __init__(self, key: bytes, counts: Counts, window: int, *, accepted: bool = True) -> None:
+    def __init__(
+        self, key: bytes, counts: Counts, window: int, part_bytes: int = PART_BYTES, *, accepted: bool = True
+    ) -> None:
         self.key = key
+        self.part_bytes = part_bytes
         self.counts = counts
         self.window = self.window_there = window
         self.pace = min(window, PACE_BYTES)
@@ -114,7 +121,7 @@ class Session(Stream):
         self.other = ""
         self.goodbye = False  # of the other end has come
         self._accepted = accepted  # somebody takes what comes
-        self._most_waiting = 2 * window + PART_BYTES  # who keeps to the window stays far below
+        self._most_waiting = 2 * window + part_bytes  # who keeps to the window stays far below
         self._look_at = self._most_waiting if accepted else UNKNOWN_BYTES
         self._asked = -1  # the message that was asked for last
         self.misses = False  # something came that should have come after something else
@@ -379,6 +386,11 @@ class Session(Stream):
         if self.peer is not None:
             self.missed_since = time.monotonic_ns()  # first: nobody is missed since nothing
             self.peer = None
+
+
+def most_part_bytes(address: str) -> int:
+    """Return how large a part may be that goes to this address."""
+    return LOCAL_PART_BYTES if address.startswith("ipc:") else PART_BYTES
 
 
 def refusal(body: bytes) -> bytes:

@@ -21,11 +21,11 @@ from shmengine.channels.ports import DialPort, ListenPort, Port
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.sessions import (
     ACKNOWLEDGE_MESSAGES,
-    PART_BYTES,
     PREFIX_BYTES,
     Kind,
     Proof,
     Session,
+    most_part_bytes,
 )
 from shmengine.channels.small import UNKNOWN, decode_small, encode_small, open_small, seal_small
 from shmengine.channels.waiter import Waiter
@@ -192,13 +192,14 @@ class SocketLink(FrameLink):
         prefix = self._session.prefix
         if nbytes < LARGE_BYTES:
             return [b"".join((prefix(_DATA, number), *pieces))]
-        if nbytes <= PART_BYTES:
+        most = self._session.part_bytes
+        if nbytes <= most:
             return [self._frame([prefix(_DATA, number), *pieces], nbytes)]
         parts: list[Any] = []
-        for some in _cut(pieces, PART_BYTES):
-            nbytes -= PART_BYTES
+        for some in _cut(pieces, most):
+            nbytes -= most
             kind = _DATA if nbytes <= 0 else _BEGINNING
-            parts.append(self._frame([prefix(kind, number + len(parts)), *some], PART_BYTES + min(nbytes, 0)))
+            parts.append(self._frame([prefix(kind, number + len(parts)), *some], most + min(nbytes, 0)))
         return parts
 
     def _frame(self, pieces: list[Any], nbytes: int) -> Any:
@@ -481,8 +482,8 @@ class _PairLink(SocketLink):
         self._presence.use()
         proof = Proof(self._secret)
         key = self._secret[:16]
-        session = Session(key, self.counts, self.options.buffer_bytes)
         address = f"ipc://@{self._name}"
+        session = Session(key, self.counts, self.options.buffer_bytes, most_part_bytes(address))
         port: Port
         if self._presence.side == 0:
             port = ListenPort(address, proof, PEER_SECONDS, alone=session)
