@@ -92,7 +92,9 @@ class Server:
         self._accepting = threading.Lock()
 
         def make(key: bytes) -> Session:
-            return Session(key, Counts(), options.buffer_bytes, most_part_bytes(address), accepted=False)
+            return Session(
+                key, Counts(), options.buffer_bytes, most_part_bytes(address, peer_timeout), accepted=False
+            )
 
         try:
             self._port = ListenPort(address, Proof(b""), peer_timeout, auth, make=make)
@@ -263,7 +265,10 @@ def connect(
             " (see Server.address)"
         )
     session = Session(
-        os.urandom(SESSION_BYTES), Counts(), options.buffer_bytes, most_part_bytes(place.address)
+        os.urandom(SESSION_BYTES),
+        Counts(),
+        options.buffer_bytes,
+        most_part_bytes(place.address, peer_timeout),
     )
     try:
         port = DialPort(zmq.DEALER, place.address, session, Proof(b""), peer_timeout, place.keys)
