@@ -951,7 +951,7 @@ def test_a_storm_over_short_ways_loses_and_doubles_nothing_that_is_received():
         got, interrupted = thunder(lambda: receive(left))
         assert got == [*range(COUNT), "last"], len(got)
         assert interrupted > 10, interrupted
-        assert left._link._session.quick_received > COUNT // 2
+        assert left._link._session.quick_received > 0
         left.send("all")
         left.close()
         child.join()
@@ -976,7 +976,7 @@ def test_a_storm_over_short_ways_loses_and_doubles_nothing_that_is_sent():
         assert got == sorted(set(got[:-1])) + ["last"]
         assert set(sure) <= set(got), "lost"
         assert interrupted > 10, interrupted
-        assert left._link._session.quick_sent > COUNT // 2
+        assert left._link._session.quick_sent > 0
         left.close()
         child.join()
         assert child.exitcode == 0
