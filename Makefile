@@ -5,7 +5,9 @@ MINUTES ?= 5
 SEED    ?=
 INPUT   ?=
 TESTS   ?= tests
-JOBS    ?= 2
+# Two where each can have a /dev/shm of its own; else one after the other.
+namespace = unshare $$(test $$(id -u) = 0 || echo --map-root-user) --mount --propagation private
+JOBS    ?= $(shell $(namespace) mount -t tmpfs tmpfs /dev/shm 2>/dev/null && echo 2 || echo 0)
 
 venv   := .venv
 python := $(venv)/bin/python
@@ -38,7 +40,7 @@ demo: $(stamp) ## The main job on real photographs, or on INPUT=file.npy, checke
 	@$(python) examples/demo.py $(if $(INPUT),'$(INPUT)')
 
 # In this order and one after the other even under `make -j`: pytest's summary is the last thing printed. It runs the
-# files of tests in JOBS=2 processes (0: in its own), each with a /dev/shm of its own (tests/conftest.py).
+# files of tests in JOBS processes (0: in its own), each with a /dev/shm of its own (tests/conftest.py).
 test: $(stamp) ## Linters, C tests (with sanitizers), Python tests
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory ctest
