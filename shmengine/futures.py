@@ -300,7 +300,7 @@ class Executor(futures.Executor):
         """Return what submits calls of a function; the latest one is kept, if its pickle is the same each time."""
         self._check_usable()
         known, submit = self._latest
-        if known() is fn and np.geterr() == USUAL_ERRSTATE:
+        if known() is fn and goes_by_reference(fn) and np.geterr() == USUAL_ERRSTATE:
             return submit
         try:
             options = TaskOptions(label=f"submit({name or function_name(fn)})")

@@ -53,7 +53,8 @@ def flags() -> tuple[list[str], list[str]]:
     if os.environ.get("SHMENGINE_DEBUG") == "1":
         compile_args += ["-O0", "-g", "-DSHMR_DEBUG"]
     else:
-        compile_args += ["-O2", "-g"]
+        # Aligned: else code that nobody has touched gains or loses a tenth by where the linker puts it.
+        compile_args += ["-O2", "-g", "-falign-functions=64"]
     sanitize = os.environ.get("SHMENGINE_SANITIZE", "")
     if sanitize:
         if sanitize not in {"address", "undefined", "thread"}:

@@ -19,6 +19,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ from shmengine.exceptions import decode_exception
 from shmengine.filemap import forget_files
 from shmengine.interrupts import InterruptsLater
 from shmengine.leases import release_with
+from shmengine.pickling import goes_by_reference
 from shmengine.region import EXTENT_BYTES, Region
 from shmengine.workers import logs, messages
 from shmengine.workers.inheritance import Inheritance
@@ -76,6 +78,10 @@ __all__ = ["BATCHES_PER_WORKER", "RING_CAPACITY", "Dispatcher"]
 RING_CAPACITY = 4096
 HELD_NS = 20_000_000  # what a task is taken to need after one of its kind has held up others
 BATCHES_PER_WORKER = 3  # one running, some waiting: main may be held up for as long as they last
+
+
+def _nothing() -> None:
+    """In place of a weak reference."""
 
 
 class Dispatcher:
@@ -113,6 +119,7 @@ class Dispatcher:
         self.futures = Futures(self, BATCHES_PER_WORKER * workers + 1)
         self.deaths = Deaths(self)
         self.shortage = Shortage(self)
+        self._latest_function: tuple[Callable[[], Any], bytes] = _nothing, b""
         self.outbox: deque[Batch] = deque()  # due, to be sent by the next thread that is not draining
         self.later: deque[Batch] = (
             deque()
@@ -194,11 +201,21 @@ class Dispatcher:
         return time.monotonic_ns() + LOOK_NS
 
     def encode_function(self, fn: Callable[..., Any]) -> Any:
-        """Serialise a function: bytes that travel with each batch, or a frame in shared memory."""
-        encoded = codec.encode(messages.with_errstate(fn), share=None, label="fn")
-        if encoded.nbytes <= messages.INLINE_FUNCTION_BYTES:
-            return encoded.to_bytes()
-        return self.put(encoded)
+        """Serialise a function: bytes that travel with each batch, or a frame in shared memory.
+
+        The latest one is kept, if its pickle is the same each time.
+        """
+        sent = messages.with_errstate(fn)
+        known, raw = self._latest_function
+        if sent is fn and known() is fn and goes_by_reference(fn):
+            return raw
+        encoded = codec.encode(sent, share=None, label="fn")
+        if encoded.nbytes > messages.INLINE_FUNCTION_BYTES:
+            return self.put(encoded)
+        raw = encoded.to_bytes()
+        if sent is fn and goes_by_reference(fn):
+            self._latest_function = weakref.ref(fn), raw
+        return raw
 
     def encode_batch(self, batch: Batch) -> codec.Encoded:
         options = batch.job.options

@@ -12,15 +12,18 @@ import logging
 import logging.handlers
 import os
 import queue
+import sys
 import threading
 import time
 import traceback
 from fractions import Fraction
 from typing import NamedTuple
 
+import cloudpickle
 import numpy as np
 import pytest
 
+from shmengine import Executor
 from shmengine.engine import Engine
 from shmengine.engine.backend import task_rng
 from shmengine.errors import Closed, TaskTimeout, UseAfterFork
@@ -28,6 +31,13 @@ from shmengine.errors import Closed, TaskTimeout, UseAfterFork
 
 def square(x):
     return x * x
+
+
+FACTOR = 2
+
+
+def scaled(x):
+    return x * FACTOR
 
 
 def fail_on(bad, x):
@@ -725,3 +735,24 @@ def test_workers_may_configure_logging_themselves():
     with Engine(1, memory="16 MiB") as engine:
         assert engine.submit(configure_logging).result() == (1, logging.DEBUG)
         assert engine.submit(log_something, 1).result() > 0
+
+
+@pytest.mark.parametrize("make", [Engine, Executor])
+def test_a_function_by_reference_goes_by_value_as_soon_as_that_is_asked_for(make, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 3)
+    with make(1) as workers:
+        assert [workers.submit(scaled, 5).result(60) for _ in range(3)] == [10, 10, 10]
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        try:
+            assert workers.submit(scaled, 5).result(60) == 15
+        finally:
+            cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+        assert workers.submit(scaled, 5).result(60) == 10
+
+
+def test_a_function_is_sent_anew_when_the_errstate_has_changed():
+    with Engine(1) as engine:
+        assert engine.submit(np.geterr).result(60)["divide"] == "warn"
+        with np.errstate(divide="raise"):
+            assert engine.submit(np.geterr).result(60)["divide"] == "raise"
+        assert engine.submit(np.geterr).result(60)["divide"] == "warn"
