@@ -11,75 +11,29 @@ warm: every contestant runs once before the rounds, and all of the input is read
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 import shmengine as shm
-from benches.measure import PeakMemory, show_seconds
-
-Array = NDArray[np.float64]
-Loop = Callable[[Array, Array], None]
+from benches.measure import PeakMemory
+from shmengine.bench.compare import show_seconds
+from shmengine.bench.plan import KIB, MIB
+from shmengine.bench.work import (
+    Array,
+    Loop,
+    best_loop,
+    best_sum,
+    blocked_sum_of_sines,
+    curve,
+    same,
+    sum_of_sines,
+)
 
 NBYTES = 1 << 30
-KIB, MIB = 1 << 10, 1 << 20
-BLOCK_SIZES = (64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, 1 * MIB)
 WINDOW_BLOCKS = 8  # of 1 MiB, in the copies that make the ceiling
-
-
-def curve(block: Array) -> Array:
-    """What the workers run: plain NumPy, as anybody would write it."""
-    result: Array = np.sqrt(block) * 2 + 1
-    return result
-
-
-def sum_of_sines(block: Array) -> Any:
-    return np.sin(block).sum()
-
-
-# --- the rival: blocked, serial -----------------------------------------------------------------
-
-
-def through_buffer(elements: int) -> Loop:
-    """The steps in a block buffer, the last one into the result."""
-    buffer = np.zeros(elements)
-
-    def loop(x: Array, result: Array) -> None:
-        for start in range(0, len(x), elements):
-            block = x[start : start + elements]
-            work = buffer[: len(block)]
-            np.sqrt(block, out=work)
-            np.multiply(work, 2, out=work)
-            np.add(work, 1, out=result[start : start + elements])
-
-    return loop
-
-
-def in_result(elements: int) -> Loop:
-    """All steps in the block of the result, which stays in the cache between them."""
-
-    def loop(x: Array, result: Array) -> None:
-        for start in range(0, len(x), elements):
-            work = result[start : start + elements]
-            np.sqrt(x[start : start + elements], out=work)
-            np.multiply(work, 2, out=work)
-            np.add(work, 1, out=work)
-
-    return loop
-
-
-def blocked_sum_of_sines(x: Array, elements: int) -> float:
-    buffer, partials = np.zeros(elements), []
-    for start in range(0, len(x), elements):
-        block = x[start : start + elements]
-        work = buffer[: len(block)]
-        np.sin(block, out=work)
-        partials.append(work.sum())
-    return math.fsum(partials)
 
 
 def half_of_sines(turns: int, elements: int) -> float:
@@ -88,28 +42,6 @@ def half_of_sines(turns: int, elements: int) -> float:
 
 
 HALF_DATA = np.linspace(0.0, 1.0, 16 * MIB // 8)
-
-
-def seconds_of(call: Callable[[], Any], repeats: int = 3) -> float:
-    """Seconds of the fastest of some runs."""
-    best = math.inf
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def best_loop(x: Array, result: Array) -> tuple[str, Loop]:
-    """The fastest way to write the rival on this machine."""
-    loops = {
-        f"{name}, {size // KIB} KiB": make(size // 8)
-        for name, make in (("block buffer", through_buffer), ("in the result", in_result))
-        for size in BLOCK_SIZES
-    }
-    seconds = {name: seconds_of(lambda loop=loop: loop(x, result)) for name, loop in loops.items()}  # type: ignore[misc]
-    name = min(seconds, key=seconds.__getitem__)
-    return name, loops[name]
 
 
 # --- fixtures -----------------------------------------------------------------------------------
@@ -137,15 +69,6 @@ def loop(x: Array) -> tuple[str, Loop]:
     """The rival, found once."""
     result = np.zeros_like(x)
     return best_loop(x[: len(x) // 4], result[: len(x) // 4])
-
-
-def same(found: Array, expected: Array) -> bool:
-    """Bit for bit, 16 MiB at a time."""
-    step = 2 * MIB
-    return found.shape == expected.shape and all(
-        np.array_equal(found[start : start + step], expected[start : start + step])
-        for start in range(0, len(expected), step)
-    )
 
 
 # --- benches ------------------------------------------------------------------------------------
@@ -245,24 +168,20 @@ def test_map_blocks_memory(x: Array, right: Array, benchmark: Any, targets: Any)
 def test_reduce(x: Array, engine: shm.Engine, spawn: Any, compare: Any, targets: Any) -> None:
     """Compute-heavy: what two cores should nearly double (if they are two cores: the last row tells)."""
     expected = blocked_sum_of_sines(x, MIB // 8)
-    quarter = x[: len(x) // 8]
-    seconds = {
-        size: seconds_of(lambda s=size: blocked_sum_of_sines(quarter, s // 8), 2) for size in BLOCK_SIZES
-    }  # type: ignore[misc]
-    size = min(seconds, key=seconds.__getitem__)
+    elements = best_sum(x[: len(x) // 8])
 
     def check(value: Any) -> None:
         assert math.isclose(value, expected, rel_tol=1e-12)
 
     def independent() -> None:
-        assert len(pool.starmap(half_of_sines, [(NBYTES // HALF_DATA.nbytes // 2, size // 8)] * 2, 1)) == 2
+        assert len(pool.starmap(half_of_sines, [(NBYTES // HALF_DATA.nbytes // 2, elements)] * 2, 1)) == 2
 
-    name = f"serial blocks ({size // KIB} KiB)"
+    name = f"serial blocks ({elements * 8 // KIB} KiB)"
     with spawn.Pool(2) as pool:
         result = compare(
             {
                 "engine.reduce": lambda: check(engine.reduce(sum_of_sines, x, combine=np.add)),
-                name: lambda: check(blocked_sum_of_sines(x, size // 8)),
+                name: lambda: check(blocked_sum_of_sines(x, elements)),
                 "plain NumPy": lambda: check(np.sin(x).sum()),
                 "two independent processes": independent,
             },

@@ -12,16 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import shmengine as shm
-
-
-def nothing(number: int) -> int:
-    return number
-
-
-def check(results: Any, count: int) -> int:
-    """All answers, in order."""
-    assert list(results) == list(range(count))
-    return count
+from shmengine.bench.work import check_map, nothing, one_by_one
 
 
 def test_tasks(compare: Any, targets: Any, spawn: Any) -> None:
@@ -29,11 +20,11 @@ def test_tasks(compare: Any, targets: Any, spawn: Any) -> None:
     with shm.Engine(2) as engine, spawn.Pool(2) as pool, ProcessPoolExecutor(2, mp_context=spawn) as executor:
         result = compare(
             {
-                "engine.map": lambda: check(engine.map(nothing, range(20_000)), 20_000),
-                "ProcessPoolExecutor.map": lambda: check(
+                "engine.map": lambda: check_map(engine.map(nothing, range(20_000)), 20_000),
+                "ProcessPoolExecutor.map": lambda: check_map(
                     executor.map(nothing, range(3_000), chunksize=1), 3_000
                 ),
-                "Pool.imap": lambda: check(pool.imap(nothing, range(20_000)), 20_000),
+                "Pool.imap": lambda: check_map(pool.imap(nothing, range(20_000)), 20_000),
             },
             unit="a task",
         )
@@ -46,12 +37,6 @@ def test_tasks(compare: Any, targets: Any, spawn: Any) -> None:
 def test_one_task(compare: Any, targets: Any, spawn: Any) -> None:
     """One task at a time: `submit` and wait for its result."""
     with shm.Engine(2) as engine, ProcessPoolExecutor(2, mp_context=spawn) as executor:
-
-        def one_by_one(submit: Any, count: int) -> int:
-            for number in range(count):
-                assert submit(nothing, number).result(60) == number
-            return count
-
         result = compare(
             {
                 "engine.submit": lambda: one_by_one(engine.submit, 1_000),

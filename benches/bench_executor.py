@@ -7,28 +7,11 @@ Needs 2 cores. The rings wrap several times.
 
 from __future__ import annotations
 
-from collections import deque
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import shmengine as shm
-
-OUTSTANDING = 100
-
-
-def nothing(number: int) -> int:
-    return number
-
-
-def keep_outstanding(executor: Executor, count: int) -> int:
-    """Submit `count` tasks, at most so many of them at a time, and check each result."""
-    futures: deque[Any] = deque()
-    for number in range(count):
-        if len(futures) == OUTSTANDING:
-            assert futures.popleft().result(60) == number - OUTSTANDING
-        futures.append(executor.submit(nothing, number))
-    assert [future.result(60) for future in futures] == list(range(count - OUTSTANDING, count))
-    return count
+from shmengine.bench.work import keep_outstanding
 
 
 def test_outstanding(compare: Any, targets: Any, spawn: Any) -> None:

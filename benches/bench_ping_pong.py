@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 import shmengine as shm
-from benches.measure import Each, cpu_seconds
+from benches.measure import cpu_seconds
 from benches.rivals import PATIENCE, PipeOfBytes, compiled, fork, known, round_trips
+from shmengine.bench.compare import Each
 from shmengine.bench.crew import Crew, cores
 
 IDLE_SECONDS = 2.0

@@ -17,29 +17,20 @@ import gc
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benches.measure import Comparison, Contestant
+from benches.reached import Reached, Target
+from shmengine.bench.compare import Comparison, Contestant
 from shmengine.bench.environment import stamp
 
 HANG_SECONDS = 900
 
 
-@dataclass
-class Target:
-    """One line of the final table."""
-
-    bench: str
-    what: str
-    value: str
-    bound: str
-    met: bool | None  # None: for information
-
-
 TARGETS = pytest.StashKey[list[Target]]()
+STAMP = pytest.StashKey[dict[str, str]]()  # of before the run
 
 
 # --- options, stamp, final table ----------------------------------------------------------------
@@ -52,9 +43,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="a bench that misses its target fails (quiet machines only)",
     )
 
+    parser.addoption(
+        "--save-targets",
+        metavar="FILE",
+        help="write the table of targets with the environment as JSON, for docs/results",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TARGETS] = []
+    config.stash[STAMP] = stamp()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--save-targets")
+    if path:
+        Reached(session.config.stash[STAMP], session.config.stash[TARGETS]).save(Path(path))
 
 
 def machine() -> dict[str, str]:

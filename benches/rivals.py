@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import posix_ipc
 
-from benches.measure import Each
 from shmengine.bench import registry
+from shmengine.bench.compare import Each
 from shmengine.bench.measure import Pair
 from shmengine.bench.ours import RingWay
 from shmengine.bench.plan import Mode

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add = parser.add_argument
     add("--quick", action="store_true", help="five sizes, three repeats, in half a minute")
+    add("--engine", action="store_true", help="measure the engine: arrays in blocks, tasks, the start")
     add("--targets", type=_list, metavar="NAME,...", help="what to measure (default: all)")
     add("--sizes", type=_sizes, metavar="SIZE,...", help="of messages, such as 64,4KiB,16MiB")
     add("--modes", type=_modes, metavar="MODE,...", help="copy (an array is sent), block (filled in place)")
@@ -61,10 +62,14 @@ def run(options: argparse.Namespace) -> int:
     """Measure, or load, and show; return the exit status."""
     from shmengine.bench.results import Report
 
+    # Before all that time.
     if options.plot and (trouble := _no_matplotlib()):
-        return _fail(trouble)  # before all that time
+        return _fail(trouble)
+    if options.engine and (trouble := _no_engine(options)):
+        return _fail(trouble)
+    measure = _measure_engine if options.engine else _measure
     try:
-        report = _load(options.load, Report) if options.load else _measure(options)
+        report = _load(options.load, Report) if options.load else measure(options)
         to_stdout = _write(options, report)
     except (OSError, ValueError) as error:
         return _fail(str(error))
@@ -110,6 +115,29 @@ def _measure(options: argparse.Namespace) -> Any:
     return Report(stamp, asdict(plan), missing, rows, recommend(rows, load))
 
 
+def _measure_engine(options: argparse.Namespace) -> Any:
+    from shmengine import config
+    from shmengine.bench import environment
+    from shmengine.bench.results import Report
+    from shmengine.bench.work import FULL_WORK, QUICK_WORK, fitting, measure_work
+
+    plan = fitting(QUICK_WORK if options.quick else FULL_WORK, config.memory_available())
+    if options.repeats is not None:
+        plan = replace(plan, repeats=options.repeats)
+    stamp = environment.stamp(pinned=False)
+    with _progress() as progress:
+        work = measure_work(plan, progress)
+    stamp["rounds"] = str(plan.repeats)
+    return Report(stamp, asdict(plan), {}, [], [], work)
+
+
+def _no_engine(options: argparse.Namespace) -> str | None:
+    """Say what makes no sense with ``--engine``."""
+    others = ("targets", "sizes", "modes", "seconds", "plot")
+    given = [f"--{name}" for name in others if getattr(options, name) is not None]
+    return f"--engine takes no {given[0]}: that is for ways from one process to another" if given else None
+
+
 def _load(path: str, kind: Any) -> Any:
     with open(path) as file:
         return kind.from_json(file.read())
@@ -135,6 +163,8 @@ def _write(options: argparse.Namespace, report: Any) -> bool:
             with open(path, "w") as file:
                 file.write(text)
     if options.plot:
+        if not report.rows:
+            raise ValueError("--plot shows ways from one process to another; this run measured none")
         from shmengine.bench.plot import save
 
         save(report, options.plot)
@@ -144,7 +174,7 @@ def _write(options: argparse.Namespace, report: Any) -> bool:
 def _page(report: Any) -> str:
     from shmengine.bench.page import page
 
-    return page(report, with_plot=_no_matplotlib() is None)
+    return page(report, with_plot=bool(report.rows) and _no_matplotlib() is None)
 
 
 def _no_matplotlib() -> str | None:

@@ -66,7 +66,7 @@ def page(report: Report, *, with_plot: bool) -> str:
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>shmengine bench</title><style>{STYLE}</style></head><body>",
-        "<h1>From one process to another</h1>",
+        f"<h1>{'The engine at work' if report.work else 'From one process to another'}</h1>",
     ]
     if report.recommendation:
         sentences = "".join(f"<p>{escape(line)}</p>" for line in report.recommendation)

@@ -7,10 +7,10 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Self
 
-__all__ = ["FORMAT", "VERSION", "Report", "Row", "Spread", "spread"]
+__all__ = ["FORMAT", "VERSION", "Report", "Row", "Spread", "Work", "spread"]
 
 FORMAT: Final = "shmengine bench"
 VERSION: Final = 1
@@ -98,6 +98,34 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Work:
+    """The engine beside one other way to do the same.
+
+    Attributes
+    ----------
+    what, rival : str
+    ours, theirs : float
+        Median of the seconds for one piece of work.
+    ratio : Spread
+        How many times as fast the engine is, within each round.
+    rounds : int
+    """
+
+    what: str
+    rival: str
+    ours: float
+    theirs: float
+    ratio: Spread
+    rounds: int
+
+    @classmethod
+    def from_dict(cls, work: Mapping[str, Any]) -> Self:
+        """Read what `dataclasses.asdict` has written."""
+        values = {each.name: work[each.name] for each in fields(cls)}
+        return cls(**{**values, "ratio": Spread(**values["ratio"])})
+
+
+@dataclass(frozen=True)
 class Report:
     """A whole run.
 
@@ -111,6 +139,8 @@ class Report:
     rows : list of Row
     recommendation : list of str
         Sentences.
+    work : list of Work
+        Of a run that measured the engine; then there are no rows.
     """
 
     environment: dict[str, str]
@@ -118,6 +148,7 @@ class Report:
     missing: dict[str, str]
     rows: list[Row]
     recommendation: list[str]
+    work: list[Work] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Write it for programs."""
@@ -145,6 +176,7 @@ class Report:
                 found["missing"],
                 rows,
                 list(found["recommendation"]),
+                [Work.from_dict(work) for work in found["work"]],
             )
         except (KeyError, TypeError, ValueError) as error:
             why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -154,6 +186,10 @@ class Report:
         """Write the rows for spreadsheets: one line each, times in microseconds."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
+        if self.work:
+            writer.writerow(CSV_COLUMNS_OF_WORK)
+            writer.writerows([*_csv_cells_of_work(work)] for work in self.work)
+            return out.getvalue()
         writer.writerow(CSV_COLUMNS)
         for row in self.rows:
             writer.writerow([*_csv_cells(row)])
@@ -204,3 +240,20 @@ def _csv_cells(row: Row) -> list[object]:
         row.trips,
         row.error,
     ]
+
+
+CSV_COLUMNS_OF_WORK: Final = (
+    "work",
+    "rival",
+    "shmengine_us",
+    "rival_us",
+    "times_as_fast",
+    "times_as_fast_q1",
+    "times_as_fast_q3",
+    "rounds",
+)
+
+
+def _csv_cells_of_work(work: Work) -> list[object]:
+    times = (work.ours * 1e6, work.theirs * 1e6)
+    return [work.what, work.rival, *times, work.ratio.median, work.ratio.low, work.ratio.high, work.rounds]

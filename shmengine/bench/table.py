@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from shmengine.bench.compare import show_seconds
 from shmengine.bench.plan import show_size
-from shmengine.bench.results import Report, Row, Spread
+from shmengine.bench.results import Report, Row, Spread, Work
 
 __all__ = ["Table", "failures", "markdown", "plain", "tables"]
 
@@ -17,12 +18,13 @@ NOTHING: Final = "-"
 
 @dataclass(frozen=True)
 class Table:
-    """One quantity: a line for each target, a column for each size.
+    """One quantity: a line for each target, a column for each size; or what the engine does.
 
     Attributes
     ----------
     title : str
     sizes : tuple of str
+        The heads of the columns.
     lines : tuple of (str, tuple of str)
     best : frozenset of (int, int)
         Line and column of the best in each column.
@@ -46,7 +48,9 @@ class Table:
 
 
 def tables(report: Report) -> list[Table]:
-    """Return throughput, round trip and CPU time."""
+    """Return throughput, round trip and CPU time; or what the engine does."""
+    if report.work:
+        return [_work(report.work)]
     return [
         _table(
             "Throughput, one way, MB/s (± half the distance of the quartiles)",
@@ -79,6 +83,18 @@ def _table(
         for name in names
     )
     return Table(title, tuple(map(show_size, sizes)), lines, frozenset(best))
+
+
+def _work(found: Sequence[Work]) -> Table:
+    lines = tuple(
+        (
+            f"{work.what}; {work.rival}",
+            (show_seconds(work.ours), show_seconds(work.theirs), _with_spread(work.ratio, 1)),
+        )
+        for work in found
+    )
+    title = "The engine beside another way to do the same (± half the distance of the quartiles)"
+    return Table(title, ("shmengine", "the other", "times as fast"), lines, frozenset())
 
 
 def _most_bytes(row: Row) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shmengine.bench.plan import MIB
-from shmengine.bench.results import Report, Row, Spread
+from shmengine.bench.results import Report, Row, Spread, Work
 
 
 def made_up(target, nbytes, rate, trip, *, group="mechanism", mode="copy", cpu=1e-6, noise=0.05, error=None):
@@ -61,3 +61,13 @@ def report():
         rows=rows,
         recommendation=["At all sizes: <shm>."],
     )
+
+
+@pytest.fixture
+def work():
+    """An engine that is good at one thing."""
+    found = [
+        Work("map & more", "<pool>", 2e-6, 5e-5, Spread(25.0, 24.0, 26.0), 9),
+        Work("start", "python", 0.2, 0.1, Spread(0.5, 0.4, 0.6), 9),
+    ]
+    return Report({"processor": "made up"}, {"repeats": 9}, {}, [], [], found)

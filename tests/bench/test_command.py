@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
+from shmengine.bench.plan import MIB
 from shmengine.bench.results import Report
+from shmengine.bench.work import WorkPlan, fitting
 from shmengine.cli import main
 from tests.helpers.leftovers import descendants
 from tests.helpers.scripts import poll_until
@@ -100,6 +102,8 @@ def test_on_a_terminal_it_is_shown_by_rich(results, monkeypatch, capsys):
         (("--seconds", "inf"), "must be positive, not inf"),
         (("--plot", "out.jpg"), "a plot is a .png or .svg file, not 'out.jpg'"),
         (("--targets", "carrier-pigeon"), "there is no 'carrier-pigeon' to measure"),
+        (("--engine", "--sizes", "64"), "--engine takes no --sizes"),
+        (("--engine", "--plot", "out.png"), "--engine takes no --plot"),
         (("--load", "/no/such/file"), "No such file"),
         (("--load", "/dev/null"), "these are no results of `shmengine bench --json`"),
     ],
@@ -111,6 +115,35 @@ def test_what_cannot_be_is_refused(arguments, says, capsys):
         status = ended.code
     assert status == 2
     assert says in capsys.readouterr().err
+
+
+def test_what_the_engine_does_is_measured_shown_and_written(monkeypatch, tmp_path, capsys):
+    # In a process of its own nothing could be made smaller.
+    monkeypatch.setattr("shmengine.bench.work.QUICK_WORK", WorkPlan(nbytes=8 * MIB, repeats=2, tasks=400))
+    path = tmp_path / "work.json"
+    assert main(["bench", "--engine", "--quick", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    for line in ("map_blocks, 8 MiB, fresh; plain NumPy", "reduce, 8 MiB; serial blocks", "times as fast"):
+        assert line in printed
+    report = Report.from_json(path.read_text())
+    assert {work.what.split(",")[0] for work in report.work} == {
+        "map_blocks",
+        "reduce",
+        "map",
+        "Executor",
+        "submit",
+        "Engine(2)",
+    }
+    assert all(work.rounds == 2 and work.ours > 0 and work.ratio.median > 0 for work in report.work)
+    assert main(["bench", "--load", str(path), "--plot", str(tmp_path / "out.svg")]) == 2
+    assert "this run measured none" in capsys.readouterr().err
+
+
+def test_the_array_of_a_run_fits_the_memory():
+    plan = WorkPlan(nbytes=1 << 30, repeats=9, tasks=100)
+    assert fitting(plan, 8 << 30) == plan
+    assert fitting(plan, (8 << 30) - 1).nbytes == 1 << 29
+    assert fitting(plan, 0).nbytes == MIB
 
 
 def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(monkeypatch, capsys):

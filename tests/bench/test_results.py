@@ -9,6 +9,7 @@ import json
 
 import pytest
 
+from shmengine.bench.page import page
 from shmengine.bench.plan import KIB, MIB, parse_size, show_size, slots_for
 from shmengine.bench.results import Report, Row, Spread, spread
 from shmengine.bench.table import failures, markdown, plain, tables
@@ -21,7 +22,7 @@ def test_json_and_back(report):
 
 def test_json_has_this_shape(report):
     found = json.loads(report.to_json())
-    assert list(found) == ["format", "version", "environment", "plan", "missing", "rows", "recommendation"]
+    assert list(found) == ["format", "version", *(field.name for field in dataclasses.fields(Report))]
     assert (found["format"], found["version"]) == ("shmengine bench", 1)
     for row in found["rows"]:
         assert list(row) == [field.name for field in dataclasses.fields(Row)]
@@ -96,6 +97,16 @@ def test_markdown(report):
     assert rows[0] == "| shm | 25.6 ±5% | 21,000 ±5% |"
     assert "| <rival> | **57.6 ±5%** | - |" in text
     assert "- At all sizes: <shm>." in text
+
+
+def test_what_the_engine_does_is_written_and_read(work):
+    assert Report.from_json(work.to_json()) == work
+    (table,) = tables(work)
+    assert table.lines[0] == ("map & more; <pool>", ("2 us", "50 us", "25.0 ±4%"))
+    assert "| start; python | 200 ms | 100 ms | 0.50 ±20% |" in markdown(work)
+    assert work.to_csv().splitlines()[1] == "map & more,<pool>,2.0,50.0,25.0,24.0,26.0,9"
+    assert "&lt;pool&gt;" in page(work, with_plot=False)
+    assert "The engine at work" in page(work, with_plot=False)
 
 
 def test_failures_are_told_once(report):

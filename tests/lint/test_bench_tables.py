@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benches.reached import Reached, Target
 from benches.tables import documents, renewed
 from shmengine.bench.results import Report
 from tests.helpers.sources import ROOT
@@ -17,9 +18,29 @@ def test_tables_are_those_of_their_results(path):
 
 def test_results_can_be_read_and_name_their_machine():
     for path in (ROOT / "docs" / "results").glob("*.json"):
-        report = Report.from_json(path.read_text())
+        read = Reached.read if path.stem.endswith("-targets") else of_bench
         named = {"processor", "kernel", "python", "numpy", "load", "date"}
-        assert named <= set(report.environment), path.name
+        assert named <= set(read(path).environment), path.name
+
+
+def of_bench(path):
+    return Report.from_json(path.read_text())
+
+
+def test_targets_are_read_back(tmp_path):
+    path = tmp_path / "run-targets.json"
+    run = Reached({"processor": "made up", "pinned": "no"}, [Target("idle", "CPU", "9 %", "<= 1 %", False)])
+    run.save(path)
+    assert Reached.read(path) == run
+    made = renewed("<!-- targets run-targets -->\n<!-- targets end -->\n", tmp_path)
+    assert "| idle | CPU | 9 % | <= 1 % | **missed** |\n\nMeasured on: processor made up.\n" in made
+    assert renewed(made, tmp_path) == made
+
+
+def test_results_of_the_one_are_not_taken_for_the_other(tmp_path):
+    (tmp_path / "run.json").write_text(EMPTY)
+    with pytest.raises(ValueError, match=r"run\.json is not of pytest benches --save-targets"):
+        renewed("<!-- targets run -->\n<!-- targets end -->\n", tmp_path)
 
 
 EMPTY = Report({"processor": "made up"}, {}, {"pipe": "not installed"}, [], ["Take shm."]).to_json()
