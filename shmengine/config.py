@@ -11,7 +11,6 @@ import functools
 import os
 import re
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import NamedTuple, SupportsIndex
 
 __all__ = [
@@ -48,7 +47,7 @@ THREAD_LIMIT_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
 )
 
-_UNITS = {
+_UNITS: dict[str, int] = {
     "": 1,
     "b": 1,
     **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgtp", start=1)},
@@ -71,7 +70,7 @@ def parse_bytes(size: str | SupportsIndex) -> int:
     size : int or str
         A number of bytes, or a number with a unit: ``"256 MiB"``, ``"1.5GiB"``, ``"64 kB"``. IEC units
         (KiB, MiB, GiB, TiB, PiB) are powers of 1024, SI units (kB, MB, GB, TB, PB) powers of 1000; upper
-        and lower case are the same. A fraction of a byte is dropped.
+        and lower case are the same. A fraction of a byte is rounded.
 
     Raises
     ------
@@ -92,15 +91,20 @@ def parse_bytes(size: str | SupportsIndex) -> int:
         raise ValueError(
             f"not a size: {size!r}; write a number of bytes, or a number and a unit like '256 MiB'"
         )
-    number, unit = match.groups()
+    number: str = match[1]
+    unit: str = match[2]
     factor = _UNITS.get(unit.lower())
     if factor is None:
         raise ValueError(
             f"unknown unit {unit!r} in size {size!r}; use B, KiB, MiB, GiB, TiB, PiB (powers of 1024) "
             "or kB, MB, GB, TB, PB (powers of 1000)"
         )
-    exact: Fraction = Fraction(number.replace("_", "").rstrip(".")) * factor
-    return round(exact)
+    number = number.replace("_", "").rstrip(".")
+    if number.isdecimal():
+        return int(number) * factor
+    from fractions import Fraction  # slow to load
+
+    return round(Fraction(number) * factor)
 
 
 def format_bytes(count: int) -> str:
