@@ -185,8 +185,8 @@ int stream_feed(Stream *self, Part *part, PyObject *entry) {
         /* Somebody, or a part that was kept, may wait for the room; and what is not bytes is used again. */
         if (self->handed_over != next_number(self) || !self->armed || PySet_GET_SIZE(self->armed)) return 0;
         if (!PyBytes_CheckExact(PyTuple_GET_ITEM(first, 2)) || !PyBytes_CheckExact(PyTuple_GET_ITEM(last, 2))) return 0;
-        PyObject *other = let_go(self, prefix[2] > INT64_MAX ? INT64_MAX : (long long)prefix[2]);
-        Py_XDECREF(other);
+        long long until = prefix[2] > INT64_MAX ? INT64_MAX : (long long)prefix[2];
+        for (PyObject *other; (other = let_go(self, until));) Py_DECREF(other); /* large ones between small ones */
     }
     if (kind == ACKNOWLEDGE) return 1;
     PyTuple_SET_ITEM(entry, 0, PyLong_FromLongLong(self->received));

@@ -625,6 +625,22 @@ def test_memory_that_is_used_again_is_put_aside_by_the_long_way(sides, where):
     assert not session._kept
 
 
+def test_all_that_was_acknowledged_goes_what_lies_between_small_ones_too(sides):
+    """Else nobody would say so again, and who waits for the room would wait for ever."""
+    left, right = sides
+    session = left.session
+    assert left.send(0)
+    for number in (1, 2, 3):
+        session.keep([bytearray(session.prefix(Kind.DATA, number) + frame(number))])
+        session.handed_over(number)
+    assert left.send(4)
+    right.post(Kind.ACKNOWLEDGE, 0, 5)
+    assert left.wire.receive(left.raw, -1, session) is False
+    assert not left.raw
+    assert not session.outstanding
+    assert session._released == sum(PREFIX_BYTES + len(frame(number)) + 256 for number in range(5))
+
+
 def test_acknowledgements_of_what_was_never_sent_do_no_harm(sides):
     left, right = sides
     assert left.send(1)
