@@ -165,8 +165,10 @@ static PyObject *let_go(Stream *self, long long until) {
 }
 
 static PyObject *stream_let_go(Stream *self, PyObject *until) {
-    long long number = PyLong_AsLongLong(until);
+    int overflow; /* whoever says what was taken may say anything */
+    long long number = PyLong_AsLongLongAndOverflow(until, &overflow);
     if (number == -1 && PyErr_Occurred()) return NULL;
+    if (overflow > 0) number = INT64_MAX;
     PyObject *part = let_go(self, number);
     return part ? part : Py_NewRef(Py_None);
 }

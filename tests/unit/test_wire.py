@@ -649,6 +649,14 @@ def test_acknowledgements_of_what_was_never_sent_do_no_harm(sides):
     assert not left.session._kept
     assert left.session.next_number == 1
     assert left.send(2)
+    left.armed.add(left)
+    for taken in ((1 << 63) - 1, 1 << 63, (1 << 64) - 1):  # the long way
+        left.session.keep([left.session.prefix(Kind.DATA, left.session.next_number)])
+        right.post(Kind.ACKNOWLEDGE, 0, taken)
+        left.wire.receive(left.raw, -1, left.session)
+        assert left.session.feed(left.raw.popleft()) == (Kind.ACKNOWLEDGE, False, True)
+        assert not left.session.outstanding
+    assert left.session.let_go(-(1 << 64)) is None
 
 
 # --- wires and parts --------------------------------------------------------------------------------
