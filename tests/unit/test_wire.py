@@ -581,6 +581,52 @@ def test_a_message_that_another_takes_meanwhile_is_his(sockets):
     assert right.take() == [2]
 
 
+class Finalized:
+    """In a cycle, until it is collected."""
+
+    def __init__(self, finalize):
+        self.cycle = self
+        self.finalize = finalize
+
+    def __del__(self):
+        self.finalize()
+
+
+@pytest.fixture
+def collections_at_will():
+    """Tests turn the collector on, and set its threshold."""
+    threshold = gc.get_threshold()
+    gc.collect()
+    gc.disable()
+    yield
+    gc.set_threshold(*threshold)
+    gc.enable()
+
+
+@pytest.mark.parametrize("allocations", range(1, 6))
+@pytest.mark.usefixtures("collections_at_will")
+def test_nothing_is_taken_out_of_a_socket_that_a_finalizer_has_locked(sides, allocations):
+    """Python 3.11 collects wherever something is allocated: whatever threads run then, they find the port as it is."""
+    left, right = sides
+    for number in range(40):
+        assert left.send(number)
+    received = []
+
+    def lock():
+        if right.lock.acquire(blocking=False):
+            received.append(right.session.received)
+
+    unfree = [(number, number, number) for number in range(5000)]  # the next tuples are allocated
+    Finalized(lock)
+    box = []
+    gc.set_threshold(gc.get_count()[0] + allocations)
+    gc.enable()
+    right.session.take_small(box)
+    gc.disable()
+    assert len(unfree) == 5000
+    assert not received or right.session.received == received[0]
+
+
 # --- what was acknowledged --------------------------------------------------------------------------
 
 
