@@ -581,6 +581,22 @@ def test_a_message_that_another_takes_meanwhile_is_his(sockets):
     assert right.take() == [2]
 
 
+def test_a_message_that_has_to_be_acknowledged_is_left_as_it_is(sockets):
+    """Decoding it may do what can be done once, such as to take over a descriptor."""
+    decoded = []
+
+    def counting(*args):
+        decoded.append(args)
+        return decode_small(*args)
+
+    left, right = Side(sockets[0]), Side(sockets[1], decoder=counting, most_told_bytes=300)
+    assert left.send(b"x" * 100)
+    assert left.send(b"y" * 100)
+    assert right.take() == [b"x" * 100]
+    assert right.take() == []
+    assert len(decoded) == 1
+
+
 class Finalized:
     """In a cycle, until it is collected."""
 
