@@ -53,6 +53,7 @@ ACKNOWLEDGE_MESSAGES = 1024
 ACKNOWLEDGE_BYTES = 2 << 20
 # While the other end keeps taking messages no more than this is on its way, so that the copies stay in the cache.
 PACE_BYTES = 8 << 20
+MOST_WINDOW_BYTES = 1 << 60  # more than there can be: twice as much is a number in C
 UNKNOWN_BYTES = 1 << 18  # that wait in a session which nobody has accepted; what is more comes again later
 VERSION = 2
 SESSION_BYTES = 16
@@ -116,6 +117,7 @@ class Session(Stream):
         self.key = key
         self.part_bytes = part_bytes
         self.counts = counts
+        window = min(window, MOST_WINDOW_BYTES)
         self.window = self.window_there = window
         self.pace = min(window, PACE_BYTES)
         self.missed_since = 0
