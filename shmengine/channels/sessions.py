@@ -133,6 +133,7 @@ class Session(Stream):
         self._shown = -1
         self.acknowledge_bytes = min(ACKNOWLEDGE_BYTES, window // 8)
         self._spare: list[Any] = []  # parts whose memory can be used again, all of one size
+        self._copies_until = 0  # the number before which parts may have been handed over more than once
 
     # --- sending -----------------------------------------------------------------------------------
 
@@ -209,6 +210,7 @@ class Session(Stream):
         """Note that the connection has got this message."""
         if number < self._handed_over_most:
             self.counts.resent += 1
+            self._copies_until = self._handed_over_most
         else:
             self._handed_over_most = number + 1
         self._handed_over = number + 1
@@ -230,7 +232,9 @@ class Session(Stream):
         if not kept or kept[0][0] >= count:
             return False
         while (part := self.let_go(count)) is not None:
-            self._put_aside(part)
+            # Of a part that went twice the second one may still be on its way, in the same memory.
+            if self._acknowledged > self._copies_until:
+                self._put_aside(part)
         return True
 
     def _put_aside(self, part: Any) -> None:

@@ -703,6 +703,37 @@ def test_all_that_was_acknowledged_goes_what_lies_between_small_ones_too(sides):
     assert session._released == sum(PREFIX_BYTES + len(frame(number)) + 256 for number in range(5))
 
 
+def test_memory_of_what_may_still_be_on_its_way_is_not_used_again(sides, sockets):
+    """The other end may ask twice: a signal's handler can keep it from noting that it has asked."""
+    session = sides[0].session
+
+    def send(number, fill):
+        data = np.full(100_000, fill, "u1")
+        data[:PREFIX_BYTES] = np.frombuffer(PREFIX.pack(Kind.DATA, number, 0), "u1")
+        part = session.spare(data.nbytes) or zmq.Frame(memoryview(data), copy=True)
+        np.frombuffer(part, "u1")[:] = data
+        session.keep([part])
+
+    def hand_over():
+        for number, part in session.to_hand_over():
+            sockets[0].send(part, copy=False)
+            session.handed_over(number)
+
+    send(0, 7)
+    hand_over()
+    for _ in range(2):
+        session.feed(PREFIX.pack(Kind.REPEAT, 0, 0))
+        hand_over()
+    session.feed(PREFIX.pack(Kind.ACKNOWLEDGE, 0, 1))
+    send(1, 8)
+    assert session.counts.resent == 2
+    for _ in range(3):
+        assert sockets[1].recv()[PREFIX_BYTES:] == bytes([7]) * (100_000 - PREFIX_BYTES)
+    hand_over()
+    session.feed(PREFIX.pack(Kind.ACKNOWLEDGE, 0, 2))
+    assert session.spare(100_000) is not None
+
+
 def test_acknowledgements_of_what_was_never_sent_do_no_harm(sides):
     left, right = sides
     assert left.send(1)
