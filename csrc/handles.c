@@ -460,6 +460,7 @@ static PyObject *find_layout(End *self, PyObject *ring, PyObject *shape, PyObjec
         PyErr_Clear();
         return PyObject_CallMethod(ring, "_layout", "OO", shape, dtype);
     }
+    if (((Layout *)found)->prefix) return Py_NewRef(found); /* the dtype may have fields, and get other names for them */
     Py_XSETREF(self->last_shape, Py_NewRef(shape));
     Py_XSETREF(self->last_dtype, Py_NewRef(dtype));
     Py_XSETREF(self->last_layout, Py_NewRef(found));

@@ -78,7 +78,7 @@ PyTypeObject PartType = {
 
 /* ---- Wire -------------------------------------------------------------------------------------------------------- */
 
-int wire_pump(Wire *self, PyObject *raw, long long most, Stream *stream) {
+static int pump(Wire *self, PyObject *raw, long long most, Stream *stream) {
     int quick = stream && PyObject_Size(raw) == 0;
     for (long long count = 0; most < 0 || count < most; count++) {
         PyObject *entry = quick ? PyTuple_New(3) : NULL;
@@ -114,6 +114,13 @@ int wire_pump(Wire *self, PyObject *raw, long long most, Stream *stream) {
         if (failed) return -1;
     }
     return 1;
+}
+
+int wire_pump(Wire *self, PyObject *raw, long long most, Stream *stream) {
+    int collects = PyGC_Disable(); /* a collection may run any code, between two parts as well */
+    int more = pump(self, raw, most, stream);
+    if (collects) PyGC_Enable();
+    return more;
 }
 
 static PyObject *wire_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {

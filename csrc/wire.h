@@ -4,7 +4,8 @@
  * Whoever uses a socket holds its port's lock, or the GIL from a look at that lock to the end: all here keep the GIL,
  * and nothing waits. So neither another thread nor a signal's handler sees a step half done.
  *
- * New objects that the garbage collector knows are made before anything is looked at: it may run any code then.
+ * New objects that the garbage collector knows are made before anything is looked at, or while it is off: it may run any
+ * code then.
  */
 #ifndef WIRE_H
 #define WIRE_H

@@ -9,6 +9,7 @@ from it: a weak reference to the root dies with the last view.
 from __future__ import annotations
 
 import ast
+import copy
 import math
 import re
 import struct
@@ -327,8 +328,11 @@ def view(root: Bytes, spec: ArraySpec, offset: int = 0) -> Array:
             raise Corrupt(f"an array at {start} is outside of {root.nbytes} bytes", "bounds")
         else:
             strides = None  # no element to stride over
+    dtype = spec.dtype
+    if dtype.names is not None:
+        dtype = copy.copy(dtype)  # fields can be renamed, in place: of this array alone
     try:
-        return _ndarray(spec.shape, spec.dtype, root, start, strides)
+        return _ndarray(spec.shape, dtype, root, start, strides)
     except (TypeError, ValueError, OverflowError, MemoryError) as error:
         message = f"an array of {spec.nbytes} bytes at {start} does not fit in {root.nbytes} bytes: {error}"
         raise Corrupt(message, "bounds") from error

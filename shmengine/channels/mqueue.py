@@ -92,7 +92,11 @@ def _room() -> int:
     What queues of other processes have nobody can see.
     """
     together = resource.getrlimit(resource.RLIMIT_MSGQUEUE)[0]
-    return sys.maxsize if together < 0 else max(0, together - sum(_queue_bytes.values())) // SHARE
+    if together < 0:
+        return sys.maxsize
+    links = [reference() for reference in _queue_bytes.keyrefs()]  # others make and close some meanwhile
+    made = sum(_queue_bytes.get(link, 0) for link in links if link is not None)
+    return max(0, together - made) // SHARE
 
 
 def _pair(options: Options, count: int, fragment_bytes: int) -> tuple[Link, Link]:

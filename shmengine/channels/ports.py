@@ -166,7 +166,8 @@ class Port:
                 self._request(session, session.peer)
             elif kind == Kind.REPEAT:
                 self._hand_over(session)
-                self.post(session.peer, session.prefix(Kind.ACKNOWLEDGE))
+                if session.peer is not None:  # else that has found the connection ended
+                    self.post(session.peer, session.prefix(Kind.ACKNOWLEDGE))
             elif room:
                 self._hand_over(session)
         return kind

@@ -53,6 +53,7 @@ ACKNOWLEDGE_MESSAGES = 1024
 ACKNOWLEDGE_BYTES = 2 << 20
 # While the other end keeps taking messages no more than this is on its way, so that the copies stay in the cache.
 PACE_BYTES = 8 << 20
+MOST_WINDOW_BYTES = 1 << 60  # more than there can be: twice as much is a number in C
 UNKNOWN_BYTES = 1 << 18  # that wait in a session which nobody has accepted; what is more comes again later
 VERSION = 2
 SESSION_BYTES = 16
@@ -116,6 +117,7 @@ class Session(Stream):
         self.key = key
         self.part_bytes = part_bytes
         self.counts = counts
+        window = min(window, MOST_WINDOW_BYTES)
         self.window = self.window_there = window
         self.pace = min(window, PACE_BYTES)
         self.missed_since = 0
@@ -131,6 +133,7 @@ class Session(Stream):
         self._shown = -1
         self.acknowledge_bytes = min(ACKNOWLEDGE_BYTES, window // 8)
         self._spare: list[Any] = []  # parts whose memory can be used again, all of one size
+        self._copies_until = 0  # the number before which parts may have been handed over more than once
 
     # --- sending -----------------------------------------------------------------------------------
 
@@ -207,6 +210,7 @@ class Session(Stream):
         """Note that the connection has got this message."""
         if number < self._handed_over_most:
             self.counts.resent += 1
+            self._copies_until = self._handed_over_most
         else:
             self._handed_over_most = number + 1
         self._handed_over = number + 1
@@ -228,7 +232,9 @@ class Session(Stream):
         if not kept or kept[0][0] >= count:
             return False
         while (part := self.let_go(count)) is not None:
-            self._put_aside(part)
+            # Of a part that went twice the second one may still be on its way, in the same memory.
+            if self._acknowledged > self._copies_until:
+                self._put_aside(part)
         return True
 
     def _put_aside(self, part: Any) -> None:

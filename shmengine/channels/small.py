@@ -126,9 +126,10 @@ def _first_seen(raw: bytes, prefix: int) -> Any:
         array: np.ndarray[Any, Any] = decode(frame)
     except ShmError:
         return UNKNOWN
-    # Its place is in the table: what is last in this frame is so in each that begins alike and is as long.
+    # Its place is in the table: what is last in this frame is so in each that begins alike and is as long. But with
+    # names: these are of one array, as whoever has got that may assign others.
     is_last = address_of(array) + array.nbytes == address_of(frame) + frame.nbytes
-    if array.nbytes and array.flags.c_contiguous and is_last:
+    if array.nbytes and array.flags.c_contiguous and is_last and array.dtype.names is None:
         known = (array.shape, array.dtype, array.nbytes)
         _remember(_arrays, (raw[HEADER_BYTES : HEADER_BYTES + prefix], len(raw)), known)
     return array

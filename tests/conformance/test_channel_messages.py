@@ -63,6 +63,19 @@ OBJECTS = [
 ]
 
 
+def test_whoever_renames_fields_renames_those_of_one_array(ends):
+    """NumPy renames them in place, in a dtype that several arrays may have."""
+    left, right = ends
+    sent = np.zeros(3, [("x", "f8")])
+    for number, container in enumerate([lambda array: array, lambda array: [array]] * 2):
+        for _ in range(3):
+            got = trip(left, right, container(sent))
+            got = got[0] if isinstance(got, list) else got
+            assert got.dtype == sent.dtype
+            got.dtype.names = ("mine",)
+        sent.dtype.names = (f"x{number}",)
+
+
 def test_any_picklable_object(ends):
     left, right = ends
     for obj in OBJECTS:

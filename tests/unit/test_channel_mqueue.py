@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import threading
 
 import numpy as np
 import pytest
 
 from shmengine import channel
+from shmengine.channels import mqueue
 from shmengine.errors import Corrupt, Timeout, WouldBlock
 from tests.helpers.leftovers import open_fds
 from tests.helpers.scripts import run_script
@@ -100,6 +102,38 @@ def test_nothing_is_left():
         left.close()
         right.close()
     assert open_fds() == before
+
+
+class ClosedMeanwhile(int):
+    """Bytes of a queue that another thread closes while they are added up."""
+
+    def __new__(cls, nbytes, end):
+        self = super().__new__(cls, nbytes)
+        self.end = end
+        return self
+
+    def __radd__(self, other):
+        self.end.close()
+        return other + int(self)
+
+
+def test_others_make_and_close_queues_meanwhile():
+    before = resource.getrlimit(resource.RLIMIT_MSGQUEUE)
+    ends = [end for _ in range(3) for end in channel("mqueue")]
+    for end in ends:
+        nbytes = mqueue._queue_bytes[end._link]
+        mqueue._queue_bytes[end._link] = ClosedMeanwhile(nbytes, end)
+    resource.setrlimit(resource.RLIMIT_MSGQUEUE, (819_200, before[1]))
+    try:
+        left, right = channel("mqueue")
+    finally:
+        resource.setrlimit(resource.RLIMIT_MSGQUEUE, before)
+    with left, right:
+        left.send(1)
+        assert right.receive(30) == 1
+    for end in ends:
+        assert end.closed
+        end.close()
 
 
 LIMITS = """

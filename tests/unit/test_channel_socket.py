@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import threading
 import time
 from functools import partial
@@ -205,6 +206,14 @@ def test_a_slow_receiver_holds_its_sender_back(transport, server):
             right.try_receive()  # says what was taken, and finds that what was not sent has not been
         left.send((sent, block), 20)
         assert right.receive(20)[0] == sent
+
+
+@pytest.mark.parametrize("much", [sys.maxsize, 1 << 70])
+def test_a_buffer_without_a_limit(much):
+    left, right = shm.channel("socket", buffer_bytes=much)
+    with left, right:
+        left.send(1)
+        assert right.receive(20) == 1
 
 
 def test_a_message_larger_than_the_buffer_goes_alone():

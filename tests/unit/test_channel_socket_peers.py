@@ -121,6 +121,28 @@ def test_a_server_that_sends_more_than_may_wait_is_lost():
                 end.send(1)
 
 
+def test_who_asks_for_all_again_and_goes_harms_no_other(stranger):
+    with (
+        shm.listen("tcp://127.0.0.1:0") as server,
+        shm.connect(server.address, timeout=20) as left,
+        server.accept(20) as right,
+    ):
+        greet(stranger, server.address)
+        with server.accept(20) as end:
+            end.send(1)
+            assert stranger.poll(20_000)
+            port = end._link._port
+            with port.lock:
+                port.read_events()
+                stranger.send(PREFIX.pack(Kind.REPEAT, 0, 0))
+                stranger.close(1000)
+                assert port.monitor.poll(20_000)  # it has gone, and what it has sent was not looked at
+            poll_until(lambda: end._link._session.peer is None)
+            end._link._patience_ns = 0  # nobody will come back
+        left.send(2)
+        assert right.receive(20) == 2
+
+
 def test_what_comes_before_accept_takes_little_memory_and_is_not_lost():
     with shm.listen("tcp://127.0.0.1:0") as server, shm.connect(server.address, timeout=20) as left:
         for i in range(100):

@@ -176,6 +176,19 @@ def test_other_spellings_of_a_shape(ring, shape):
         assert frame.shape == (2, 3)
 
 
+def test_a_dtype_whose_fields_are_renamed(ring):
+    """That is done in place: it is another one then, and the same object."""
+    dtype = np.dtype([("x", "f8")])
+    shape = (3,)
+    for name in ("x", "x", "x", "y", "y", "y"):
+        dtype.names = (name,)
+        with ring.claim(shape, dtype):
+            pass
+        with ring.lease() as array:
+            assert array.dtype.names == (name,)
+            array.dtype.names = ("mine",)
+
+
 def test_first_in_first_out(ring):
     for i in range(4):
         ring.send([i])

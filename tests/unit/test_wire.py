@@ -581,6 +581,68 @@ def test_a_message_that_another_takes_meanwhile_is_his(sockets):
     assert right.take() == [2]
 
 
+def test_a_message_that_has_to_be_acknowledged_is_left_as_it_is(sockets):
+    """Decoding it may do what can be done once, such as to take over a descriptor."""
+    decoded = []
+
+    def counting(*args):
+        decoded.append(args)
+        return decode_small(*args)
+
+    left, right = Side(sockets[0]), Side(sockets[1], decoder=counting, most_told_bytes=300)
+    assert left.send(b"x" * 100)
+    assert left.send(b"y" * 100)
+    assert right.take() == [b"x" * 100]
+    assert right.take() == []
+    assert len(decoded) == 1
+
+
+class Finalized:
+    """In a cycle, until it is collected."""
+
+    def __init__(self, finalize):
+        self.cycle = self
+        self.finalize = finalize
+
+    def __del__(self):
+        self.finalize()
+
+
+@pytest.fixture
+def collections_at_will():
+    """Tests turn the collector on, and set its threshold."""
+    threshold = gc.get_threshold()
+    gc.collect()
+    gc.disable()
+    yield
+    gc.set_threshold(*threshold)
+    gc.enable()
+
+
+@pytest.mark.parametrize("allocations", range(1, 6))
+@pytest.mark.usefixtures("collections_at_will")
+def test_nothing_is_taken_out_of_a_socket_that_a_finalizer_has_locked(sides, allocations):
+    """Python 3.11 collects wherever something is allocated: whatever threads run then, they find the port as it is."""
+    left, right = sides
+    for number in range(40):
+        assert left.send(number)
+    received = []
+
+    def lock():
+        if right.lock.acquire(blocking=False):
+            received.append(right.session.received)
+
+    unfree = [(number, number, number) for number in range(5000)]  # the next tuples are allocated
+    Finalized(lock)
+    box = []
+    gc.set_threshold(gc.get_count()[0] + allocations)
+    gc.enable()
+    right.session.take_small(box)
+    gc.disable()
+    assert len(unfree) == 5000
+    assert not received or right.session.received == received[0]
+
+
 # --- what was acknowledged --------------------------------------------------------------------------
 
 
@@ -625,6 +687,53 @@ def test_memory_that_is_used_again_is_put_aside_by_the_long_way(sides, where):
     assert not session._kept
 
 
+def test_all_that_was_acknowledged_goes_what_lies_between_small_ones_too(sides):
+    """Else nobody would say so again, and who waits for the room would wait for ever."""
+    left, right = sides
+    session = left.session
+    assert left.send(0)
+    for number in (1, 2, 3):
+        session.keep([bytearray(session.prefix(Kind.DATA, number) + frame(number))])
+        session.handed_over(number)
+    assert left.send(4)
+    right.post(Kind.ACKNOWLEDGE, 0, 5)
+    assert left.wire.receive(left.raw, -1, session) is False
+    assert not left.raw
+    assert not session.outstanding
+    assert session._released == sum(PREFIX_BYTES + len(frame(number)) + 256 for number in range(5))
+
+
+def test_memory_of_what_may_still_be_on_its_way_is_not_used_again(sides, sockets):
+    """The other end may ask twice: a signal's handler can keep it from noting that it has asked."""
+    session = sides[0].session
+
+    def send(number, fill):
+        data = np.full(100_000, fill, "u1")
+        data[:PREFIX_BYTES] = np.frombuffer(PREFIX.pack(Kind.DATA, number, 0), "u1")
+        part = session.spare(data.nbytes) or zmq.Frame(memoryview(data), copy=True)
+        np.frombuffer(part, "u1")[:] = data
+        session.keep([part])
+
+    def hand_over():
+        for number, part in session.to_hand_over():
+            sockets[0].send(part, copy=False)
+            session.handed_over(number)
+
+    send(0, 7)
+    hand_over()
+    for _ in range(2):
+        session.feed(PREFIX.pack(Kind.REPEAT, 0, 0))
+        hand_over()
+    session.feed(PREFIX.pack(Kind.ACKNOWLEDGE, 0, 1))
+    send(1, 8)
+    assert session.counts.resent == 2
+    for _ in range(3):
+        assert sockets[1].recv()[PREFIX_BYTES:] == bytes([7]) * (100_000 - PREFIX_BYTES)
+    hand_over()
+    session.feed(PREFIX.pack(Kind.ACKNOWLEDGE, 0, 2))
+    assert session.spare(100_000) is not None
+
+
 def test_acknowledgements_of_what_was_never_sent_do_no_harm(sides):
     left, right = sides
     assert left.send(1)
@@ -633,6 +742,14 @@ def test_acknowledgements_of_what_was_never_sent_do_no_harm(sides):
     assert not left.session._kept
     assert left.session.next_number == 1
     assert left.send(2)
+    left.armed.add(left)
+    for taken in ((1 << 63) - 1, 1 << 63, (1 << 64) - 1):  # the long way
+        left.session.keep([left.session.prefix(Kind.DATA, left.session.next_number)])
+        right.post(Kind.ACKNOWLEDGE, 0, taken)
+        left.wire.receive(left.raw, -1, left.session)
+        assert left.session.feed(left.raw.popleft()) == (Kind.ACKNOWLEDGE, False, True)
+        assert not left.session.outstanding
+    assert left.session.let_go(-(1 << 64)) is None
 
 
 # --- wires and parts --------------------------------------------------------------------------------
