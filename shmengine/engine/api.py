@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
@@ -62,6 +62,8 @@ __all__ = ["Engine"]
 
 BACKENDS = ("process", "thread", "serial")
 CHECKS = ("frame", "payload")
+
+T = TypeVar("T")
 
 _MISSING: Any = object()
 
@@ -246,7 +248,7 @@ class Engine(Observed, Asynchronous):
         options = task_options("starmap", fn, timeout, window, rng, writable)
         return self._stream(fn, calls, options, True, on_error, progress, total_of((iterable,)))
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Run ``fn(*args, **kwargs)`` once and return a `concurrent.futures.Future`.
 
         Raises
@@ -263,7 +265,7 @@ class Engine(Observed, Asynchronous):
 
     def map_blocks(
         self,
-        fn: Callable[..., Any],
+        fn: Callable[..., T],
         *arrays: Any,
         axis: int = 0,
         block_bytes: int | str = "auto",
@@ -274,7 +276,7 @@ class Engine(Observed, Asynchronous):
         timeout: float | None = None,
         progress: Any = False,
         **kwargs: Any,
-    ) -> np.ndarray:
+    ) -> T:
         """Apply `fn` to blocks of arrays and return the result as one array.
 
         Parameters
@@ -319,7 +321,8 @@ class Engine(Observed, Asynchronous):
         self._check_usable()
         cut = Cut(arrays, axis, block_bytes)
         options = task_options("map_blocks", fn, timeout, None, rng, writable)
-        return self._map_cut(fn, cut, out, dtype, options, progress, kwargs)
+        result: Any = self._map_cut(fn, cut, out, dtype, options, progress, kwargs)
+        return result  # type: ignore[no-any-return]
 
     def map_overlap(
         self,
