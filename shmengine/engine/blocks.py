@@ -23,8 +23,10 @@ __all__ = [
     "Cut",
     "Gather",
     "GhostCut",
+    "along",
     "as_source",
     "overlaps",
+    "read",
     "returned_by",
 ]
 
@@ -174,10 +176,10 @@ class Cut:
     def blocks(self, index: int) -> tuple[np.ndarray, ...]:
         """Return block `index` of every array (views wherever the array is an ndarray)."""
         if self.axis is None:
-            return tuple(_read(array, ()) for array in self.arrays)
+            return tuple(read(array, ()) for array in self.arrays)
         start, stop = self.span(index)
         return tuple(
-            [_read(array, along(ax, start, stop)) for array, ax in zip(self.arrays, self.axes, strict=True)]
+            [read(array, along(ax, start, stop)) for array, ax in zip(self.arrays, self.axes, strict=True)]
         )
 
     def ghosts(self, index: int) -> tuple[int, int]:  # noqa: ARG002  # GhostCut needs it
@@ -264,7 +266,7 @@ class GhostCut(Cut):
         start, stop = self.span(index)
         before, after = self.ghosts(index)
         low, high = start - before, stop + after
-        inner = _read(array, along(ax, max(low, 0), min(high, self.length)))
+        inner = read(array, along(ax, max(low, 0), min(high, self.length)))
         missing_before, missing_after = max(-low, 0), max(high - self.length, 0)
         if not missing_before and not missing_after:
             return (inner,)
@@ -289,11 +291,11 @@ class GhostCut(Cut):
         near_last = along(ax, self.length - count, self.length)
         match self.boundary:
             case "reflect":
-                return np.flip(_read(array, near_first if first else near_last), ax)
+                return np.flip(read(array, near_first if first else near_last), ax)
             case "periodic":
-                return _read(array, near_last if first else near_first)
+                return read(array, near_last if first else near_first)
             case "nearest":
-                return _read(array, along(ax, 0, 1) if first else along(ax, self.length - 1, self.length))
+                return read(array, along(ax, 0, 1) if first else along(ax, self.length - 1, self.length))
         return self.boundary
 
 
@@ -536,7 +538,8 @@ def along(axis: int, start: int, stop: int) -> tuple[slice, ...]:
     return (slice(None),) * axis + (slice(start, stop),)
 
 
-def _read(array: Any, index: tuple[slice, ...]) -> np.ndarray:
+def read(array: Any, index: tuple[slice, ...]) -> np.ndarray:
+    """Return this part of an array or array-like, in the shape that it must have."""
     # An ellipsis keeps 0-d ndarrays arrays.
     if isinstance(array, np.ndarray):
         return array[index] if index else array[...]
