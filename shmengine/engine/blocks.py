@@ -20,13 +20,12 @@ from shmengine.errors import ArrayError, BlockError, RemoteTraceback
 __all__ = [
     "AUTO_BLOCK_BYTES",
     "BOUNDARIES",
+    "AsIs",
     "Cut",
     "Gather",
     "GhostCut",
-    "along",
     "as_source",
     "overlaps",
-    "read",
     "returned_by",
 ]
 
@@ -84,6 +83,16 @@ class _Source:
 
     def __getitem__(self, index: Any) -> Any:
         return self._array[index]
+
+
+class AsIs:
+    """An array-like whose parts go to functions as they are, and not as arrays."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NotImplementedError
 
 
 def axis_of(axis: int, shape: Sequence[int], what: str) -> int:
@@ -176,10 +185,10 @@ class Cut:
     def blocks(self, index: int) -> tuple[np.ndarray, ...]:
         """Return block `index` of every array (views wherever the array is an ndarray)."""
         if self.axis is None:
-            return tuple(read(array, ()) for array in self.arrays)
+            return tuple(_read(array, ()) for array in self.arrays)
         start, stop = self.span(index)
         return tuple(
-            [read(array, along(ax, start, stop)) for array, ax in zip(self.arrays, self.axes, strict=True)]
+            [_read(array, along(ax, start, stop)) for array, ax in zip(self.arrays, self.axes, strict=True)]
         )
 
     def ghosts(self, index: int) -> tuple[int, int]:  # noqa: ARG002  # GhostCut needs it
@@ -266,7 +275,7 @@ class GhostCut(Cut):
         start, stop = self.span(index)
         before, after = self.ghosts(index)
         low, high = start - before, stop + after
-        inner = read(array, along(ax, max(low, 0), min(high, self.length)))
+        inner = _read(array, along(ax, max(low, 0), min(high, self.length)))
         missing_before, missing_after = max(-low, 0), max(high - self.length, 0)
         if not missing_before and not missing_after:
             return (inner,)
@@ -291,11 +300,11 @@ class GhostCut(Cut):
         near_last = along(ax, self.length - count, self.length)
         match self.boundary:
             case "reflect":
-                return np.flip(read(array, near_first if first else near_last), ax)
+                return np.flip(_read(array, near_first if first else near_last), ax)
             case "periodic":
-                return read(array, near_last if first else near_first)
+                return _read(array, near_last if first else near_first)
             case "nearest":
-                return read(array, along(ax, 0, 1) if first else along(ax, self.length - 1, self.length))
+                return _read(array, along(ax, 0, 1) if first else along(ax, self.length - 1, self.length))
         return self.boundary
 
 
@@ -538,11 +547,12 @@ def along(axis: int, start: int, stop: int) -> tuple[slice, ...]:
     return (slice(None),) * axis + (slice(start, stop),)
 
 
-def read(array: Any, index: tuple[slice, ...]) -> np.ndarray:
-    """Return this part of an array or array-like, in the shape that it must have."""
+def _read(array: Any, index: tuple[slice, ...]) -> np.ndarray:
     # An ellipsis keeps 0-d ndarrays arrays.
     if isinstance(array, np.ndarray):
         return array[index] if index else array[...]
+    if isinstance(array, AsIs):
+        return array[index]  # type: ignore[no-any-return]
     made = np.asarray(array[index])
     wanted = tuple(int(length) for length in array.shape)
     if index:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shmengine.engine.blocks import Cut, along, read
+from shmengine.engine.blocks import AsIs, Cut
 from shmengine.errors import ArrayError, BlockError
 
 __all__ = ["Labels", "RowCut", "cut_of"]
@@ -139,7 +139,7 @@ def _library(obj: Any, libraries: Sequence[Library] = FRAMES) -> Library | None:
 # --- cutting and joining -------------------------------------------------------------------------
 
 
-class _Rows:
+class _Rows(AsIs):
     """A frame as an array-like of one dimension, for `Cut`: an element is a row."""
 
     def __init__(self, frame: Any, library: Library) -> None:
@@ -166,11 +166,6 @@ class RowCut(Cut):
             raise BlockError(f"frames and tables are cut by rows: axis must be 0, not {axis!r}")
         rows = [_Rows(array, library) if (library := _library(array)) else array for array in arrays]
         super().__init__(rows, 0, block_bytes)
-
-    def blocks(self, index: int) -> tuple[Any, ...]:
-        """Return block `index` of every frame and array."""
-        rows = along(0, *self.span(index))
-        return tuple(array[rows] if isinstance(array, _Rows) else read(array, rows) for array in self.arrays)
 
     def check(self, out: Any, dtype: Any, writable: Any) -> None:
         """Refuse what has no meaning with frames."""
