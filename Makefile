@@ -41,11 +41,12 @@ demo: $(stamp) ## The main job on real photographs, or on INPUT=file.npy, checke
 	@$(python) examples/demo.py $(if $(INPUT),'$(INPUT)')
 
 # In this order and one after the other even under `make -j`: pytest's summary is the last thing printed. It runs the
-# files of tests in JOBS processes (0: in its own), each with a /dev/shm of its own (tests/conftest.py).
+# files of tests in JOBS processes (0: in its own), each with a /dev/shm of its own (tests/conftest.py), in order: with
+# those of many tests first, the few that take minutes each would come at the end, beside an idle processor.
 test: $(stamp) ## Linters, C tests (with sanitizers), Python tests
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory ctest
-	@$(python) -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 $(TESTS)
+	@$(python) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(TESTS)
 
 quick: $(stamp) ## The Python tests that take no more than a few seconds each
 	@$(python) -m pytest -q -m 'not slow' $(TESTS)

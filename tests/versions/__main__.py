@@ -134,17 +134,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    arguments = [
-        "-q",
-        "-m",
-        "not slow",
-        "-n",
-        options.jobs,
-        "--dist",
-        "loadfile",
-        "--max-worker-restart",
-        "0",
-    ]
+    # As `make test` does.
+    arguments = ["-q", "-m", "not slow", "-n", options.jobs, "--dist", "loadfile"]
+    arguments += ["--no-loadscope-reorder", "--max-worker-restart", "0"]
     constraints: list[str] = []
     if options.lowest:
         constraints = lower_bounds(project())
