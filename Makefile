@@ -3,6 +3,7 @@
 PYTHON  ?= python3
 MINUTES ?= 5
 SEED    ?=
+VERSIONS ?=
 INPUT   ?=
 TESTS   ?= tests
 # Two where each can have a /dev/shm of its own; else one after the other.
@@ -15,10 +16,10 @@ stamp  := $(venv)/.stamp
 native := setup.py shmengine/_native/build.py $(wildcard csrc/*.c csrc/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rebuild demo test quick bench peers soak points fuzz coverage lint format ctest clean
+.PHONY: help setup rebuild demo test test-all test-lowest quick bench peers soak points fuzz coverage lint format ctest clean
 
 help: ## Show this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 setup: $(stamp) ## Make .venv, install what is needed, build the C core
 
@@ -49,6 +50,12 @@ test: $(stamp) ## Linters, C tests (with sanitizers), Python tests
 
 quick: $(stamp) ## The Python tests that take no more than a few seconds each
 	@$(python) -m pytest -q -m 'not slow' $(TESTS)
+
+test-all: $(stamp) ## The tests that are not slow on Python 3.11, 3.12 and 3.13, or VERSIONS="3.12 ...", each with a build of its own
+	@$(python) -m tests.versions --jobs $(JOBS) $(VERSIONS)
+
+test-lowest: $(stamp) ## Tests with the oldest libraries that pyproject.toml allows, on the oldest Python
+	@$(python) -m tests.versions --lowest --jobs $(JOBS)
 
 bench: $(stamp) ## Speed, as ratios against rivals in one run
 	@$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[bench,rivals]'

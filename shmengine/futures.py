@@ -16,7 +16,7 @@ from concurrent import futures
 from concurrent.futures import process as standard
 from traceback import format_exception
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,9 @@ from shmengine.pickling import goes_by_reference, original_error
 from shmengine.workers.messages import USUAL_ERRSTATE
 
 __all__ = ["BrokenExecutor", "Executor", "ExecutorWorkerDied", "WorkerProcess"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class ExecutorWorkerDied(WorkerDied, standard.BrokenProcessPool):
@@ -231,7 +234,7 @@ class Executor(futures.Executor):
 
     # --- running -------------------------------------------------------------------------------
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> futures.Future[Any]:
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> futures.Future[T]:
         """Run ``fn(*args, **kwargs)`` in a worker and return its future.
 
         Raises
@@ -245,12 +248,12 @@ class Executor(futures.Executor):
 
     def map(
         self,
-        fn: Callable[..., Any],
+        fn: Callable[..., T],
         *iterables: Iterable[Any],
         timeout: float | None = None,
         chunksize: int = 1,
         buffersize: int | None = None,
-    ) -> Iterator[Any]:
+    ) -> Iterator[T]:
         """Return an iterator over ``fn(*items)``, in order.
 
         Parameters
@@ -284,10 +287,10 @@ class Executor(futures.Executor):
                 raise ValueError("buffersize must be None or > 0")
         end = None if timeout is None else timeout + time.monotonic()
         calls: Iterator[tuple[Any, ...]] = zip(*iterables, strict=False)
-        name = function_name(fn)
+        run: Callable[..., Any] = fn
         if chunksize > 1:
-            fn, calls = functools.partial(_run_calls, fn), _grouped(calls, chunksize)
-        submit = self._submitter(fn, name)
+            run, calls = functools.partial(_run_calls, fn), _grouped(calls, chunksize)
+        submit = self._submitter(run, function_name(fn))
         submitted = deque(submit(args, {}) for args in itertools.islice(calls, buffersize))
         # The iterator must not keep the executor.
         more = (

@@ -180,7 +180,7 @@ def _page(report: Any) -> str:
 def _no_matplotlib() -> str | None:
     if importlib.util.find_spec("matplotlib") is not None:
         return None
-    return "--plot needs matplotlib: pip install 'shmengine[bench]'"
+    return "--plot needs matplotlib: pip install 'shmengine[plot]'"
 
 
 @contextmanager

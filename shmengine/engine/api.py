@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
@@ -48,6 +48,7 @@ from shmengine.engine.checks import (
     task_options,
     total_of,
 )
+from shmengine.engine.frames import Labels, RowCut, cut_of
 from shmengine.engine.progress import reporter
 from shmengine.engine.results import Results
 from shmengine.engine.stalls import Observed
@@ -62,6 +63,8 @@ __all__ = ["Engine"]
 
 BACKENDS = ("process", "thread", "serial")
 CHECKS = ("frame", "payload")
+
+T = TypeVar("T")
 
 _MISSING: Any = object()
 
@@ -246,7 +249,7 @@ class Engine(Observed, Asynchronous):
         options = task_options("starmap", fn, timeout, window, rng, writable)
         return self._stream(fn, calls, options, True, on_error, progress, total_of((iterable,)))
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Run ``fn(*args, **kwargs)`` once and return a `concurrent.futures.Future`.
 
         Raises
@@ -263,7 +266,7 @@ class Engine(Observed, Asynchronous):
 
     def map_blocks(
         self,
-        fn: Callable[..., Any],
+        fn: Callable[..., T],
         *arrays: Any,
         axis: int = 0,
         block_bytes: int | str = "auto",
@@ -274,17 +277,20 @@ class Engine(Observed, Asynchronous):
         timeout: float | None = None,
         progress: Any = False,
         **kwargs: Any,
-    ) -> np.ndarray:
-        """Apply `fn` to blocks of arrays and return the result as one array.
+    ) -> T:
+        """Apply `fn` to blocks of arrays, or of rows of frames, and return the result as one.
 
         Parameters
         ----------
         fn : callable
             Called as ``fn(*blocks, **kwargs)`` with one ndarray per array; returns an ndarray of the same
-            length on `axis`. Its dtype and other dimensions may differ, but all blocks must agree.
+            length on `axis`. Its dtype and other dimensions may differ, but all blocks must agree. For rows of
+            frames it returns frames, columns or arrays with any number of rows, which are joined in order.
         *arrays : array_like
             With the same length on `axis`. Anything with ``shape``, ``dtype`` and slicing is read block by
-            block; a `numpy.memmap` is read by the workers themselves. A 0-d array is one block.
+            block; a `numpy.memmap` is read by the workers themselves. A 0-d array is one block. DataFrames and
+            Series of pandas and polars, and Arrow tables, are cut by rows and stay what they are. The result
+            of an `xarray.DataArray`, whose blocks are ndarrays, has its coordinates.
         axis : int
             Along which blocks are cut; negative values count from the end of each array's dimensions.
         block_bytes : int or str
@@ -306,8 +312,8 @@ class Engine(Observed, Asynchronous):
 
         Returns
         -------
-        ndarray
-            `out` if given, or else a new array.
+        ndarray, frame, column or DataArray
+            `out` if given, or else a new one.
 
         Raises
         ------
@@ -317,9 +323,15 @@ class Engine(Observed, Asynchronous):
             Something that cannot be cut.
         """
         self._check_usable()
-        cut = Cut(arrays, axis, block_bytes)
+        labels = Labels(arrays)
+        cut = cut_of(labels.arrays, axis, block_bytes)
         options = task_options("map_blocks", fn, timeout, None, rng, writable)
-        return self._map_cut(fn, cut, out, dtype, options, progress, kwargs)
+        if isinstance(cut, RowCut):
+            cut.check(out, dtype, options.writable)
+            result = self._map_rows(fn, cut, options, progress, kwargs)
+        else:
+            result = self._map_cut(fn, cut, out, dtype, options, progress, kwargs)
+        return labels.attach(result, options.label)  # type: ignore[no-any-return]
 
     def map_overlap(
         self,
@@ -365,9 +377,11 @@ class Engine(Observed, Asynchronous):
         self._check_usable()
         if writable == "shared":
             raise ValueError("map_overlap cannot write in place: blocks share their ghost cells")
-        cut = GhostCut(array, depth, boundary, axis, block_bytes)
+        labels = Labels((array,))
+        cut = GhostCut(labels.arrays[0], depth, boundary, axis, block_bytes)
         options = task_options("map_overlap", fn, timeout, None, rng, writable)
-        return self._map_cut(fn, cut, out, dtype, options, progress, kwargs)
+        result = self._map_cut(fn, cut, out, dtype, options, progress, kwargs)
+        return labels.attach(result, options.label)  # type: ignore[no-any-return]
 
     def reduce(
         self,
@@ -404,18 +418,44 @@ class Engine(Observed, Asynchronous):
         """
         self._check_usable()
         check_callable("combine", combine)
-        cut = Cut(arrays, axis, block_bytes)
+        cut = cut_of(arrays, axis, block_bytes)
         options = task_options("reduce", fn, timeout, None, rng, writable)
         if cut.length == 0 and initial is not _MISSING:
             return initial
         so_far = initial
         kwargs, _refs = ship_keywords(self._backend, kwargs)
-        stream = self._backend.stream_blocks(fn, cut, _nowhere, options, kwargs, ordered=True)
-        with closing(self._results(stream, options, "raise", progress, cut.count)) as partials:
+        with self._partials(fn, cut, options, progress, kwargs) as partials:
             for partial in partials:
                 so_far = partial if so_far is _MISSING else combine(so_far, partial)
                 del partial  # so that its memory can be used for the next one
         return so_far
+
+    def _partials(
+        self,
+        fn: Callable[..., Any],
+        cut: Cut,
+        options: TaskOptions,
+        progress: Any,
+        kwargs: Mapping[str, Any],
+    ) -> Results:
+        stream = self._backend.stream_blocks(fn, cut, _nowhere, options, kwargs, ordered=True)
+        return self._results(stream, options, "raise", progress, cut.count)
+
+    def _map_rows(
+        self,
+        fn: Callable[..., Any],
+        cut: RowCut,
+        options: TaskOptions,
+        progress: Any,
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        kwargs, _refs = ship_keywords(self._backend, kwargs)
+        with self._partials(fn, cut, options, progress, kwargs) as results:
+            parts = list(results)
+        try:
+            return cut.join(parts, options.label)
+        except BlockError as error:
+            raise error from returned_by(fn)
 
     def _map_cut(
         self,

@@ -20,6 +20,7 @@ from shmengine.errors import ArrayError, BlockError, RemoteTraceback
 __all__ = [
     "AUTO_BLOCK_BYTES",
     "BOUNDARIES",
+    "AsIs",
     "Cut",
     "Gather",
     "GhostCut",
@@ -82,6 +83,16 @@ class _Source:
 
     def __getitem__(self, index: Any) -> Any:
         return self._array[index]
+
+
+class AsIs:
+    """An array-like whose parts go to functions as they are, and not as arrays."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NotImplementedError
 
 
 def axis_of(axis: int, shape: Sequence[int], what: str) -> int:
@@ -540,6 +551,8 @@ def _read(array: Any, index: tuple[slice, ...]) -> np.ndarray:
     # An ellipsis keeps 0-d ndarrays arrays.
     if isinstance(array, np.ndarray):
         return array[index] if index else array[...]
+    if isinstance(array, AsIs):
+        return array[index]  # type: ignore[no-any-return]
     made = np.asarray(array[index])
     wanted = tuple(int(length) for length in array.shape)
     if index:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
-
-import numpy as np
+from typing import Any, TypeVar
 
 from shmengine.engine.api import Engine
 
 __all__ = ["default_engine", "map", "map_blocks", "reduce"]
+
+T = TypeVar("T")
 
 _lock = threading.Lock()
 _engine: Engine | None = None
@@ -49,7 +49,7 @@ def map(  # noqa: A001  # its public name
     return default_engine().map(fn, *iterables, **options)
 
 
-def map_blocks(fn: Callable[..., Any], *arrays: Any, **options: Any) -> np.ndarray:
+def map_blocks(fn: Callable[..., T], *arrays: Any, **options: Any) -> T:
     """Call `Engine.map_blocks` of the default engine (same arguments, same result)."""
     return default_engine().map_blocks(fn, *arrays, **options)
 

@@ -149,7 +149,7 @@ def test_the_array_of_a_run_fits_the_memory():
 def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["bench", "--plot", "out.png"]) == 2
-    assert "pip install 'shmengine[bench]'" in capsys.readouterr().err
+    assert "pip install 'shmengine[plot]'" in capsys.readouterr().err
 
 
 def test_other_verbs_and_the_package_load_nothing_of_it():

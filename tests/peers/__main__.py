@@ -12,11 +12,12 @@ import collections
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from tests.helpers.interpreters import interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -42,18 +43,6 @@ class Outcome:
     failed: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     missing: str = ""
     """Why it did not run."""
-
-
-def interpreter(version: str) -> str | None:
-    """Return an interpreter of this version, if one is installed."""
-    candidates = [shutil.which(f"python{version}")]
-    candidates += sorted(
-        map(str, Path.home().glob(f".pyenv/versions/{version}*/bin/python{version}")), reverse=True
-    )
-    for candidate in filter(None, candidates):
-        if subprocess.run([candidate, "-c", ""], check=False, capture_output=True).returncode == 0:
-            return candidate
-    return None
 
 
 def environment(version: str) -> str | None:
