@@ -62,6 +62,7 @@ bench: $(stamp) ## Speed, as ratios against rivals in one run
 	@$(python) -m pytest benches --check-targets
 
 peers: $(stamp) ## Other projects' own tests, of the interfaces that we implement; writes docs/peers.md
+	@$(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dask]' scipy
 	@$(python) -m tests.peers
 
 soak: $(stamp) ## Kills, stops and load for MINUTES=5 in all, with SEED=... or a random one; one report

@@ -161,6 +161,8 @@ class Executor(futures.Executor):
         Threads that numerical libraries may use in one worker; by default cores / workers.
     check : {"frame", "payload"}
         What is verified of each message; as in `Engine`.
+    writable : {False, "private"}
+        How functions get arrays: read-only, or as private copies (also True), for functions that write to them.
 
     Raises
     ------
@@ -187,7 +189,10 @@ class Executor(futures.Executor):
         memory: int | str | None = None,
         threads_per_worker: int | None = None,
         check: str = "frame",
+        writable: Literal[False, True, "private"] = False,
     ) -> None:
+        if writable not in (False, True, "private"):
+            raise ValueError(f"writable must be False or 'private', not {writable!r}")
         if max_workers is None:
             max_workers = default_workers()
         elif max_workers <= 0:
@@ -210,6 +215,7 @@ class Executor(futures.Executor):
         self._max_workers = max_workers
         self._mp_context = mp_context
         self._shut_down = False
+        self._writable: Literal[False, "private"] = "private" if writable else False
         self._latest: tuple[Callable[[], Any], Submit] = _nothing, _nothing
         self._backend = ProcessBackend(
             max_workers,
@@ -306,7 +312,7 @@ class Executor(futures.Executor):
         if known() is fn and goes_by_reference(fn) and np.geterr() == USUAL_ERRSTATE:
             return submit
         try:
-            options = TaskOptions(label=f"submit({name or function_name(fn)})")
+            options = TaskOptions(label=f"submit({name or function_name(fn)})", writable=self._writable)
             submit = functools.partial(_submit, self._backend.submitter(fn, options))
         except SerializationError as error:
             self._backend.provide_workers()  # as the standard's: before anything is pickled

@@ -95,6 +95,62 @@ def cpython(version: str, only: str) -> Outcome:
     return outcome
 
 
+DASK_MODULES = ("test_get.py", "--pyargs", "dask.array.tests")
+NOT_ON_PROCESSES = "zarr"  # keep stores in the memory of one process, and take minutes to find that out
+
+
+def on_dask(scheduler: str, tests: list[str], only: str) -> dict[str, list[list[str]]]:
+    """Run tests of dask with all that they compute on a scheduler (see dask/on_scheduler.py)."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    report = BUILD / f"dask-{scheduler}.json"
+    report.unlink(missing_ok=True)
+    words = f"({only}) and not {NOT_ON_PROCESSES}" if only else f"not {NOT_ON_PROCESSES}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "on_scheduler"]
+    command += ["-c", os.devnull, f"--confcutdir={HERE / 'dask'}", "-k", words, "--tb=no", "-rN"]
+    command += [f"--on={scheduler}", f"--report={report}", *tests]
+    subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": "."}, cwd=HERE / "dask", check=False, timeout=HOUR
+    )
+    found: dict[str, list[list[str]]] = json.loads(report.read_text())
+    return found
+
+
+def dask(only: str) -> Outcome:
+    """Run dask's tests of `get` functions and of arrays on `Executor`; what fails, on its own processes as well."""
+    try:
+        import dask
+    except ImportError:
+        return Outcome("dask", missing="not installed (`pip install -e '.[dask]'`)")
+    outcome = Outcome(f"dask {dask.__version__}, `GetFunctionTestMixin` and `dask/array/tests`")
+    ours = on_dask("shmengine", list(DASK_MODULES), only)
+    outcome.passed = len(ours["passed"])
+    outcome.skipped = [
+        (name.partition("[")[0].rpartition(":")[2], reason) for name, reason in ours["skipped"]
+    ]
+    failed = dict(ours["failed"])
+    if not failed:
+        return outcome
+    home = Path(dask.__file__).parent / "array" / "tests"
+    again = [name if name.startswith("test_get.py") else str(home / name) for name in failed]
+    theirs = dict(on_dask("processes", again, only)["failed"])
+    private = {name for name, _ in on_dask("private", again, only)["passed"]}
+    for name, error in failed.items():
+        test = name.partition("[")[0].rpartition(":")[2]
+        if name in theirs:
+            outcome.skipped.append((test, f"fails on dask's own processes, too: {brief(theirs[name])}"))
+        elif name in private:
+            outcome.skipped.append((test, "writes to its arrays; passes on `Executor(writable='private')`"))
+        else:
+            outcome.failed.append((name, error))
+    return outcome
+
+
+def brief(error: str) -> str:
+    """The first line of an error, if it is not a long one."""
+    line = error.partition("\n")[0]
+    return line if len(line) < 80 else line.partition(":")[0]
+
+
 def lines(outcomes: list[Outcome]) -> Iterator[str]:
     """Return the table, and under it the reasons of what was skipped."""
     yield from HEAD.splitlines()
@@ -119,7 +175,7 @@ def main() -> int:
         "--only", default="", metavar="WORD", help="tests whose name contains it; writes no table"
     )
     only = parser.parse_args().only
-    outcomes = [cpython("3.11", only), cpython("3.13", only)]
+    outcomes = [cpython("3.11", only), cpython("3.13", only), dask(only)]
     text = "\n".join([*lines(outcomes), ""])
     print(text)
     for outcome in outcomes:
