@@ -6,6 +6,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,7 @@ class Futures:
         task = FutureTask(job, Future(), tuple(args), dict(kwargs) or None)
         core.provide_workers()
         encoded = batch = None
+        forgotten = False
         if not (core.policy.pickles_late and (self.pending or self._full(job))):
             # Here, so that what cannot be pickled is raised here.
             encoded = core.encode_batch(Batch(job, [task]))
@@ -82,6 +84,7 @@ class Futures:
             core.check_open()  # what is added later would wait for ever
             if encoded is None or self.pending or self._full(job, task.nbytes):
                 self.pending.append(task)
+                forgotten = self.running == 0  # what it was to wait for has just ended
             else:
                 batch = self._begin([task])
                 if batch is not None and core.drainer == threading.get_ident():
@@ -92,9 +95,12 @@ class Futures:
                 core.dispatch(batch, encoded)
             except BaseException as error:
                 self._ended(task)
+                self.send_pending()
                 if isinstance(error, Closed):
                     core.check_open()  # says why
                 raise
+        if forgotten and core.drainer != threading.get_ident():
+            core.flush()
         core.collector.wake()
         return task.future
 
@@ -129,7 +135,7 @@ class Futures:
             task.future.set_exception(self._core.policy.failed(annotate(error, task.job.options)))
 
     def _ended(self, task: FutureTask) -> None:
-        """One has ended: those that wait may be sent, as far as there is room for them."""
+        """One has ended: there may be room for those that wait, see `send_pending`."""
         core = self._core
         with core.lock:
             sent, task.sent = task.sent, None
@@ -141,6 +147,16 @@ class Futures:
                 return
             self.running -= 1
             self._bytes -= sent.nbytes
+
+    def send_pending(self) -> None:
+        """Put those that wait into the outbox, as far as there is room for them.
+
+        When results have been taken, and not at each: what they have let others submit may then go together.
+        """
+        if not self.pending:
+            return
+        core = self._core
+        with core.lock:
             while self.pending and not self._full(self.pending[0].job, self.pending[0].nbytes):
                 batch = self._begin(self._next())
                 if batch is not None:
@@ -149,15 +165,15 @@ class Futures:
     def _next(self) -> list[FutureTask]:
         """Take the next of those that wait, or as many of the same function as are soon done, if they may go together.
 
-        Some are left for the other workers.
+        No more than each worker's share.
         """
         job = self.pending[0].job
         size = 1
         policy = self._core.policy
         if policy.pickles_late and policy.tasks_per_worker is None and job.task_ns:
-            size = min(BATCH_MAX, int(BATCH_NS / job.task_ns), len(self.pending) // self._core.workers)
+            size = min(BATCH_MAX, int(BATCH_NS / job.task_ns), -(-self.count() // self._core.workers))
         tasks = [self.pending.popleft()]
-        while len(tasks) < size and self.pending[0].job is job:
+        while len(tasks) < size and self.pending and self.pending[0].job is job:
             task = self.pending.popleft()
             task.index = len(tasks)
             tasks.append(task)
@@ -167,14 +183,14 @@ class Futures:
         """Return how many are at the workers or wait."""
         return self._unfinished + len(self.pending)
 
-    def withdraw(self, future: Future[Any], *, kill: bool) -> None:
-        """Keep the task of a future from running, or (`kill`) end the worker that runs it."""
+    def withdraw(self, unwanted: AbstractSet[Future[Any]], *, kill: bool) -> None:
+        """Keep the tasks of these futures from running, or (`kill`) end the workers that run them."""
         core = self._core
         core.check_open()
         for batch in core.recall():
             others = []
             for task in batch.tasks:
-                if isinstance(task, FutureTask) and task.future is future:
+                if isinstance(task, FutureTask) and task.future in unwanted:
                     core.conclude(batch.job, task, None, CancelledError())
                 else:
                     others.append(task)
@@ -183,7 +199,7 @@ class Futures:
         if kill:
             for batch in core.in_flight.batches():
                 for task in batch.tasks:
-                    if isinstance(task, FutureTask) and task.future is future:
+                    if isinstance(task, FutureTask) and task.future in unwanted:
                         task.unwanted = True
                         core.pool.watch_time()
         core.flush()
