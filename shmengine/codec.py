@@ -133,7 +133,7 @@ class _Parts:
         # For each part with bytes: an array and the strides of its copy, or a memoryview and None.
         self.sources: list[tuple[Any, tuple[int, ...] | None]] = []
         self.references: list[SharedReference] = []
-        self.shared: list[Array] = []  # what these refer to
+        self.shared: list[Array] = []  # what stands for others: nobody else may keep it
         self.bytes_shared = 0
 
     def reset(self) -> None:
@@ -173,7 +173,8 @@ class _Parts:
             low = extent_of(array)[0]
             spec += pack_spec(array.dtype, array.shape, array.strides, address_of(array) - low)
         self.references.append(reference)
-        self.shared.append(array)
+        if self.place is not None:
+            self.shared.append(array)
         self.bytes_shared += array.nbytes
         self.specs.append(spec)
         if type(reference) is GivenReference:
@@ -223,7 +224,7 @@ class Encoded:
     bytes_shared : int
         Bytes of arrays that travel by reference instead, to shared memory or to a mapped file.
     references : list of SharedReference
-        Those in shared memory. They hold until the frame is sent, though nobody else may keep the arrays.
+        Those in shared memory.
     """
 
     __slots__ = (

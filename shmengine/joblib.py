@@ -279,7 +279,10 @@ class _Runner:
     def __call__(self, *calls: Any) -> Any:
         """Make the calls of a batch in a worker; return their results, or the only one."""
         batch = copy.copy(self._batch)
-        batch.items = list(calls) if self._fn is None else [(self._fn, *call) for call in calls]
+        batch.items = [
+            (fn, args, kwargs or {})
+            for fn, args, kwargs in (calls if self._fn is None else ((self._fn, *call) for call in calls))
+        ]
         results = batch()
         return results if len(calls) > 1 else results[0]
 
@@ -315,7 +318,7 @@ class _Call:
         fn = calls[0][0]
         known = self._submits.get(id(fn))
         if (known is not None or goes_by_reference(fn)) and all(call[0] is fn for call in calls):
-            calls = [call[1:] for call in calls]
+            calls = [(args, kwargs or None) for _, args, kwargs in calls]
         else:
             known, fn = self._submits.get(0), None
         if known is None:

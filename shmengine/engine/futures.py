@@ -33,13 +33,14 @@ class _Sent:
 class FutureTask(Task):
     """The call that a future stands for."""
 
-    __slots__ = ("future", "job", "nbytes", "sent")
+    __slots__ = ("future", "job", "nbytes", "quick", "sent")
 
     def __init__(self, job: Job, future: Future[Any], args: tuple[Any, ...], kwargs: Any) -> None:
         super().__init__(0, args, kwargs)
         self.job = job
         self.future = future
         self.nbytes = 0  # of its message, once that is known
+        self.quick = False  # it may go together with others
         self.sent: _Sent | None = None
 
 
@@ -74,15 +75,17 @@ class Futures:
         core.check_open()
         task = FutureTask(job, Future(), tuple(args), dict(kwargs) or None)
         core.provide_workers()
+        if core.policy.pickles_late and core.policy.tasks_per_worker is None:
+            task.quick = _is_atomic(task.args) and not task.kwargs
         encoded = batch = None
         forgotten = False
-        if not (core.policy.pickles_late and (self.pending or self._full(job))):
+        if not (core.policy.pickles_late and (self.pending or self._full(task))):
             # Here, so that what cannot be pickled is raised here.
             encoded = core.encode_batch(Batch(job, [task]))
             task.nbytes = encoded.nbytes
         with core.lock:
             core.check_open()  # what is added later would wait for ever
-            if encoded is None or self.pending or self._full(job, task.nbytes):
+            if encoded is None or self.pending or self._full(task):
                 self.pending.append(task)
                 forgotten = self.running == 0  # what it was to wait for has just ended
             else:
@@ -104,15 +107,17 @@ class Futures:
         core.collector.wake()
         return task.future
 
-    def _full(self, job: Job, nbytes: int = 0) -> bool:
-        """Tell whether a message has to wait, because enough of them run, by number or by bytes.
+    def _full(self, task: FutureTask) -> bool:
+        """Tell whether a task has to wait, because enough messages are on their way, by number or by bytes.
 
         With one message for each worker on its way, quick tasks are better sent together, when one is back.
         """
         limit = self._limit
-        if self._core.policy.pickles_late and 0 < job.task_ns < BATCH_NS:
+        if task.quick and 0 < task.job.task_ns < BATCH_NS:
             limit = self._core.workers
-        return self.running > 0 and (self.running >= limit or self._bytes + nbytes > self._core.budget // 4)
+        return self.running > 0 and (
+            self.running >= limit or self._bytes + task.nbytes > self._core.budget // 4
+        )
 
     def _begin(self, tasks: list[FutureTask]) -> Batch | None:
         """Count tasks as running, without those that were cancelled, and return them; None if none is left."""
@@ -157,7 +162,7 @@ class Futures:
             return
         core = self._core
         with core.lock:
-            while self.pending and not self._full(self.pending[0].job, self.pending[0].nbytes):
+            while self.pending and not self._full(self.pending[0]):
                 batch = self._begin(self._next())
                 if batch is not None:
                     core.outbox.append(batch)
@@ -167,13 +172,13 @@ class Futures:
 
         No more than each worker's share.
         """
-        job = self.pending[0].job
+        first = self.pending.popleft()
+        job = first.job
         size = 1
-        policy = self._core.policy
-        if policy.pickles_late and policy.tasks_per_worker is None and job.task_ns:
-            size = min(BATCH_MAX, int(BATCH_NS / job.task_ns), -(-self.count() // self._core.workers))
-        tasks = [self.pending.popleft()]
-        while len(tasks) < size and self.pending and self.pending[0].job is job:
+        if first.quick and job.task_ns:
+            size = min(BATCH_MAX, int(BATCH_NS / job.task_ns), -(-(self.count() + 1) // self._core.workers))
+        tasks = [first]
+        while len(tasks) < size and self.pending and self.pending[0].job is job and self.pending[0].quick:
             task = self.pending.popleft()
             task.index = len(tasks)
             tasks.append(task)
@@ -222,3 +227,14 @@ class Futures:
         for task in dropped:
             if task.future.set_running_or_notify_cancel():
                 task.future.set_exception(make_error())
+
+
+_ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None)})
+
+
+def _is_atomic(args: tuple[Any, ...]) -> bool:
+    """Tell whether nothing in these arguments can be changed.
+
+    Tasks that go together are pickled together, so that one would see what another has done to an object of both.
+    """
+    return all(type(arg) in _ATOMS or (type(arg) is tuple and _is_atomic(arg)) for arg in args)
