@@ -131,12 +131,18 @@ _HOMES = {
 }
 
 
+# Modules of ours for which users install a library: imported when they are first used, too.
+_INTEGRATIONS = {"joblib"}
+
+
 def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _INTEGRATIONS:
+        return importlib.import_module(f"{__name__}.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
     value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value

@@ -40,7 +40,7 @@ from shmengine.errors import (
     StaleReference,
 )
 from shmengine.filemap import mapping_behind
-from shmengine.pickling import Reducers, dump, find_culprit
+from shmengine.pickling import Place, Reducers, dump, find_culprit
 from shmengine.plain import dump_plain, load_plain
 
 __all__ = [
@@ -107,23 +107,33 @@ class _Parts:
         "check_given",
         "entries",
         "memmap_mode",
+        "place",
         "reducers",
         "references",
         "share",
+        "shared",
         "sources",
         "specs",
     )
 
-    def __init__(self, share: Share | None, memmap_mode: str | None, reducers: Reducers | None) -> None:
+    def __init__(
+        self,
+        share: Share | None,
+        memmap_mode: str | None,
+        reducers: Reducers | None,
+        place: Place | None,
+    ) -> None:
         self.share = share
         self.memmap_mode = memmap_mode
         self.reducers = reducers
+        self.place = place
         self.check_given = False
         self.entries: list[tuple[int, int, int]] = []  # bytes, bytes of the spec, what it is
         self.specs: list[bytes] = []
         # For each part with bytes: an array and the strides of its copy, or a memoryview and None.
         self.sources: list[tuple[Any, tuple[int, ...] | None]] = []
         self.references: list[SharedReference] = []
+        self.shared: list[Array] = []  # what stands for others: nobody else may keep it
         self.bytes_shared = 0
 
     def reset(self) -> None:
@@ -132,6 +142,7 @@ class _Parts:
         self.specs.clear()
         self.sources.clear()
         self.references.clear()
+        self.shared.clear()
 
     def add_buffer(self, buffer: pickle.PickleBuffer) -> None:
         raw = buffer.raw()
@@ -162,6 +173,8 @@ class _Parts:
             low = extent_of(array)[0]
             spec += pack_spec(array.dtype, array.shape, array.strides, address_of(array) - low)
         self.references.append(reference)
+        if self.place is not None:
+            self.shared.append(array)
         self.bytes_shared += array.nbytes
         self.specs.append(spec)
         if type(reference) is GivenReference:
@@ -219,6 +232,7 @@ class Encoded:
         "_copies",
         "_counts",
         "_kind",
+        "_shared",
         "bytes_inline",
         "bytes_shared",
         "nbytes",
@@ -259,6 +273,7 @@ class Encoded:
         self.bytes_inline = inline
         self.bytes_shared = parts.bytes_shared
         self.references = parts.references
+        self._shared = parts.shared
 
     def write_into(
         self, target: Any, *, sequence: int = 0, producer: int = 0, checksum: bool = False
@@ -364,6 +379,7 @@ def encode(
     by_value: bool = True,
     memmap_mode: str | None = "r",
     reducers: Reducers | None = None,
+    place: Place | None = None,
     check_given: bool = False,
     label: str = "",
 ) -> Encoded:
@@ -390,6 +406,9 @@ def encode(
         file; with None its data travels.
     reducers : Reducers, optional
         How objects of some types are pickled, before all other rules.
+    place : callable, optional
+        ``place(array)`` returns the array that goes in its place, wherever it is in `obj`, and a function that is
+        called with it on the other side, or None. Not asked about files that travel by name.
     check_given : bool, optional
         Whether the reader is to verify what a `GivenReference` refers to.
     label : str, optional
@@ -400,10 +419,11 @@ def encode(
     SerializationError
         With the path to what cannot be encoded, for instance ``args[0]['lock']``.
     """
-    parts = _Parts(share, memmap_mode, reducers)
+    parts = _Parts(share, memmap_mode, reducers, place)
     parts.check_given = check_given
     if (
         type(obj) is _ndarray
+        and place is None
         and is_plain_dtype(obj.dtype)
         and (obj.base is None or memmap_mode is None or mapping_behind(obj) is None)
     ):

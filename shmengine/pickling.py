@@ -34,6 +34,7 @@ from shmengine.errors import SerializationError
 __all__ = [
     "MultiprocessingReducers",
     "Parts",
+    "Place",
     "Reducers",
     "dump",
     "find_culprit",
@@ -61,7 +62,12 @@ class Parts(Protocol):
 
     memmap_mode: str | None
     reducers: Reducers | None
+    place: Place | None
     bytes_shared: int
+
+
+Place = Callable[[Array], tuple[Callable[[Array], Any] | None, Array]]
+"""Says what goes in place of an array: another one, and what is called with it on the other side."""
 
 
 class Reducers(Protocol):
@@ -112,8 +118,11 @@ def _reduce_array(parts: Parts, array: Array) -> Any:
         if reference is not None:
             parts.bytes_shared += array.nbytes
             return filemap.open_view, reference
+    arrive = None
+    if parts.place is not None:
+        arrive, array = parts.place(array)
     parts.add_array(array)
-    return _part, (_NEXT_PART,)
+    return arrive or _part, (_NEXT_PART,)
 
 
 def _reduce_subclass(parts: Parts, array: Array) -> Any:
@@ -461,6 +470,7 @@ class _Kept:
     """Parts that are kept as they are; among them what takes the place of objects of a type."""
 
     memmap_mode: str | None = None
+    place: Place | None = None
     bytes_shared = 0
 
     def __init__(self, cls: type, replacement: Callable[[Any], Any]) -> None:
@@ -509,6 +519,7 @@ class _NoParts:
     """Parts that are only counted out: for trying whether something can be pickled."""
 
     memmap_mode: str | None = None
+    place: Place | None = None
     bytes_shared = 0
 
     def __init__(self, reducers: Reducers | None) -> None:

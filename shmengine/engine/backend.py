@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 import numpy as np
 
 from shmengine.errors import TaskTimeout
+from shmengine.pickling import Place
 from shmengine.workers.messages import task_rng
 
 if TYPE_CHECKING:
@@ -92,6 +93,9 @@ class TaskOptions:
     """If given, task *i* is called with ``rng=task_rng(rng, i)``."""
     window: int | None = None
     """Most tasks taken from the calls and not yet yielded; None: the backend's choice."""
+    place: Place | None = None
+    """What goes in place of arrays in arguments, see `shmengine.codec.encode`. With it, tasks write in place to files
+    that are mapped writable, and results have no memory in common with arguments."""
     label: str = ""
     """For error texts, e.g. ``map(<lambda>)``."""
 
@@ -138,8 +142,8 @@ class Backend(Protocol):
         """Return a function that runs `fn` once for each of its calls; errors (after `annotate`) are set on futures."""
         ...
 
-    def withdraw(self, future: Future[Any], *, kill: bool) -> None:
-        """Keep a task that was sent, and cannot be cancelled any more, from running, or (`kill`) end its process."""
+    def withdraw(self, *futures: Future[Any], kill: bool) -> None:
+        """Keep tasks that were sent, too late to be cancelled, from running, or (`kill`) end their processes."""
         ...
 
     def put(self, obj: Any) -> Ref:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING
 
 from shmengine._native import ffi, lib
@@ -85,14 +86,17 @@ class Deaths:
         whole = death.index == WHOLE_BATCH and len(batch.tasks) == 1
         for task in batch.tasks:
             guilty = running and (whole or task.index == death.index)
+            if guilty and death.timed_out:
+                error: BaseException = timed_out(
+                    job.options, task.index if job.options.label else None, death.stack
+                )
+                core.conclude(job, task, None, error)
+                continue
+            if task.unwanted:
+                core.conclude(job, task, None, CancelledError())
+                continue
             if guilty:
                 task.attempts += 1
-                if death.timed_out:
-                    error: BaseException = timed_out(
-                        job.options, task.index if job.options.label else None, death.stack
-                    )
-                    core.conclude(job, task, None, error)
-                    continue
                 if task.attempts > job.retries:
                     core.conclude(job, task, None, _death_error(death, job, task))
                     continue

@@ -141,7 +141,7 @@ class Dispatcher:
         }
         limits = config.thread_limit_environment(threads)
         environment = {name: value for name, value in limits.items() if name not in os.environ}
-        environment["SHMENGINE_WORKER"] = "1"
+        environment.update(policy.environment, SHMENGINE_WORKER="1")
         self.pool = Pool(
             region,
             workers,
@@ -227,7 +227,8 @@ class Dispatcher:
             return codec.encode(
                 payload,
                 share=self.arena.share,
-                memmap_mode="r+" if options.writable == "shared" else "r",
+                memmap_mode="r+" if options.writable == "shared" or options.place is not None else "r",
+                place=options.place,
             )
         except codec.SerializationError as error:
             raise _argument_error(error, batch.tasks) from error.__cause__
@@ -273,7 +274,8 @@ class Dispatcher:
                     number,
                     encoded,
                     payload_check=self.payload_check,
-                    spec=messages.MODES[batch.job.options.writable],
+                    spec=messages.MODES[batch.job.options.writable]
+                    + (b"" if batch.job.options.place is None else messages.OWN),
                     items=RESULT_RING,
                     deadline=self.look(),
                     block=block,
@@ -347,7 +349,10 @@ class Dispatcher:
             return
         self.flushing.now = True
         try:
-            while self.outbox or (self.later and not self.in_flight):
+            while True:
+                self.futures.send_pending()
+                if not (self.outbox or (self.later and not self.in_flight)):
+                    break
                 batch = (self.outbox or self.later).popleft()
                 if batch.job.abandoned:
                     continue

@@ -6,6 +6,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +33,14 @@ class _Sent:
 class FutureTask(Task):
     """The call that a future stands for."""
 
-    __slots__ = ("future", "job", "nbytes", "sent")
+    __slots__ = ("future", "job", "nbytes", "quick", "sent")
 
     def __init__(self, job: Job, future: Future[Any], args: tuple[Any, ...], kwargs: Any) -> None:
         super().__init__(0, args, kwargs)
         self.job = job
         self.future = future
         self.nbytes = 0  # of its message, once that is known
+        self.quick = False  # it may go together with others
         self.sent: _Sent | None = None
 
 
@@ -73,15 +75,19 @@ class Futures:
         core.check_open()
         task = FutureTask(job, Future(), tuple(args), dict(kwargs) or None)
         core.provide_workers()
+        if core.policy.pickles_late and core.policy.tasks_per_worker is None:
+            task.quick = _is_atomic(task.args) and not task.kwargs
         encoded = batch = None
-        if not (core.policy.pickles_late and (self.pending or self._full(job))):
+        forgotten = False
+        if not (core.policy.pickles_late and (self.pending or self._full(task))):
             # Here, so that what cannot be pickled is raised here.
             encoded = core.encode_batch(Batch(job, [task]))
             task.nbytes = encoded.nbytes
         with core.lock:
             core.check_open()  # what is added later would wait for ever
-            if encoded is None or self.pending or self._full(job, task.nbytes):
+            if encoded is None or self.pending or self._full(task):
                 self.pending.append(task)
+                forgotten = self.running == 0  # what it was to wait for has just ended
             else:
                 batch = self._begin([task])
                 if batch is not None and core.drainer == threading.get_ident():
@@ -92,21 +98,26 @@ class Futures:
                 core.dispatch(batch, encoded)
             except BaseException as error:
                 self._ended(task)
+                self.send_pending()
                 if isinstance(error, Closed):
                     core.check_open()  # says why
                 raise
+        if forgotten and core.drainer != threading.get_ident():
+            core.flush()
         core.collector.wake()
         return task.future
 
-    def _full(self, job: Job, nbytes: int = 0) -> bool:
-        """Tell whether a message has to wait, because enough of them run, by number or by bytes.
+    def _full(self, task: FutureTask) -> bool:
+        """Tell whether a task has to wait, because enough messages are on their way, by number or by bytes.
 
         With one message for each worker on its way, quick tasks are better sent together, when one is back.
         """
         limit = self._limit
-        if self._core.policy.pickles_late and 0 < job.task_ns < BATCH_NS:
+        if task.quick and 0 < task.job.task_ns < BATCH_NS:
             limit = self._core.workers
-        return self.running > 0 and (self.running >= limit or self._bytes + nbytes > self._core.budget // 4)
+        return self.running > 0 and (
+            self.running >= limit or self._bytes + task.nbytes > self._core.budget // 4
+        )
 
     def _begin(self, tasks: list[FutureTask]) -> Batch | None:
         """Count tasks as running, without those that were cancelled, and return them; None if none is left."""
@@ -129,7 +140,7 @@ class Futures:
             task.future.set_exception(self._core.policy.failed(annotate(error, task.job.options)))
 
     def _ended(self, task: FutureTask) -> None:
-        """One has ended: those that wait may be sent, as far as there is room for them."""
+        """One has ended: there may be room for those that wait, see `send_pending`."""
         core = self._core
         with core.lock:
             sent, task.sent = task.sent, None
@@ -141,7 +152,17 @@ class Futures:
                 return
             self.running -= 1
             self._bytes -= sent.nbytes
-            while self.pending and not self._full(self.pending[0].job, self.pending[0].nbytes):
+
+    def send_pending(self) -> None:
+        """Put those that wait into the outbox, as far as there is room for them.
+
+        When results have been taken, and not at each: what they have let others submit may then go together.
+        """
+        if not self.pending:
+            return
+        core = self._core
+        with core.lock:
+            while self.pending and not self._full(self.pending[0]):
                 batch = self._begin(self._next())
                 if batch is not None:
                     core.outbox.append(batch)
@@ -149,15 +170,15 @@ class Futures:
     def _next(self) -> list[FutureTask]:
         """Take the next of those that wait, or as many of the same function as are soon done, if they may go together.
 
-        Some are left for the other workers.
+        No more than each worker's share.
         """
-        job = self.pending[0].job
+        first = self.pending.popleft()
+        job = first.job
         size = 1
-        policy = self._core.policy
-        if policy.pickles_late and policy.tasks_per_worker is None and job.task_ns:
-            size = min(BATCH_MAX, int(BATCH_NS / job.task_ns), len(self.pending) // self._core.workers)
-        tasks = [self.pending.popleft()]
-        while len(tasks) < size and self.pending[0].job is job:
+        if first.quick and job.task_ns:
+            size = min(BATCH_MAX, int(BATCH_NS / job.task_ns), -(-(self.count() + 1) // self._core.workers))
+        tasks = [first]
+        while len(tasks) < size and self.pending and self.pending[0].job is job and self.pending[0].quick:
             task = self.pending.popleft()
             task.index = len(tasks)
             tasks.append(task)
@@ -167,14 +188,14 @@ class Futures:
         """Return how many are at the workers or wait."""
         return self._unfinished + len(self.pending)
 
-    def withdraw(self, future: Future[Any], *, kill: bool) -> None:
-        """Keep the task of a future from running, or (`kill`) end the worker that runs it."""
+    def withdraw(self, unwanted: AbstractSet[Future[Any]], *, kill: bool) -> None:
+        """Keep the tasks of these futures from running, or (`kill`) end the workers that run them."""
         core = self._core
         core.check_open()
         for batch in core.recall():
             others = []
             for task in batch.tasks:
-                if isinstance(task, FutureTask) and task.future is future:
+                if isinstance(task, FutureTask) and task.future in unwanted:
                     core.conclude(batch.job, task, None, CancelledError())
                 else:
                     others.append(task)
@@ -183,7 +204,7 @@ class Futures:
         if kill:
             for batch in core.in_flight.batches():
                 for task in batch.tasks:
-                    if isinstance(task, FutureTask) and task.future is future:
+                    if isinstance(task, FutureTask) and task.future in unwanted:
                         task.unwanted = True
                         core.pool.watch_time()
         core.flush()
@@ -206,3 +227,14 @@ class Futures:
         for task in dropped:
             if task.future.set_running_or_notify_cancel():
                 task.future.set_exception(make_error())
+
+
+_ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None)})
+
+
+def _is_atomic(args: tuple[Any, ...]) -> bool:
+    """Tell whether nothing in these arguments can be changed.
+
+    Tasks that go together are pickled together, so that one would see what another has done to an object of both.
+    """
+    return all(type(arg) in _ATOMS or (type(arg) is tuple and _is_atomic(arg)) for arg in args)

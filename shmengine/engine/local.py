@@ -80,7 +80,7 @@ class _LocalBackend:
         self._lock = threading.Lock()
         self._done = self._failed = self._in_flight = 0
 
-    def withdraw(self, future: Future[Any], *, kill: bool) -> None:
+    def withdraw(self, *futures: Future[Any], kill: bool) -> None:
         """Do nothing: a thread cannot be ended."""
 
     def put(self, obj: Any) -> Ref:

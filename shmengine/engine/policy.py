@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 __all__ = ["Policy"]
@@ -22,6 +23,9 @@ class Policy:
     pickles_late = False
     """A future that has to wait is pickled when its turn comes, with others of its function if they are quick; what
     then fails is its outcome."""
+
+    environment: Mapping[str, str] = {}
+    """What workers find in theirs, whatever is in this process's."""
 
     finishes = False
     """Forgotten by its owner, it still does what was submitted, and ends then."""

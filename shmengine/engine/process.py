@@ -148,9 +148,9 @@ class ProcessBackend:
         """Return what runs `fn` once."""
         return self._core.futures.submitter(fn, options)
 
-    def withdraw(self, future: Future[Any], *, kill: bool) -> None:
-        """Keep the task of a future from running."""
-        self._core.futures.withdraw(future, kill=kill)
+    def withdraw(self, *futures: Future[Any], kill: bool) -> None:
+        """Keep the tasks of these futures from running."""
+        self._core.futures.withdraw({*futures}, kill=kill)
 
     # --- memory ----------------------------------------------------------------------------------
 
@@ -170,6 +170,20 @@ class ProcessBackend:
                 math.prod(np.atleast_1d(shape).tolist()) * np.dtype(dtype).itemsize, "make an array"
             )
         return core.arena.empty(shape, dtype, order)
+
+    def share_copy(self, array: np.ndarray) -> np.ndarray:
+        """Return a copy in shared memory, without waiting for room.
+
+        Raises
+        ------
+        MemoryBudgetExceeded
+            There is none.
+        """
+        core = self._core
+        copy = core.arena.empty(array.shape, array.dtype, "F" if array.flags.fnc else "C")
+        codec.copy_array(*((copy.T, array.T) if array.flags.fnc else (copy, array)))
+        core.bytes_copied += array.nbytes
+        return copy
 
     def empty_result(self, shape: Any, dtype: Any, order: Literal["C", "F"]) -> np.ndarray:
         """Return an uninitialised array: in shared memory if it is large, and as long as half of that stays free."""

@@ -40,9 +40,11 @@ from shmengine.workers.messages import (
     BLOCK,
     BROKEN,
     LEAVING,
+    OWN,
     PART,
     PLACED,
     PRIVATE,
+    READ_ONLY,
     RESULT_RING,
     SHARED,
     SHORT,
@@ -223,10 +225,11 @@ class Worker:
         root: Any = None
         function: Any = None
         entropy: Any = None
-        mode = ffi.buffer(block.spec, block.spec_bytes)[:]
+        spec = ffi.buffer(block.spec, block.spec_bytes)[:]
+        mode, own = spec[:1], spec[1:] == OWN
         lib.shmr_set_progress(handle, tag, WHOLE_BATCH)
         try:
-            root = messages.frame_root(self.arena, block, writable=mode == PRIVATE)
+            root = messages.frame_root(self.arena, block, writable=mode != READ_ONLY)
             function, entropy, indices, calls = messages.read_frame(
                 root, self.resolve_writable if mode == SHARED else self.arena.resolve
             )
@@ -264,7 +267,7 @@ class Worker:
         if several:
             self.held.end()
         lib.shmr_set_progress(handle, tag, WHOLE_BATCH)
-        self.answer(tag, results, time.perf_counter_ns() - start)
+        self.answer(tag, results, time.perf_counter_ns() - start, own=own)
         del results
         holder = [root]
         root = None
@@ -375,8 +378,11 @@ class Worker:
         if status != OK:
             fail(status, "send a result")
 
-    def answer(self, tag: int, results: list[Any], nanoseconds: int) -> None:
-        """Send the results of a batch, and empty the list; one that cannot be sent becomes the error that says so."""
+    def answer(self, tag: int, results: list[Any], nanoseconds: int, *, own: bool = False) -> None:
+        """Send the results of a batch, and empty the list; one that cannot be sent becomes the error that says so.
+
+        With `own` only what was made here goes by reference.
+        """
         owners: list[weakref.ref[Any]] = []
         check = bool(self.payload_check)
 
@@ -384,7 +390,7 @@ class Worker:
             reference = self.arena.share(array)
             owner = owner_of(array)
             if reference is None or not self.arena.made_here(array, owner):
-                return reference
+                return None if own else reference
             if owner.base is not None:
                 return (
                     None  # memory of an array that lent it by other means: who may write to it, nobody knows

@@ -39,6 +39,7 @@ __all__ = [
     "LEAVING",
     "MODES",
     "NUMBER",
+    "OWN",
     "PART",
     "PLACED",
     "PRIVATE",
@@ -86,6 +87,7 @@ READ_ONLY = b"\0"
 PRIVATE = b"\1"
 SHARED = b"\2"
 MODES = {False: READ_ONLY, True: PRIVATE, "private": PRIVATE, "shared": SHARED}
+OWN = b"\1"  # behind it: what results hold of memory that came by reference is copied, for main alone
 
 # A function up to this size travels with each batch; a larger one is put into shared memory once.
 INLINE_FUNCTION_BYTES = 4096

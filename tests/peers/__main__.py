@@ -1,6 +1,6 @@
 """Run other projects' own tests on our implementations of their interfaces, and write docs/peers.md.
 
-    python -m tests.peers [--only WORD]
+    python -m tests.peers [--suite NAME] [--only WORD]
 
 Nothing of theirs is in this tree: the suites run from where they are installed.
 """
@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -25,6 +27,7 @@ BUILD = ROOT / "build" / "peers"
 TABLE = ROOT / "docs" / "peers.md"
 DEBIAN_TESTS = Path("/usr/lib/python3.11/test")
 HOUR = 3600
+SKIPPED = "Skipped of "
 
 HEAD = """# The tests of others
 
@@ -82,11 +85,25 @@ def cpython(version: str, only: str) -> Outcome:
             outcome.missing = f"not installed (Debian: libpython{version}-testsuite)"
             return outcome
         variables["SHMENGINE_PEERS_TESTS"] = str(DEBIAN_TESTS)
-    BUILD.mkdir(parents=True, exist_ok=True)
-    report = BUILD / f"cpython-{version}.json"
+    return run(outcome, [python, str(HERE / "cpython" / "run.py")], variables, BUILD, only)
+
+
+def joblib(only: str) -> Outcome:
+    """Run joblib's tests of `joblib.Parallel` on our backend, in this environment (the extra ``test`` has joblib)."""
+    outcome = Outcome(f"joblib {importlib.metadata.version('joblib')}, `test_parallel.py`, our backend")
+    directory = BUILD / "joblib"
+    variables = {**os.environ, "PYTHONPATH": str(HERE / "joblib")}
+    return run(outcome, [sys.executable, str(HERE / "joblib" / "run.py")], variables, directory, only)
+
+
+def run(
+    outcome: Outcome, command: list[str], variables: dict[str, str], directory: Path, only: str
+) -> Outcome:
+    """Run a program that writes its counts into a file, and take them over."""
+    directory.mkdir(parents=True, exist_ok=True)
+    report = directory / f"{outcome.name.split(',')[0].replace(' ', '-').lower()}.json"
     report.unlink(missing_ok=True)
-    command = [python, str(HERE / "cpython" / "run.py"), str(report), only]
-    subprocess.run(command, env=variables, cwd=BUILD, check=False, timeout=HOUR)
+    subprocess.run([*command, str(report), only], env=variables, cwd=directory, check=False, timeout=HOUR)
     if not report.exists():
         outcome.failed = [("the run itself", "it did not end in order")]
         return outcome
@@ -151,21 +168,41 @@ def brief(error: str) -> str:
     return line if len(line) < 80 else line.partition(":")[0]
 
 
-def lines(outcomes: list[Outcome]) -> Iterator[str]:
-    """Return the table, and under it the reasons of what was skipped."""
-    yield from HEAD.splitlines()
-    yield from ("", "| suite | passed | skipped | failed |", "|---|---|---|---|")
-    for outcome in outcomes:
-        counts = [str(outcome.passed), str(len(outcome.skipped)), str(len(outcome.failed))]
-        yield f"| {outcome.name} | " + (outcome.missing or " | ".join(counts)) + " |"
-    for outcome in outcomes:
-        reasons = collections.defaultdict(list)
-        for test, reason in outcome.skipped:
-            reasons[reason].append(test.rpartition(".")[2])
-        if reasons:
-            yield from ("", f"Skipped of {outcome.name}:", "")
-        for reason, tests in sorted(reasons.items()):
-            yield f"- {', '.join(f'`{test}`' for test in sorted(set(tests)))} ({len(tests)}): {reason}"
+def row(outcome: Outcome) -> str:
+    """Return its line of the table."""
+    counts = [str(outcome.passed), str(len(outcome.skipped)), str(len(outcome.failed))]
+    return f"| {outcome.name} | " + (outcome.missing or " | ".join(counts)) + " |"
+
+
+def reasons(outcome: Outcome) -> Iterator[str]:
+    """Return why tests of it were skipped."""
+    found = collections.defaultdict(list)
+    for test, reason in outcome.skipped:
+        found[reason].append(test.partition("[")[0].rpartition(".")[2])
+    if found:
+        yield f"{SKIPPED}{outcome.name}:\n"
+    for reason, tests in sorted(found.items()):
+        yield f"- {', '.join(f'`{test}`' for test in sorted(set(tests)))} ({len(tests)}): {reason}"
+
+
+def page(outcomes: list[Outcome], before: str = "") -> str:
+    """Return the page, with what it said before of suites that have not been run now."""
+    ran = tuple(outcome.name.split(" ")[0] for outcome in outcomes)
+    rows = [line for line in before.splitlines() if line.startswith("| ") and not line.startswith("| suite")]
+    rows = [line for line in rows if not line.startswith(tuple(f"| {name}" for name in ran))]
+    parts = [f"{SKIPPED}{part.strip()}" for part in before.split(SKIPPED)[1:]]
+    parts = [part for part in parts if not part.startswith(tuple(f"{SKIPPED}{name}" for name in ran))]
+    rows = sorted([*rows, *map(row, outcomes)], key=str.lower)
+    parts = sorted([*parts, *filter(None, ("\n".join(reasons(each)) for each in outcomes))], key=str.lower)
+    table = "\n".join(["| suite | passed | skipped | failed |", "|---|---|---|---|", *rows])
+    return "\n\n".join([HEAD.strip(), table, *parts]) + "\n"
+
+
+SUITES = {
+    "cpython": [functools.partial(cpython, "3.11"), functools.partial(cpython, "3.13")],
+    "dask": [dask],
+    "joblib": [joblib],
+}
 
 
 def main() -> int:
@@ -174,9 +211,13 @@ def main() -> int:
     parser.add_argument(
         "--only", default="", metavar="WORD", help="tests whose name contains it; writes no table"
     )
-    only = parser.parse_args().only
-    outcomes = [cpython("3.11", only), cpython("3.13", only), dask(only)]
-    text = "\n".join([*lines(outcomes), ""])
+    parser.add_argument(
+        "--suite", choices=SUITES, help="only this one; the table keeps what it says of others"
+    )
+    arguments = parser.parse_args()
+    only = arguments.only
+    outcomes = [suite(only) for name in SUITES if arguments.suite in (None, name) for suite in SUITES[name]]
+    text = page(outcomes, TABLE.read_text() if arguments.suite else "")
     print(text)
     for outcome in outcomes:
         for test, reason in outcome.failed:

@@ -313,7 +313,7 @@ def test_a_forked_child_makes_its_own_default_engine():
 def test_heavy_modules_are_imported_late():
     from tests.helpers.scripts import run_script
 
-    heavy = ["rich", "concurrent.futures", "multiprocessing", "cloudpickle", "psutil"]
+    heavy = ["rich", "concurrent.futures", "multiprocessing", "cloudpickle", "psutil", "joblib"]
     source = (
         "import sys, shmengine.engine, shmengine.engine.default\n"
         f"print([name for name in {heavy} if name in sys.modules])\n"
