@@ -189,6 +189,8 @@ void shmr_ring_all(shmr *h);
 int shmr_find(shmr *h, uint32_t pid);
 /* Look whether any other participant has died (asks the kernel) and clear up after it; count of the dead. */
 int shmr_check_deaths(shmr *h);
+/* Take over what participants have left who ended in good order, as whoever waits for memory does. */
+int shmr_adopt(shmr *h);
 /* Clear up after participant `slot`, known to be dead. With `taken`, what it had leased is leased to this
  * process and listed there (at most `room`); without, it goes back into its ring with one attempt more. */
 int shmr_recover(shmr *h, uint32_t slot, shmr_block *taken, uint32_t room, uint32_t *count);

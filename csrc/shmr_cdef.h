@@ -139,6 +139,7 @@ void shmr_notify_idle(shmr *h);
 void shmr_ring_all(shmr *h);
 int shmr_find(shmr *h, uint32_t pid);
 int shmr_check_deaths(shmr *h);
+int shmr_adopt(shmr *h);
 int shmr_recover(shmr *h, uint32_t slot, shmr_block *taken, uint32_t room, uint32_t *count);
 uint32_t shmr_live_participants(shmr *h);
 void shmr_leases(shmr *h, uint32_t *pids, uint64_t *counts);

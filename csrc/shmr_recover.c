@@ -519,6 +519,16 @@ static void adopt_from(shmr *h, bool all) {
 void shmr_adopt_orphans(shmr *h) { adopt_from(h, true); }
 void shmr_adopt_messages(shmr *h) { adopt_from(h, false); }
 
+int shmr_adopt(shmr *h) {
+    int status = shmr_enter(h);
+    if (status != SHMR_OK) return status;
+    shmr_adopt_orphans(h);
+    pthread_mutex_lock(&h->lock);
+    shmr_sweep(h);
+    pthread_mutex_unlock(&h->lock);
+    return shmr_leave(h, SHMR_OK);
+}
+
 /* An orderly exit with views alive: what we lease is done with, what we claim was never sent. */
 void shmr_let_go(shmr *h) {
     for (uint32_t g = 0; g < h->g.groups; g++) {

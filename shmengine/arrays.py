@@ -44,6 +44,7 @@ __all__ = [
     "readonly",
     "spec_of",
     "view",
+    "writable_alias",
 ]
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -477,7 +478,7 @@ def compact(array: Array) -> tuple[bytes, Array, tuple[int, ...] | None]:
 
 
 class _Window:
-    """Read-only memory of somebody else's array, in the form that numpy takes without a buffer."""
+    """Memory of somebody else's array, in the form that numpy takes without a buffer."""
 
     __slots__ = ("__array_interface__", "owner")
 
@@ -524,3 +525,14 @@ def readonly(array: Array) -> Array:
     if low == high:
         return _ndarray(array.shape, dtype, root)
     return _ndarray(array.shape, dtype, root, address_of(array) - low, array.strides)
+
+
+def writable_alias(array: Array) -> Bytes:
+    """Return the bytes of a contiguous array as a writable one, whatever its flags say; keeps `array` alive.
+
+    For libraries that know no read-only memory, and over memory that could be written but for a flag.
+    """
+    if array.flags.writeable or not array.nbytes:
+        return array.reshape(-1).view(np.uint8) if array.nbytes else np.empty(0, np.uint8)
+    window = _Window(array, data=(address_of(array), False), shape=(array.nbytes,), typestr="|u1")
+    return np.asarray(window)

@@ -81,6 +81,7 @@ _PART_BUFFER = 0
 _PART_ARRAY = 1
 _PART_SHARED = 2  # from here on without bytes in the frame
 _PART_GIVEN = 3
+_PART_SHARED_BUFFER = 4  # as _PART_SHARED, read as the buffer that it was
 _CHECKED = 1 << 32  # in place of the bytes of one without any: the rest is a checksum of what it refers to
 
 _REFERENCE = struct.Struct("<QQQQ")
@@ -107,11 +108,11 @@ class _Parts:
         "check_given",
         "entries",
         "memmap_mode",
+        "named",
         "place",
         "reducers",
         "references",
         "share",
-        "shared",
         "sources",
         "specs",
     )
@@ -133,7 +134,7 @@ class _Parts:
         # For each part with bytes: an array and the strides of its copy, or a memoryview and None.
         self.sources: list[tuple[Any, tuple[int, ...] | None]] = []
         self.references: list[SharedReference] = []
-        self.shared: list[Array] = []  # what stands for others: nobody else may keep it
+        self.named: list[Array] = []  # what these refer to: perhaps nobody else keeps it
         self.bytes_shared = 0
 
     def reset(self) -> None:
@@ -142,10 +143,16 @@ class _Parts:
         self.specs.clear()
         self.sources.clear()
         self.references.clear()
-        self.shared.clear()
+        self.named.clear()
 
     def add_buffer(self, buffer: pickle.PickleBuffer) -> None:
         raw = buffer.raw()
+        if self.share is not None and raw.nbytes:
+            array = np.frombuffer(raw, np.uint8)
+            reference = self.share(array)
+            if reference is not None:
+                self._add_shared(array, reference, _PART_SHARED_BUFFER)
+                return
         self.entries.append((raw.nbytes, 0, _PART_BUFFER))
         self.sources.append((raw, None))
 
@@ -165,7 +172,7 @@ class _Parts:
         self.entries.append((array.nbytes, len(spec), _PART_ARRAY))
         self.sources.append((array, strides))
 
-    def _add_shared(self, array: Array, reference: SharedReference) -> None:
+    def _add_shared(self, array: Array, reference: SharedReference, what: int = _PART_SHARED) -> None:
         spec = _REFERENCE.pack(*reference)
         if array.flags.c_contiguous:
             spec += pack_spec(array.dtype, array.shape)
@@ -173,15 +180,14 @@ class _Parts:
             low = extent_of(array)[0]
             spec += pack_spec(array.dtype, array.shape, array.strides, address_of(array) - low)
         self.references.append(reference)
-        if self.place is not None:
-            self.shared.append(array)
+        self.named.append(array)
         self.bytes_shared += array.nbytes
         self.specs.append(spec)
         if type(reference) is GivenReference:
             check = _CHECKED | crc32c_of(array) if self.check_given else 0
             self.entries.append((check, len(spec), _PART_GIVEN))
         else:
-            self.entries.append((0, len(spec), _PART_SHARED))
+            self.entries.append((0, len(spec), what))
 
 
 def _flat(source: Any, nbytes: int, strides: tuple[int, ...] | None) -> memoryview:
@@ -225,6 +231,9 @@ class Encoded:
         Bytes of arrays that travel by reference instead, to shared memory or to a mapped file.
     references : list of SharedReference
         Those in shared memory.
+    named : list of ndarray
+        The arrays that these refer to. A reducer may have made them: nothing else may keep them until
+        the frame is written, or their references are held.
     """
 
     __slots__ = (
@@ -232,9 +241,9 @@ class Encoded:
         "_copies",
         "_counts",
         "_kind",
-        "_shared",
         "bytes_inline",
         "bytes_shared",
+        "named",
         "nbytes",
         "references",
     )
@@ -273,7 +282,7 @@ class Encoded:
         self.bytes_inline = inline
         self.bytes_shared = parts.bytes_shared
         self.references = parts.references
-        self._shared = parts.shared
+        self.named = parts.named
 
     def write_into(
         self, target: Any, *, sequence: int = 0, producer: int = 0, checksum: bool = False
@@ -405,7 +414,7 @@ def encode(
         How the reader opens a `numpy.memmap` or a view of one, which travels as the name of its
         file; with None its data travels.
     reducers : Reducers, optional
-        How objects of some types are pickled, before all other rules.
+        How objects of some types are pickled, before all rules but those for other libraries' memory.
     place : callable, optional
         ``place(array)`` returns the array that goes in its place, wherever it is in `obj`, and a function that is
         called with it on the other side, or None. Not asked about files that travel by name.
@@ -577,9 +586,14 @@ def _read_parts(
         spec_end = spec_start + spec_bytes
         if spec_end > prefix_end:
             raise Corrupt("the spec of an array is outside of its place", "parts")
-        if _PART_SHARED <= what <= _PART_GIVEN:
+        if _PART_SHARED <= what <= _PART_SHARED_BUFFER:
             kind = GivenReference if what == _PART_GIVEN else SharedReference
-            parts.append(_read_shared(raw[spec_start:spec_end], kind, nbytes, resolve, copy))
+            shared: Any = _read_shared(raw[spec_start:spec_end], kind, nbytes, resolve, copy)
+            if what == _PART_SHARED_BUFFER:
+                if shared.dtype != np.uint8 or shared.ndim != 1:
+                    raise Corrupt(f"a buffer of {shared.ndim} dimensions of {shared.dtype}", "parts")
+                shared = memoryview(shared)
+            parts.append(shared)
             spec_start = spec_end
             continue
         if offset < body_end or offset + nbytes > total or offset & (FRAME_ALIGNMENT - 1):

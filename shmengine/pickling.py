@@ -8,9 +8,10 @@ Three roads, cheapest first:
   ``__main__``, and of modules that another process cannot import, go by value;
 * ``by_value=False``: what `pickle` does, for processes that share the caller's modules (fork).
 
-On all of them our reducers take out what pickle 5 would copy into the stream: every kind of array.
-``bytes`` and ``bytearray`` objects from 64 KiB on stay in the stream, but as pieces of their own that
-are copied straight into the frame.
+On all of them our reducers take out what pickle 5 would copy into the stream: every kind of array,
+and what other libraries keep in memory of their own (`shmengine.reducers`). ``bytes`` and ``bytearray``
+objects from 64 KiB on stay in the stream, but as pieces of their own that are copied straight into the
+frame.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import numpy as np
 from shmengine import filemap
 from shmengine.arrays import Array, is_plain_dtype
 from shmengine.errors import SerializationError
+from shmengine.reducers import reduce_strings, reducer_of
 
 __all__ = [
     "MultiprocessingReducers",
@@ -71,7 +73,7 @@ Place = Callable[[Array], tuple[Callable[[Array], Any] | None, Array]]
 
 
 class Reducers(Protocol):
-    """How objects of exactly some types are pickled, before all other rules."""
+    """How objects of exactly some types are pickled; only `shmengine.reducers` come before."""
 
     def get(self, cls: type, /) -> Callable[[Any], Any] | None:
         """Return a reducer."""
@@ -112,7 +114,8 @@ def _cached_function(function: Any, maxsize: int | None, typed: bool) -> Any:
 
 def _reduce_array(parts: Parts, array: Array) -> Any:
     if not is_plain_dtype(array.dtype):
-        return NotImplemented
+        is_text = type(array) is _ndarray and isinstance(array.dtype, np.dtypes.StringDType)
+        return reduce_strings(array) if is_text else NotImplemented
     if array.base is not None and parts.memmap_mode is not None:
         reference = filemap.reference_to(array, parts.memmap_mode)
         if reference is not None:
@@ -159,6 +162,11 @@ def _reduce_memoryview(view: memoryview) -> Any:
 
 def _reduce(parts: Parts, obj: Any) -> Any:
     """Return our own reduction of what is not an exact ndarray; NotImplemented if we have none."""
+    reducer = reducer_of(type(obj))
+    if reducer is not None:
+        reduced = reducer(obj)
+        if reduced is not NotImplemented:
+            return reduced
     if parts.reducers is not None:
         reducer = parts.reducers.get(type(obj))
         if reducer is not None:

@@ -252,6 +252,11 @@ class Region:
                 return region
             return cls.attach(token.file.open(os.O_RDWR), token.name)
 
+    @staticmethod
+    def is_joined(number: int) -> bool:
+        """Tell whether this process has joined that region."""
+        return number in _attached
+
     def token(self) -> RegionToken:
         """Return what another process needs to join; inside a multiprocessing spawn the descriptor goes along."""
         return RegionToken(self.number, self.name, lend(self.fd, "this region", ADVICE))
@@ -334,7 +339,10 @@ def call_at_process_end(finalizer: weakref.finalize[Any, Any], priority: int = 0
     if process is not None and process.parent_process() is not None:
         from multiprocessing import util
 
-        util.Finalize(None, _finalize_unless_busy, (finalizer,), exitpriority=priority)
+        entry = util.Finalize(None, _finalize_unless_busy, (finalizer,), exitpriority=priority)
+        alive = finalizer.peek()
+        if alive is not None:  # a process may come and go often
+            weakref.finalize(alive[0], entry.cancel).atexit = False
 
 
 def _finalize_unless_busy(finalizer: weakref.finalize[Any, Any]) -> None:

@@ -40,6 +40,7 @@ from shmengine._native.status import (
 )
 from shmengine.arena import Arena
 from shmengine.arrays import has_views
+from shmengine.crossings import Crossings
 from shmengine.engine.backend import CLOSED_TEXT
 from shmengine.engine.collector import Collector
 from shmengine.engine.deaths import Deaths
@@ -101,6 +102,7 @@ class Dispatcher:
         self.region = region
         self.handle = region.handle
         self.arena = Arena(region)
+        self.crossings = Crossings(self.arena, creator=True)
         self.workers = workers
         self.retries = retries
         self.payload_check = payload_check
@@ -591,6 +593,7 @@ class Dispatcher:
         while lib.shmr_lease(self.handle, RESULT_RING, 0, 0, block) == OK:
             lib.shmr_release(self.handle, block)
         forget_files()  # that results have named
+        self.crossings.close()
         self.region.close()
 
 

@@ -165,6 +165,7 @@ class ProcessBackend:
         for _ in range(ATTEMPTS):
             with contextlib.suppress(MemoryBudgetExceeded):
                 return core.arena.empty(shape, dtype, order)
+            core.crossings.settle()
             # Workers give arguments back a little after the result is here, and what they keep when they are idle.
             core.shortage.make_room(
                 math.prod(np.atleast_1d(shape).tolist()) * np.dtype(dtype).itemsize, "make an array"
@@ -255,6 +256,7 @@ class ProcessBackend:
             return EngineStats(
                 "process", self.workers, core.done, core.failed, core.retried, core.pool.deaths
             )
+        core.crossings.settle()
         c = core.region.counters()
         fill = sum(lib.shmr_approx_fill(core.handle, ring) for ring in (TASK_RING, RESULT_RING))
         return EngineStats(

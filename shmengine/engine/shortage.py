@@ -73,6 +73,7 @@ class Shortage:
             if core.broken is not None:
                 raise core.broken()
             core.check_open()
+            core.crossings.settle()
             lib.shmr_trim(core.handle)
             if not core.in_flight:
                 if patience.left():

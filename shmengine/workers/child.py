@@ -430,6 +430,7 @@ class Worker:
         try:
             if owners:
                 results.clear()
+                encoded.named.clear()
             if any(owner() is not None for owner in owners):
                 # The function keeps an array that it returned, and may write to it again: main gets a copy.
                 try:

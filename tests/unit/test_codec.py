@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import weakref
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis.extra import numpy as st_numpy
 
 from shmengine.arrays import address_of, extent_of
 from shmengine.codec import (
+    HEADER_BYTES,
     SharedReference,
     decode,
     encode,
@@ -308,6 +310,21 @@ def test_shared_and_other_arrays_in_one_object():
     assert np.shares_memory(back[2].data, arena.root)
     assert np.shares_memory(back[3](), arena.root)
     assert (back[4].a == other[::2]).all()
+
+
+def test_shared_buffers_are_bytes():
+    arena = Arena()
+    root = arena.root[: 1 << 12]
+    frame = frame_of([pickle.PickleBuffer(root)], share=arena.share)
+    (got,) = decode(frame, resolve=arena.resolve)
+    assert type(got) is memoryview
+    assert got.nbytes == root.nbytes
+    frame = frame_of([root.view("M8[s]")], share=arena.share).copy()
+    what = HEADER_BYTES + 20
+    assert frame[what] == 2
+    frame[what] = 4  # an array that pretends to be a buffer
+    with pytest.raises(Corrupt, match="a buffer of 1 dimensions of datetime64"):
+        decode(frame, resolve=arena.resolve, verify=False)
 
 
 def test_references_that_nobody_resolves():
