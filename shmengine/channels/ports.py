@@ -356,8 +356,11 @@ class DialPort(Port):
             return
         if not self._proof.holds(Kind(kind), greeting):
             return
+        user = user_behind(part.source) if self._is_local else os.geteuid()
+        if user < 0:  # this connection has ended; who is there the next one will show
+            return
         self._nonce, self.greeting_until = b"", 0.0
-        if self._is_local and user_behind(part.source) != os.geteuid():
+        if user != os.geteuid():
             session.refusal = "it is a process of another user"
         elif kind == Kind.REFUSAL:
             session.refusal = greeting.text

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import zmq
 
 import shmengine as shm
 from shmengine import config
-from shmengine.channels import servers
+from shmengine.channels import hub, servers
 from shmengine.channels.sessions import PREFIX, UNKNOWN_BYTES, Greeting, Kind, Proof
 from tests.helpers import open_fds, poll_until, run_script
 from tests.helpers.proxy import Proxy
@@ -141,6 +142,38 @@ def test_who_asks_for_all_again_and_goes_harms_no_other(stranger):
             end._link._patience_ns = 0  # nobody will come back
         left.send(2)
         assert right.receive(20) == 2
+
+
+def test_a_server_that_went_right_after_its_answer_is_no_other_users(tmp_path):
+    """Nobody can say any more whose process it was; the next connection shows."""
+    address = f"ipc://{tmp_path}/server"
+    with zmq.Context() as context, ThreadPoolExecutor(1) as pool:
+
+        def serve():
+            socket = context.socket(zmq.ROUTER)
+            socket.bind(address)
+            assert socket.poll(20_000)
+            return socket, *socket.recv_multipart()
+
+        def answer(socket, who, hello):
+            greeting = Greeting.unpack(hello)
+            welcome = Proof(b"").greeting(Kind.WELCOME, greeting.key, greeting.nonce, window=1 << 20)
+            socket.send_multipart([who, PREFIX.pack(Kind.WELCOME, 0, 0) + welcome])
+
+        connecting = pool.submit(shm.connect, address, timeout=60)
+        socket, who, hello = serve()
+        (port,) = hub._hub.members
+        with port.lock:
+            answer(socket, who, hello)
+            socket.close(1000)
+            assert port.monitor.poll(20_000)  # it has gone, and its answer was not looked at
+        socket, who, hello = serve()
+        answer(socket, who, hello)
+        with connecting.result() as end:
+            end.send(1)
+            assert socket.poll(20_000)
+            end._link._patience_ns = 0  # when that has gone nobody will come back
+        socket.close(0)
 
 
 def test_what_comes_before_accept_takes_little_memory_and_is_not_lost():
