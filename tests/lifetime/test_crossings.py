@@ -271,6 +271,21 @@ def test_passed_on_once_more(engine, spawn, child):
         assert child(total, Kept("array")) == 9
 
 
+def test_passed_on_and_dropped(engine, child):
+    before = used(engine)
+    child(identity, engine.full(N, 3.0), keep="array")
+    raw = child(dumps, Kept("array"))
+    child(forget, "array")
+    assert used(engine) == before + 8 * N  # held by the child for whoever receives it
+    assert child(regions_joined) == 1
+    got = pickle.loads(raw)
+    assert total(got) == 3 * N
+    del got
+    child(len, engine.zeros(3))  # it looks when it receives the next one
+    assert child(regions_joined) == 0
+    assert used(engine) == before
+
+
 def test_in_the_same_process(engine):
     array = engine.zeros(N)
     got = pickle.loads(dumps(array))
