@@ -3,7 +3,8 @@
 ::
 
     sender    ForkingPickler ── where the region is, which block, which part of it, a flag ──► pickle
-    receiver  unpickles: joins the region, holds the block, raises the flag; leaves with the last such array
+    receiver  unpickles: joins the region, holds the block, raises the flag; leaves with the last such array, or
+              when the last of those that it has passed on itself has been received
 
 From the pickling on the sender holds the block, until it sees that the flag is up: it looks when it passes on the
 next array, when memory is short, and when somebody asks for its statistics. What nobody ever receives is held until
@@ -88,6 +89,11 @@ class Crossings:
             return None
         self._waiting.append((flag, reference))
         return token, reference, named, encode_spec(spec_of(array)), bool(array.flags.writeable)
+
+    @property
+    def waits(self) -> bool:
+        """Whether something was passed on that nobody is known to have received."""
+        return bool(self._waiting)
 
     def settle(self, most: int = 1 << 62) -> None:
         """Let go of what has been received, and of what receivers held who are dead."""
@@ -192,6 +198,7 @@ def _receive(
 ) -> Array:
     number = token.number
     with _joining:
+        _leave_unused()
         sender = _senders.get(number)
         joined = _joined.get(number)
         mark = ALREADY_JOINED
@@ -241,7 +248,15 @@ def _leave(number: int) -> None:
         joined = _joined.get(number)
         if joined is not None:
             joined.blocks -= 1
-            if not joined.blocks:
+            _leave_unused()
+
+
+def _leave_unused() -> None:
+    """Leave the regions of which no block is left here, nor one that was passed on and is still on its way."""
+    for number, joined in list(_joined.items()):
+        if not joined.blocks:
+            joined.crossings.settle()
+            if not joined.crossings.waits:
                 joined.crossings.close()
                 del _joined[number]
 

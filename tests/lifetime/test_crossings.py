@@ -39,6 +39,19 @@ def spawn():
     return multiprocessing.get_context("spawn")
 
 
+@pytest.fixture(scope="module")
+def helper(engine):
+    """A process that the tests share: starting one takes a second."""
+    with Child(multiprocessing.get_context("spawn")) as shared:
+        yield shared
+
+
+@pytest.fixture
+def child(helper):
+    yield helper
+    helper(forget_all)
+
+
 def core_of(engine):
     return engine._backend._core
 
@@ -133,6 +146,11 @@ def forget(name):
     gc.collect()
 
 
+def forget_all():
+    KEPT.clear()
+    gc.collect()
+
+
 def regions_joined():
     return len(crossings._joined)
 
@@ -209,27 +227,25 @@ LAYOUTS = {
 }
 
 
-def test_views_of_every_layout(engine, spawn):
+def test_views_of_every_layout(engine, child):
     array = engine.zeros((100, 60))
     array[:] = np.arange(6000).reshape(100, 60)
-    with Child(spawn) as child:
-        for name, layout in LAYOUTS.items():
-            view = layout(array)
-            got = child(describe, view)
-            assert got == (*describe(view)[:5], True), name
-            assert np.array_equal(child(np.copy, view), view), name
-        array.flags.writeable = False
-        assert child(describe, array)[4:] == (False, True)
+    for name, layout in LAYOUTS.items():
+        view = layout(array)
+        got = child(describe, view)
+        assert got == (*describe(view)[:5], True), name
+        assert np.array_equal(child(np.copy, view), view), name
+    array.flags.writeable = False
+    assert child(describe, array)[4:] == (False, True)
 
 
-def test_within_other_objects(engine, spawn):
+def test_within_other_objects(engine, child):
     pd = pytest.importorskip("pandas")
     array = engine.zeros(N)
-    with Child(spawn) as child:
-        assert child(len, {"a": [array, array], "b": (array,)}) == 2
-        child(identity, [array, {"again": array}], keep="list")
-        assert child(all_shared, Kept("list"))
-        assert child(describe_column, pd.DataFrame({"a": array}, copy=False))
+    assert child(len, {"a": [array, array], "b": (array,)}) == 2
+    child(identity, [array, {"again": array}], keep="list")
+    assert child(all_shared, Kept("list"))
+    assert child(describe_column, pd.DataFrame({"a": array}, copy=False))
 
 
 def all_shared(objects):
@@ -240,20 +256,34 @@ def describe_column(frame):
     return is_shared_here(frame["a"].to_numpy())
 
 
-def test_results_of_workers_are_the_engines_too(engine, spawn):
+def test_results_of_workers_are_the_engines_too(engine, child):
     result = engine.submit(np.ones, N).result()
-    with Child(spawn) as child:
-        assert child(describe, result)[5]
+    assert child(describe, result)[5]
 
 
-def test_passed_on_once_more(engine, spawn):
+def test_passed_on_once_more(engine, spawn, child):
     array = engine.zeros(N)
-    with Child(spawn) as first, Child(spawn) as second:
-        first(identity, array, keep="array")
-        second(identity, first(identity, Kept("array")), keep="array")  # by way of us
+    with Child(spawn) as second:
+        child(identity, array, keep="array")
+        second(identity, child(identity, Kept("array")), keep="array")  # by way of us
         second(write, Kept("array"), 9)
         assert array[0] == 9
-        assert first(total, Kept("array")) == 9
+        assert child(total, Kept("array")) == 9
+
+
+def test_passed_on_and_dropped(engine, child):
+    before = used(engine)
+    child(identity, engine.full(N, 3.0), keep="array")
+    raw = child(dumps, Kept("array"))
+    child(forget, "array")
+    assert used(engine) == before + 8 * N  # held by the child for whoever receives it
+    assert child(regions_joined) == 1
+    got = pickle.loads(raw)
+    assert total(got) == 3 * N
+    del got
+    child(len, engine.zeros(3))  # it looks when it receives the next one
+    assert child(regions_joined) == 0
+    assert used(engine) == before
 
 
 def test_in_the_same_process(engine):
@@ -266,7 +296,7 @@ def test_in_the_same_process(engine):
 # --- nobody else's -------------------------------------------------------------------------------
 
 
-def test_other_arrays_go_as_ever(engine, spawn, tmp_path):
+def test_other_arrays_go_as_ever(engine, child, tmp_path):
     mapped = np.memmap(tmp_path / "file", "f8", "w+", shape=(10,))
     others = [
         np.zeros(N),
@@ -280,8 +310,7 @@ def test_other_arrays_go_as_ever(engine, spawn, tmp_path):
     ]
     expected = [pickle.dumps(each, pickle.DEFAULT_PROTOCOL) for each in others]
     assert [dumps(each) for each in others] == expected
-    with Child(spawn) as child:
-        assert child(describe, np.zeros(3))[4:] == (True, False)
+    assert child(describe, np.zeros(3))[4:] == (True, False)
 
 
 def test_a_reducer_that_was_there_before_still_is(monkeypatch):
@@ -326,15 +355,14 @@ def test_where_no_room_is_left_for_the_message_the_data_are_copied():
 # --- how long it lives ---------------------------------------------------------------------------
 
 
-def test_it_lives_from_the_sending_to_the_last_view(engine, spawn):
+def test_it_lives_from_the_sending_to_the_last_view(engine, child):
     before = used(engine)
-    with Child(spawn) as child:
-        child(identity, engine.full(N, 1.0), keep="array")  # nobody else has it
-        assert used(engine) == before + 8 * N
-        assert child(total, Kept("array")) == N
-        child(forget, "array")
-        assert used(engine) == before
-        assert child(regions_joined) == 0
+    child(identity, engine.full(N, 1.0), keep="array")  # nobody else has it
+    assert used(engine) == before + 8 * N
+    assert child(total, Kept("array")) == N
+    child(forget, "array")
+    assert used(engine) == before
+    assert child(regions_joined) == 0
 
 
 def test_it_waits_for_a_receiver_without_the_senders_array(engine, spawn):
@@ -351,17 +379,16 @@ def test_it_waits_for_a_receiver_without_the_senders_array(engine, spawn):
     queue.join_thread()
 
 
-def test_many_messages_leave_nothing(engine, spawn):
+def test_many_messages_leave_nothing(engine, child):
     before = used(engine)
-    with Child(spawn) as child:
-        for number in range(3):
-            assert child(total, engine.full(N, float(number))) == number * N
-        held = child(inventory)
-        for number in range(50):
-            assert child(total, engine.full(N, float(number))) == number * N
-        assert child(inventory) == held
-        assert used(engine) == before
-        assert core_of(engine).region.counters().participants == 2
+    for number in range(3):
+        assert child(total, engine.full(N, float(number))) == number * N
+    held = child(inventory)
+    for number in range(50):
+        assert child(total, engine.full(N, float(number))) == number * N
+    assert child(inventory) == held
+    assert used(engine) == before
+    assert core_of(engine).region.counters().participants == 2
     assert not core_of(engine).crossings._waiting
 
 
@@ -399,16 +426,15 @@ def test_an_engine_that_is_closed_before_it_is_received(spawn):
     writing.close()
 
 
-def test_an_engine_that_is_closed_while_it_is_read(spawn):
-    with Child(spawn) as child:
-        with Engine(1, memory="8 MiB") as engine:
-            array = engine.full(N, 1.0)
-            child(identity, array, keep="array")
-        del array
-        gc.collect()
-        assert child(total, Kept("array")) == N
-        child(forget, "array")
-        assert child(regions_joined) == 0
+def test_an_engine_that_is_closed_while_it_is_read(child):
+    with Engine(1, memory="8 MiB") as engine:
+        array = engine.full(N, 1.0)
+        child(identity, array, keep="array")
+    del array
+    gc.collect()
+    assert child(total, Kept("array")) == N
+    child(forget, "array")
+    assert child(regions_joined) == 0
 
 
 def test_received_twice(engine):
