@@ -94,6 +94,8 @@ class TaskOptions:
     """Most tasks taken from the calls and not yet yielded; None: the backend's choice."""
     label: str = ""
     """For error texts, e.g. ``map(<lambda>)``."""
+    completed: Callable[[int], object] | None = None
+    """Told, in the thread that iterates, how many tasks have completed; also of results that wait for their turn."""
 
 
 class Ref(ABC):
