@@ -214,6 +214,10 @@ int shmr_signal_main_thread(uint32_t pid, int number);
 /* From now on that thread also gives back what this process has free, when others wait for memory: four looks a second.
  * The handle must stay until the end of the process. */
 void shmr_watch_shortage(shmr *h);
+/* From now on C's stdout is written line by line; before anything is printed. Into a pipe it would be by 4 KiB. */
+void shmr_print_lines(void);
+/* What has been printed to C's stdout, and is no whole line yet, is written now. */
+void shmr_flush_prints(void);
 
 /* ---- scatter and gather ---------------------------------------------------------------------------------------- */
 

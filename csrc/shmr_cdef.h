@@ -151,6 +151,8 @@ void shmr_leave_extents(shmr *h, uint32_t count);
 int shmr_watch_parent(int pidfd);
 int shmr_signal_main_thread(uint32_t pid, int number);
 void shmr_watch_shortage(shmr *h);
+void shmr_print_lines(void);
+void shmr_flush_prints(void);
 int shmr_scatter_send(shmr *h, shmr_scatter *scatter, int64_t deadline);
 int shmr_scatter_accept(shmr *h, shmr_scatter *scatter, shmr_block *message);
 int shmr_scatter_settle(shmr_scatter *scatter, uint64_t tag);

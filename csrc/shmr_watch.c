@@ -3,10 +3,12 @@
  * a thread of plain C waits for the main process's pidfd and ends this one. (PR_SET_PDEATHSIG will not do: it
  * fires when the *thread* that started us ends.) Code that closes whatever it finds may close that pidfd: then a new one
  * is opened, or, if there is none to be had, we see that we have another parent. The same thread gives back free memory
- * that others wait for. */
+ * that others wait for.
+ * What C code in a worker prints is to reach main while it runs, and before its result. */
 #include <errno.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdio.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -53,6 +55,10 @@ int shmr_signal_main_thread(uint32_t pid, int number) {
     if (syscall(SYS_tgkill, (pid_t)pid, (pid_t)pid, number) == 0) return SHMR_OK;
     return shmr_fail(SHMR_SYSTEM, errno, "tgkill");
 }
+
+void shmr_print_lines(void) { setvbuf(stdout, NULL, _IOLBF, BUFSIZ); }
+
+void shmr_flush_prints(void) { fflush(stdout); }
 
 void shmr_watch_shortage(shmr *h) {
     shmr_count_add(&h->handle, 1); /* for good: the thread has no end of its own */

@@ -37,7 +37,7 @@ from shmengine.config import format_bytes, parse_bytes
 from shmengine.errors import ArrayError, Closed, Corrupt, LayoutMismatch, LeaseError, ShmError, WouldBlock
 from shmengine.leases import Claim, End, Layout, Lease, new_block, release_with
 from shmengine.region import Region, RegionConfig, RegionToken
-from shmengine.stats import RingStats
+from shmengine.stats import RingStats, as_table
 
 __all__ = ["Ring", "deadline_of"]
 
@@ -422,6 +422,12 @@ class Ring(Attached):
         config = read_config(self._region)
         name = f" name={self.name!r}" if self.name else ""
         return f"<shmengine.Ring capacity={self._capacity} arena={format_bytes(config.arena_bytes)}{name}>"
+
+    def _repr_html_(self) -> str:
+        stats = None
+        with contextlib.suppress(ShmError):  # closed, or a forked child's copy
+            stats = self.stats()
+        return as_table(repr(self).strip("<>"), stats)
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._handle()

@@ -7,11 +7,11 @@ from typing import Any
 
 from shmengine.config import format_bytes
 
-__all__ = ["ChannelStats", "EngineStats", "RingStats"]
+__all__ = ["ChannelStats", "EngineStats", "RingStats", "as_table"]
 
 
 class _Table:
-    """Mixin: a plain dict, and a small table in notebooks."""
+    """Mixin: a plain dict, and a small table in notebooks (no I/O, nothing waits)."""
 
     __slots__ = ()
 
@@ -20,13 +20,25 @@ class _Table:
         return asdict(self)  # type: ignore[call-overload,no-any-return]
 
     def _repr_html_(self) -> str:
-        import html
+        return as_table(type(self).__name__, self)
 
-        rows = ""
-        for field in fields(self):  # type: ignore[arg-type]
-            name, text = field.name.replace("_", " "), _shown(field.name, getattr(self, field.name))
-            rows += f"<tr><th style='text-align:left'>{name}</th><td>{html.escape(text)}</td></tr>"
-        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
+
+def as_table(caption: str, stats: Any = None) -> str:
+    """Return a table for notebooks: a caption, and the fields of a dataclass.
+
+    Without colours of its own, so that it can be read on a light ground and on a dark one.
+    """
+    import html
+
+    rows = ""
+    for field in () if stats is None else fields(stats):
+        name, text = field.name.replace("_", " "), _shown(field.name, getattr(stats, field.name))
+        rows += (
+            f"<tr><th style='text-align:left;font-weight:normal'>{name}</th>"
+            f"<td style='text-align:right;font-variant-numeric:tabular-nums'>{html.escape(text)}</td></tr>"
+        )
+    style = "text-align:left;font-weight:bold;white-space:nowrap;color:inherit"
+    return f"<table><caption style='{style}'>{html.escape(caption)}</caption>{rows}</table>"
 
 
 # Fields that count bytes and are shown with a unit.
@@ -46,7 +58,11 @@ _BYTES = frozenset(
 
 
 def _shown(name: str, value: Any) -> str:
-    return format_bytes(value) if name in _BYTES else str(value)
+    if name in _BYTES:
+        return format_bytes(value)
+    if name == "leases_held":
+        return ", ".join(f"process {pid}: {count:,}" for pid, count in value) or "none"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 @dataclass(frozen=True, slots=True)

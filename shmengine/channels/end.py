@@ -30,7 +30,7 @@ from shmengine.channels.waiting import Pause
 from shmengine.errors import Closed, EndOfStream, PeerLost, SerializationError, Timeout, WouldBlock
 from shmengine.interrupts import InterruptsLater
 from shmengine.region import call_at_process_end
-from shmengine.stats import ChannelStats
+from shmengine.stats import ChannelStats, as_table
 
 __all__ = ["End"]
 
@@ -364,6 +364,9 @@ class End:
 
     def __repr__(self) -> str:
         return f"<shmengine channel end: {self.capabilities.mechanism}{', closed' if self._closed else ''}>"
+
+    def _repr_html_(self) -> str:
+        return as_table(repr(self).strip("<>"), self.stats())
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._check_open()

@@ -29,7 +29,6 @@ from shmengine.engine.backend import (
     Backend,
     Call,
     Entropy,
-    Outcome,
     Ref,
     TaskOptions,
     Writable,
@@ -49,7 +48,7 @@ from shmengine.engine.checks import (
     total_of,
 )
 from shmengine.engine.frames import Labels, RowCut, cut_of
-from shmengine.engine.progress import reporter
+from shmengine.engine.progress import Reporter, reporter
 from shmengine.engine.results import Results
 from shmengine.engine.stalls import Observed
 from shmengine.errors import ArrayError, BlockError, Closed, UseAfterFork
@@ -438,8 +437,9 @@ class Engine(Observed, Asynchronous):
         progress: Any,
         kwargs: Mapping[str, Any],
     ) -> Results:
+        report, options = _watched(progress, options, cut.count)
         stream = self._backend.stream_blocks(fn, cut, _nowhere, options, kwargs, ordered=True)
-        return self._results(stream, options, "raise", progress, cut.count)
+        return Results(stream, options, self._check_process, report=report)
 
     def _map_rows(
         self,
@@ -467,6 +467,7 @@ class Engine(Observed, Asynchronous):
         progress: Any,
         kwargs: Mapping[str, Any],
     ) -> np.ndarray:
+        report, options = _watched(progress, options, cut.count)
         dtype = None if dtype is None else np.dtype(dtype)
         target = out
         if out is not None:
@@ -489,7 +490,7 @@ class Engine(Observed, Asynchronous):
         )
         kwargs, _refs = ship_keywords(backend, kwargs)
         stream = backend.stream_blocks(fn, cut, gather.target, options, kwargs, ordered=False)
-        with closing(self._results(stream, options, "raise", progress, cut.count)) as results:
+        with closing(Results(stream, options, self._check_process, report=report)) as results:
             while (outcome := results.step()) is not None:
                 if outcome.value is not PLACED:
                     try:
@@ -646,14 +647,15 @@ class Engine(Observed, Asynchronous):
     ) -> Results:
         self._check_usable()
         check_choice("on_error", on_error, ("raise", "return", "skip"))
+        report, options = _watched(progress, options, total)
         stream = self._backend.stream(fn, calls, options, ordered=ordered)
-        return self._results(stream, options, on_error, progress, total)
-
-    def _results(
-        self, stream: Iterator[Outcome], options: TaskOptions, on_error: str, progress: Any, total: int | None
-    ) -> Results:
-        report = reporter(progress, options.label, total)
         return Results(stream, options, self._check_process, on_error, report)
+
+
+def _watched(progress: Any, options: TaskOptions, total: int | None) -> tuple[Reporter | None, TaskOptions]:
+    """Return who is told of progress, and the options of a stream that tells him."""
+    report = reporter(progress, options.label, total)
+    return report, options if report is None else replace(options, completed=report.reach)
 
 
 def _nowhere() -> None:

@@ -98,6 +98,8 @@ class TaskOptions:
     that are mapped writable, and results have no memory in common with arguments."""
     label: str = ""
     """For error texts, e.g. ``map(<lambda>)``."""
+    completed: Callable[[int], object] | None = None
+    """Told, in the thread that iterates, how many tasks have completed; also of results that wait for their turn."""
 
 
 class Ref(ABC):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from shmengine import config
 from shmengine.errors import Closed, ShmError
+from shmengine.threads import Service
 
 if TYPE_CHECKING:
     from shmengine.engine.dispatch import Dispatcher
@@ -33,7 +34,7 @@ class Collector:
         core = self._core
         with core.turn_lock:
             if self.thread is None:
-                self.thread = threading.Thread(target=self._run, name=config.RESULTS_THREAD, daemon=True)
+                self.thread = Service(self._run, config.RESULTS_THREAD)
                 self.thread.start()
             else:
                 core.turn.notify_all()

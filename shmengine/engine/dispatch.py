@@ -425,6 +425,7 @@ class Dispatcher:
                 lib.shmr_release(self.handle, block)
             self.spare.append(block)
             return
+        self.pool.forward_output(block.producer)
         if kind == NUMBER:
             value = damage = None
             nanoseconds = 0
@@ -527,9 +528,12 @@ class Dispatcher:
             self.failed += 1
         job.deliver(task, value, error)
 
-    def wait(self, ready: Callable[[], bool], scatter: Scatter | None = None) -> None:
-        """Return when `ready`; meanwhile drain, or sleep while another thread does."""
+    def wait(
+        self, ready: Callable[[], bool], tell: Callable[[], object], scatter: Scatter | None = None
+    ) -> None:
+        """Return when `ready`; meanwhile drain, or sleep while another thread does, and `tell` how far it is."""
         while not ready():
+            tell()
             if self.broken is not None:
                 raise self.broken()
             self.check_open()

@@ -37,6 +37,7 @@ from shmengine.engine.stalls import Stall, Stalls, summary_of
 from shmengine.errors import Closed
 from shmengine.pickling import substitute
 from shmengine.stats import EngineStats
+from shmengine.threads import Service
 from shmengine.workers.messages import with_errstate
 from shmengine.workers.stacks import thread_stack
 
@@ -319,6 +320,8 @@ class ThreadBackend(_LocalBackend):
                     outcome = self._next_outcome(finished, running, options)
                     early[outcome.index] = outcome
                     del outcome
+                    if options.completed is not None:
+                        options.completed(turn + len(early) + finished.qsize())
                 else:
                     yield self._next_outcome(finished, running, options)
                 self._check_open()
@@ -391,7 +394,7 @@ class ThreadBackend(_LocalBackend):
             self._queue.put(task)
 
     def _add_thread(self) -> None:
-        thread = threading.Thread(target=self._work, name="shmengine-worker", daemon=True)
+        thread = Service(self._work, "shmengine-worker")
         self._threads.add(thread)
         thread.start()
 

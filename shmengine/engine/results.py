@@ -38,6 +38,7 @@ class Results(Iterator[Any]):
         self._pid = os.getpid()
         self._on_error = on_error
         self._report = report
+        self._taken = 0
 
     def __next__(self) -> Any:
         while (outcome := self.step()) is not None:
@@ -53,15 +54,19 @@ class Results(Iterator[Any]):
             return None
         self._check_process()
         try:
+            if self._report is not None:
+                self._report.reach(self._taken)
             outcome = next(self._stream, None)
+            if outcome is not None:
+                self._taken += 1
+                if self._report is not None:
+                    self._report.reach(self._taken)
         except BaseException:
             self.close()
             raise
         if outcome is None:
             self.close()
             return None
-        if self._report is not None:
-            self._report.advance()
         if outcome.error is None:
             return outcome
         error = annotate(outcome.error, self._options, outcome.index)

@@ -179,9 +179,10 @@ class Scatter:
                     yield outcome
                     del outcome
                 if self._yielded == self.count:
+                    core.pool.forward_output()
                     return
                 if self._yielded == before:  # else more may be sent now
-                    core.wait(self.is_ready, self)
+                    core.wait(self.is_ready, self._tell, self)
         finally:
             core.done += c.arrived
             core.bytes_copied += c.bytes_sent + c.bytes_copied
@@ -204,6 +205,11 @@ class Scatter:
         if self._placed < self._exchange.arrived:
             return True
         return self._yielded in self._ready if self._ordered else bool(self._values)
+
+    def _tell(self) -> None:
+        if (completed := self.job.options.completed) is not None:
+            waiting = self._exchange.arrived - self._placed + len(self._ready) + len(self._values)
+            completed(self._yielded + waiting)
 
     def _send(self) -> None:
         """Send as many blocks as may be out; while there is no room, drain results."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from shmengine.config import format_bytes
+from shmengine.errors import ShmError
+from shmengine.stats import as_table
 
 if TYPE_CHECKING:
     from shmengine.engine.backend import Backend
@@ -70,7 +73,8 @@ class Stalls(tuple[Stall, ...]):  # noqa: SLOT001  # a tuple takes no slots with
     def _repr_html_(self) -> str:
         import html
 
-        return f"<pre>{html.escape(self.report)}</pre>"
+        style = "white-space:pre;overflow-x:auto;font-family:monospace"
+        return f"<pre style='{style}'>{html.escape(self.report)}</pre>"
 
 
 class Observed:
@@ -109,7 +113,10 @@ class Observed:
         return self._backend.stalls(after)
 
     def _repr_html_(self) -> str:
-        return self.stats()._repr_html_()
+        stats = None
+        with contextlib.suppress(ShmError):  # closed by another thread just now, or a forked child's copy
+            stats = self.stats()
+        return as_table(repr(self).strip("<>"), stats)
 
 
 def summary_of(stats: EngineStats, stalled: int) -> str:

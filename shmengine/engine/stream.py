@@ -54,6 +54,14 @@ def run_stream(
     def next_ready() -> bool:
         return yielded in ready if ordered else bool(arrived)
 
+    def something_to_do() -> bool:
+        # While a task holds up those after it, these go on, as far as the window reaches.
+        return next_ready() or (not exhausted and _room(core, job, taken - yielded) > 0)
+
+    def tell() -> None:
+        if options.completed is not None:
+            options.completed(yielded + len(ready) + len(arrived))
+
     try:
         while True:
             while not exhausted:  # keep the workers supplied
@@ -74,7 +82,7 @@ def run_stream(
             elif exhausted and yielded == taken:
                 return
             else:
-                core.wait(next_ready)
+                core.wait(something_to_do, tell)
     finally:
         core.abandon(job)
         with contextlib.suppress(AttributeError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import math
 import os
 import pickle
@@ -84,6 +85,7 @@ def main(region_fd: int, parent_pidfd: int, setup_fd: int, stack_pipe: int, log_
     setup = pickle.loads(os.pread(setup_fd, os.fstat(setup_fd).st_size, 0))
     os.close(setup_fd)
     os.set_inheritable(log_pipe, False)
+    _print_lines()
     if "authkey" in setup:
         import multiprocessing
 
@@ -267,7 +269,9 @@ class Worker:
         if several:
             self.held.end()
         lib.shmr_set_progress(handle, tag, WHOLE_BATCH)
-        self.answer(tag, results, time.perf_counter_ns() - start, own=own)
+        elapsed = time.perf_counter_ns() - start
+        flush_prints()
+        self.answer(tag, results, elapsed, own=own)
         del results
         holder = [root]
         root = None
@@ -278,6 +282,7 @@ class Worker:
 
         Not in the thread that runs tasks.
         """
+        flush_prints()
         try:
             encoded = codec.encode(results, memmap_mode="r")
         except BaseException:
@@ -325,6 +330,7 @@ class Worker:
             blocks = kwargs = None
             error = encode_exception(caught)
             _forget_frames(caught)
+        flush_prints()
         if placed is not None:
             self.answer_placed(tag, *placed)
         else:
@@ -512,6 +518,27 @@ class Worker:
     def resolve_writable(self, reference: Any) -> Any:
         """Return the memory that a reference names, to be written in place."""
         return self.arena.resolve(reference, writable=True)
+
+
+def _print_lines() -> None:
+    """Make what is printed here go home line by line: not by some KiB, as is usual for pipes, nor in pieces.
+
+    (In pieces, as `PYTHONUNBUFFERED` asks for, lines of several workers would get into each other.)
+    """
+    lib.shmr_print_lines()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
+
+
+def flush_prints() -> None:
+    """Send home what was printed and is no whole line: it is to be there before the result."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:  # the task's own stream, or none
+            pass
+    lib.shmr_flush_prints()
 
 
 def _own_globals(fn: Any) -> dict[str, Any]:

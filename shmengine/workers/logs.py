@@ -62,7 +62,7 @@ class _Home(logging.Handler):
             self.handleError(record)
 
 
-def deliver(lines: bytes) -> None:
+def deliver(lines: str) -> None:
     """Hand the records in these lines to the loggers of this process."""
     for line in lines.splitlines():
         with contextlib.suppress(Exception):  # handlers are the user's; a worker may have died within a line

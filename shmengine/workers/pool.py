@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import pickle
 import select
@@ -26,6 +27,7 @@ from shmengine._native import ffi, lib
 from shmengine.descriptors import Descriptor, pipe
 from shmengine.errors import ShmError
 from shmengine.region import Region
+from shmengine.threads import Service
 from shmengine.workers import stacks
 from shmengine.workers.inheritance import Inheritance
 from shmengine.workers.messages import LEAVING, STARTING
@@ -33,6 +35,8 @@ from shmengine.workers.process import WorkerProcess
 
 __all__ = ["Activity", "Death", "Pool"]
 
+BEGUN_SECONDS = 0.25  # then a line that a worker has begun is passed on without its end
+OUTPUT_SECONDS = 1.0  # a result waits no longer for somebody else who is just writing what workers print
 LOOK_SECONDS = 1.0  # then at the latest it is noticed that other code has closed our descriptors
 GRACE_SECONDS = 2.0
 CROWDED_SECONDS = 0.02  # between two looks, where not all can be waited for at once
@@ -127,6 +131,8 @@ class Pool:
         self._workers: dict[int, WorkerProcess] = {}
         self._lock = threading.RLock()
         self._asking = threading.Lock()  # for stacks
+        self._output = threading.RLock()  # who passes on what workers print; taken before the other lock
+        self._places: dict[int, WorkerProcess] = {}  # by number in the region; empty: not known
         self._closing = False
         self._timed = False
         self._missing = 0  # workers that could not be started, and are tried again
@@ -143,7 +149,7 @@ class Pool:
             for _ in range(start):
                 self._start()
             on_failure.pop_all()
-        self._thread = threading.Thread(target=self._watch, name=config.POOL_THREAD, daemon=True)
+        self._thread = Service(self._watch, config.POOL_THREAD)
         self._thread.start()
 
     def _start(self) -> None:
@@ -152,6 +158,7 @@ class Pool:
         worker = WorkerProcess(self.region, self._setup_file, self._inheritance, self._environment)
         with self._lock:
             self._workers[worker.pid] = worker
+            self._places = {}
             self._poll = None
 
     # --- watching --------------------------------------------------------------------------------
@@ -201,7 +208,7 @@ class Pool:
             if now >= look_at:
                 self._regain()
                 look_at = now + LOOK_SECONDS
-            wait = look_at - now
+            wait = min(look_at - now, self._forward_begun())
             if self._timed:
                 wait = min(wait, self._enforce_limits())
             if self._missing:
@@ -214,8 +221,10 @@ class Pool:
                     file.read(1 << 10)
                 elif name == "pidfd":
                     self._bury(worker)
-                elif not worker.forward(name):
-                    self._poll = None
+                else:
+                    with self._output:
+                        if not worker.forward(name):
+                            self._poll = None
             if self._closing and not self._workers:
                 return
             if self._missing and time.monotonic() >= self._retry_at:
@@ -364,16 +373,49 @@ class Pool:
                     if (self._progress(pid) or (tag, index, since))[:3] == (tag, index, since)
                 ]
 
+    # --- output ----------------------------------------------------------------------------------
+
+    def forward_output(self, place: int | None = None) -> None:
+        """Pass on what a worker (by its number in the region; None: each) has printed so far.
+
+        For results that are here: what their tasks have printed is to come out before anybody sees them.
+        """
+        if not self._output.acquire(timeout=OUTPUT_SECONDS):
+            return  # where it is written to holds it up
+        try:
+            if place is None:
+                workers = list(self._workers.values())
+            else:
+                places = self._places
+                if place not in places:
+                    handle = self.region.handle
+                    places = {lib.shmr_find(handle, pid): each for pid, each in self.processes().items()}
+                    self._places = places
+                workers = [places[place]] if place in places else []  # else it has died, which passes on all
+            for worker in workers:
+                worker.forward_all()
+        finally:
+            self._output.release()
+
+    def _forward_begun(self) -> float:
+        """Pass on lines that were begun some time ago; return when to look again, in seconds."""
+        with self._output:
+            return min(
+                [worker.forward_begun(BEGUN_SECONDS) for worker in self.processes().values()],
+                default=math.inf,
+            )
+
     # --- death -----------------------------------------------------------------------------------
 
     def _bury(self, worker: WorkerProcess) -> None:
-        with self._lock:
+        with self._output, self._lock:
             worker.drain()
             returncode = worker.wait()
             progress = self._progress(worker.pid)
             leased = self._recover(worker.pid)
             worker.close()
             del self._workers[worker.pid]
+            self._places = {}
             self._poll = None
         tag, index = (progress[0], progress[1]) if progress else (0, 0)
         if returncode == 0 and tag == LEAVING:

@@ -6,9 +6,12 @@ closed them, they are opened anew: the worker still has its ends.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import math
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -33,6 +36,8 @@ BOOTSTRAP = "import sys; sys.path.append({root!r}); from shmengine.workers.child
 STDERR_LINES = 20
 LONGEST_LINE = 1 << 20
 PIECE = 1 << 16
+
+_Decoder = codecs.getincrementaldecoder("utf-8")
 
 STACK = "stack"
 OUTPUTS = ("stdout", "stderr", "log")
@@ -74,7 +79,11 @@ class WorkerProcess:
         self.tail: deque[str] = deque(maxlen=STDERR_LINES)
         self.killed_for: tuple[int, int] | None = None
         self.stack = ""
-        self._partial: dict[str, bytes] = {}
+        self._partial: dict[str, str] = {}  # lines that were begun
+        self._begun = 0.0  # when the latest of them was
+        self._decoders = {name: _Decoder(errors="replace") for name in OUTPUTS}
+        self._outputs: select.poll | None = None  # None: what can be read has changed
+        self._names: dict[int, str] = {}
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             self._pipes: dict[str, Descriptor] = {}
             ends = {}
@@ -123,6 +132,7 @@ class WorkerProcess:
         for name in lost:
             with contextlib.suppress(OSError):
                 self._pipes[name] = self._reopened(name)
+                self._outputs = None
         return alone or bool(lost)
 
     def _open_pidfd(self) -> Descriptor:
@@ -176,30 +186,61 @@ class WorkerProcess:
 
     def forward(self, name: str) -> bool:
         """Pass on what it printed, whole lines at a time; False at the end."""
+        if name not in self._pipes:
+            return False
         try:
             piece = self._pipes[name].read(PIECE)
         except BlockingIOError:
             return True
-        partial = self._partial.pop(name, b"")
         if not piece:
-            self._print(name, partial)
+            self._pass_on(name, b"", whole=True, final=True)
             self._pipes.pop(name).close()
+            self._outputs = None
             return False
-        whole, newline, rest = (partial + piece).rpartition(b"\n")
-        if len(rest) > LONGEST_LINE:
-            whole, newline, rest = whole + newline + rest, b"", b""
-        if rest:
-            self._partial[name] = rest
-        self._print(name, whole + newline)
+        self._pass_on(name, piece)
         return True
 
-    def _print(self, name: str, raw: bytes) -> None:
-        if not raw:
+    def forward_all(self) -> None:
+        """Pass on what it has printed so far, lines that it has begun included: it has just sent a result."""
+        names = self._readable()
+        for name in names:  # once: it may be printing on, and whoever calls has other things to do
+            self.forward(name)
+        if self._partial and not (names and self._readable()):
+            self.forward_begun()
+
+    def forward_begun(self, after: float = 0.0) -> float:
+        """Pass on lines that were begun and have not gone on for some seconds; return how long until the next look."""
+        begun = [name for name in self._partial if name != "log"]  # records are always whole
+        if not begun:
+            return math.inf
+        left = self._begun + after - time.monotonic()
+        if left > 0:
+            return left
+        for name in begun:
+            self._pass_on(name, b"", whole=True)
+        return math.inf
+
+    def _readable(self) -> list[str]:
+        """Return the names of the pipes that there is something in."""
+        poll = self._outputs
+        if poll is None:
+            self._outputs = poll = select.poll()
+            self._names = {self._pipes[name].number: name for name in OUTPUTS if name in self._pipes}
+            for fd in self._names:
+                poll.register(fd, select.POLLIN)
+        return [self._names[fd] for fd, _ in poll.poll(0) if self._pipes[self._names[fd]].is_ours()]
+
+    def _pass_on(self, name: str, piece: bytes, *, whole: bool = False, final: bool = False) -> None:
+        text = self._partial.pop(name, "") + self._decoders[name].decode(piece, final)
+        if not whole and len(text) - (end := text.rfind("\n") + 1) <= LONGEST_LINE:
+            if end < len(text):
+                self._partial[name], self._begun = text[end:], time.monotonic()
+            text = text[:end]
+        if not text:
             return
         if name == "log":
-            logs.deliver(raw)
+            logs.deliver(text)
             return
-        text = raw.decode(errors="replace")
         if name == "stderr":
             self.tail.extend(text.splitlines())
         stream = sys.stdout if name == "stdout" else sys.stderr
@@ -212,11 +253,11 @@ class WorkerProcess:
     def drain(self) -> None:
         """Pass on what it has left in its pipes; a grandchild may hold them open, so never wait."""
         for name in OUTPUTS:
-            pieces = [self._partial.pop(name, b"")]
+            pieces = []
             with contextlib.suppress(BlockingIOError):
                 while name in self._pipes and (piece := self._pipes[name].read(PIECE)):
                     pieces.append(piece)
-            self._print(name, b"".join(pieces))
+            self._pass_on(name, b"".join(pieces), whole=True, final=True)
 
     def wait(self) -> int:
         """Wait for its end; return its exit code, or minus the signal that ended it (0: other code has waited)."""

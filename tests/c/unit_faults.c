@@ -498,6 +498,31 @@ static void no_doorbell_and_a_signal(void) {
 
 /* ---- the watcher ----------------------------------------------------------------------------------------------------------- */
 
+static void printing_by_lines(void) {
+    int ends[2], go[2], status;
+    char got[64] = {0};
+    REQUIRE(pipe(ends) == 0 && pipe(go) == 0);
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        dup2(ends[1], 1);
+        shmr_print_lines();
+        printf("a line\nand a ");
+        if (read(go[0], got, 1) != 1) _exit(1);
+        printf("half");
+        shmr_flush_prints();
+        pause();
+    }
+    CHECK_EQ(read(ends[0], got, sizeof got), 7); /* without a flush */
+    CHECK(memcmp(got, "a line\n", 7) == 0);
+    REQUIRE(write(go[1], "x", 1) == 1);
+    CHECK_EQ(read(ends[0], got, sizeof got), 10);
+    CHECK(memcmp(got, "and a half", 10) == 0);
+    kill(pid, SIGKILL);
+    waitpid(pid, &status, 0);
+    close(ends[0]), close(ends[1]), close(go[0]), close(go[1]);
+}
+
 static void watching_a_parent(void) {
     break_calls(FAULT_THREAD, EAGAIN);
     CHECK_STATUS(shmr_watch_parent(0), SHMR_SYSTEM);
@@ -612,6 +637,7 @@ int main(void) {
     RUN(closed_in_its_sleep);
     RUN(no_space_for_long);
     RUN(no_doorbell_and_a_signal);
+    RUN(printing_by_lines);
     RUN(watching_a_parent);
     RUN(the_parent_dies);
     return summary("unit_faults");

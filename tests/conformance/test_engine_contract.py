@@ -595,6 +595,7 @@ def test_in_a_forked_child_the_engine_is_dead(engine):
         for call in calls:
             with pytest.raises(UseAfterFork, match="make a new one in the child"):
                 call()
+        assert "Engine" in engine._repr_html_()  # what notebooks show raises nothing
         engine.close()
         engine.__exit__(None, None, None)
         results.close()

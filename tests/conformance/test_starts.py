@@ -188,38 +188,6 @@ def test_a_parent_with_threads_in_native_code():
     assert result.stderr == ""
 
 
-NOTEBOOK = """
-import nbclient, nbformat
-cells = [
-    "import numpy as np, shmengine as shm\\nengine = shm.Engine(2, memory='64 MiB')",
-    "class Point:\\n    def __init__(self, x): self.x = x\\ndef shift(p):\\n    return Point(p.x + 1)",
-    "[p.x for p in engine.map(shift, [Point(1), Point(2)])]",
-    "engine.map_blocks(lambda b: b * 2, np.ones(3)).tolist()",
-    "def shift(p): return Point(p.x + 10)\\n[p.x for p in engine.map(shift, [Point(1)])]",
-    "_ = engine.submit(lambda: print('from a worker', flush=True)).result()",
-    "engine",
-    "list(engine.map(abs, range(3), progress=True))",
-    "engine.close()",
-]
-notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
-for cell in notebook.cells:
-    for output in cell.outputs:
-        print(output.get("text") or output["data"].get("text/html") or output["data"]["text/plain"])
-"""
-
-
-def test_a_notebook():
-    """Cells in a real kernel, whose main module is no file."""
-    result = run_script(NOTEBOOK, check=True, timeout=90, env={"IPYTHONDIR": None})
-    lines = result.stdout.splitlines()
-    expected = ["[2, 3]", "[2.0, 2.0, 2.0]", "[11]", "[0, 1, 2]"]
-    assert [line for line in lines if line.startswith("[")] == expected
-    assert "map(abs): 3/3 (100 %)" in result.stdout
-    assert "from a worker" in lines
-    assert "tasks done" in result.stdout
-
-
 # --- functions ------------------------------------------------------------------------------------
 
 

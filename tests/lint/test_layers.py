@@ -29,7 +29,7 @@ LAYERS = {
     ),
     2: ("region", "arena", "arrays", "descriptors", "tokens"),
     1: ("_native",),
-    0: ("errors", "config", "interrupts"),
+    0: ("errors", "config", "interrupts", "threads"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 TOP = "__init__"  # re-exports; imported by nobody inside
