@@ -58,7 +58,7 @@ class ClusterRef(Ref):
         self.number = uuid.uuid4().hex
         self.frame = readonly(frame)
         self.nested = nested  # what it contains references to
-        self.at: dict[str, asyncio.Task[Any]] = {}  # identity of a host -> what dask keeps for us there
+        self.at: dict[str, asyncio.Task[Any]] = {}  # host and engine -> what dask keeps there
 
     def get(self) -> Any:
         """Return the object; its arrays are read-only."""
@@ -346,10 +346,15 @@ class Courier:
         """Have an object at a host, and before it what it refers to."""
         for nested in ref.nested:
             await self._share(nested, host, shared)
-        if host.identity not in ref.at:
-            ref.at[host.identity] = asyncio.ensure_future(self._scatter(ref.frame, host))
+        place = f"{host.identity} for {self._name}"
+        if place not in ref.at:
+            ref.at[place] = asyncio.ensure_future(self._scatter(ref.frame, host))
             self.bytes += ref.frame.nbytes
-        shared[ref.number] = await _undisturbed(ref.at[host.identity])
+        try:
+            shared[ref.number] = await _undisturbed(ref.at[place])
+        except Exception:
+            ref.at.pop(place, None)
+            raise
 
     async def _scatter(self, frame: Bytes, host: _Host) -> Any:
         return await self._client.scatter(frame, workers=[host.address], hash=False, asynchronous=True)

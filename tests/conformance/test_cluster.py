@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import signal
@@ -106,6 +107,38 @@ def test_a_host_s_memory_is_given_back_with_the_reference(cluster):
             ref = engine.put(np.ones(1_500_000))
             assert list(engine.map(np.sum, [ref] * 4)) == [1_500_000] * 4
             del ref
+
+
+def test_references_of_other_engines_and_of_one_that_was_closed(cluster):
+    with shm.Engine(1, cluster=cluster.address, **SETTINGS) as one:
+        ref, inner = one.put({"a": np.arange(50_000)}), one.put("inner")
+        nested = one.put([ref, inner])
+        assert one.submit(lambda n: n[0]["a"][7], nested).result() == 7
+        with shm.Engine(1, cluster=cluster.address, **SETTINGS) as other:
+            assert list(other.map(lambda r, i: int(r["a"][i]), [ref] * 5, range(5))) == [0, 1, 2, 3, 4]
+    with shm.Engine(1, memory="64 MiB") as local:
+        assert local.submit(lambda n: n[1], nested).result() == "inner"
+    assert nested.get()[0]["a"][3] == 3
+    assert not nested.get()[0]["a"].flags.writeable
+
+
+def test_coroutines_and_who_is_slow(cluster, gate):
+    async def main():
+        with shm.Engine(1, cluster=cluster.address, **SETTINGS) as engine:
+            assert await engine.asubmit(pow, 2, 5) == 32
+            assert [x async for x in engine.amap(abs, range(5))] == [0, 1, 2, 3, 4]
+            waiting = engine.asubmit(gate.wait, 5)
+            found = []
+            while not found:  # a worker may still be starting
+                await asyncio.sleep(0.05)
+                stalls = await asyncio.to_thread(engine.stalls, 0.01)
+                found = [stall for stall in stalls if "wait_for_file" in stall.stack]
+            gate.open()
+            assert await waiting == 5
+            assert found[0].function == "asubmit(wait_for_file)"
+            assert " on 127.0.0." in found[0].worker
+
+    asyncio.run(main())
 
 
 def test_a_client_of_one_s_own_stays_open(cluster):
