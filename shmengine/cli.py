@@ -1,4 +1,4 @@
-"""The command line: ``shmengine doctor``, ``clean``, ``keys`` and ``bench``, also as ``python -m shmengine``."""
+"""The command line: ``shmengine doctor``, ``clean``, ``keys``, ``cluster``, ``bench``; also ``python -m shmengine``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ from collections.abc import Sequence
 from typing import Any
 
 __all__ = ["main"]
+
+CLUSTER_EPILOG = """\
+On many machines dask's own commands do it (pip install 'shmengine[dask]' on each of them):
+
+  scheduler$  dask scheduler --port 8786
+  host-1$     dask worker tcp://scheduler:8786 --nthreads 1
+  host-2$     dask worker tcp://scheduler:8786 --nthreads 1
+
+One worker of dask's is enough for a machine: the engine starts a process there for each of its cores. Then
+
+  with shm.Engine(cluster="tcp://scheduler:8786") as engine:
+      ...
+
+Keys and certificates: give the commands --tls-ca-file, --tls-cert and --tls-key, and Engine a
+distributed.Client(address, security=...).
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "path",
                 help="file for the pair, which only its owner can read; the public key goes to PATH.pub, for others",
             )
+    text = "start a dask cluster on this machine for Engine(cluster=...), until Ctrl-C"
+    _add_cluster(
+        commands.add_parser(
+            "cluster",
+            help=text,
+            description=text,
+            epilog=CLUSTER_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     text = "measure the ways from one process to another, and say which one to take"
     _add_bench(commands.add_parser("bench", help=text, description=text), arguments)
     options = parser.parse_args(arguments)
@@ -35,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from shmengine.bench.command import run
 
         return run(options)
+    if options.command == "cluster":
+        return _cluster(options)
     report = (
         _keys(options.path)
         if options.command == "keys"
@@ -58,6 +86,42 @@ def _add_bench(parser: argparse.ArgumentParser, arguments: Sequence[str] | None)
         from shmengine.bench.command import add_arguments
 
         add_arguments(parser)
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=8786, help="of the scheduler (default: %(default)s; 0: any)"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="workers of dask's (default: %(default)s)")
+
+
+def _cluster(options: argparse.Namespace) -> int:
+    """Run a scheduler and workers of dask's in the foreground."""
+    import signal
+
+    try:
+        from distributed import LocalCluster
+    except ImportError:
+        print("shmengine cluster needs distributed: pip install 'shmengine[dask]'", file=sys.stderr)
+        return 1
+    # Blocked and inherited: a Ctrl-C reaches us alone, and only when all have started.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with LocalCluster(
+            n_workers=options.workers,
+            threads_per_worker=1,
+            host=options.host,
+            scheduler_port=options.port,
+            dashboard_address=f"{options.host}:0",
+        ) as cluster:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            print(f"Engine(cluster={cluster.scheduler_address!r}); Ctrl-C ends it", flush=True)
+            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"shmengine cluster: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _doctor() -> dict[str, Any]:

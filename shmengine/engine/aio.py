@@ -88,7 +88,7 @@ class Asynchronous:
 
         self._check_usable()
         check_iterables("amap", iterables)
-        if timeout is not None and self._backend.kind != "process":
+        if timeout is not None and self._backend.kind not in ("process", "cluster"):
             raise ValueError("amap has a timeout with worker processes only: nothing can end a thread")
         check_choice("on_error", on_error, ("raise", "return", "skip"))
         options = task_options("amap", fn, timeout, window, None, writable)

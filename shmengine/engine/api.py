@@ -3,7 +3,7 @@
 ::
 
      caller                      backend                                 workers
-     map / map_blocks / reduce   serial | thread | process
+     map / map_blocks / reduce   serial | thread | process | cluster
        split ── Call ──────────► window of tasks ──────────────────────► fn(block)
        gather ◄── Outcome ────── in order of calls, or of completion ◄── value | error
 """
@@ -69,7 +69,7 @@ _MISSING: Any = object()
 
 
 class Engine(Observed, Asynchronous):
-    """Runs functions over large arrays and streams of tasks, in parallel, on this machine.
+    """Runs functions over large arrays and streams of tasks, in parallel, on this machine or the hosts of a cluster.
 
     Workers start with the engine and are reused by all its calls. Results do not depend on the backend
     or the number of workers.
@@ -78,6 +78,7 @@ class Engine(Observed, Asynchronous):
     ----------
     workers : int, optional
         Number of workers; by default the cores that this process may use (affinity and cgroup quota).
+        With a cluster: of each host.
     backend : {"process", "thread", "serial"}
         Worker processes; threads (no copies, parallel where functions release the GIL); or the calling
         thread itself, for debugging. Inside a worker process, ``"process"`` becomes ``"serial"``.
@@ -94,6 +95,9 @@ class Engine(Observed, Asynchronous):
         was changed in shared memory fails with `Corrupt`, and so does a task that takes an object which was
         changed after `put`. Arrays born shared that tasks take, and memory that they write to in place (`out`,
         ``writable="shared"``), are nobody's message but the caller's own to change, and are not verified.
+    cluster : str or distributed.Client, optional
+        Address of a dask scheduler, like ``"tcp://scheduler:8786"``, or a client: tasks then run in worker
+        processes on the hosts of dask's workers. See docs/dask.md.
 
     Raises
     ------
@@ -101,6 +105,8 @@ class Engine(Observed, Asynchronous):
         A value out of range or unknown.
     MemoryBudgetExceeded
         The budget does not fit into memory.
+    PeerLost
+        No scheduler answers, or no worker of its.
 
     Examples
     --------
@@ -121,10 +127,11 @@ class Engine(Observed, Asynchronous):
         initargs: Iterable[Any] = (),
         retries: int = 1,
         check: str = "frame",
+        cluster: Any = None,
     ) -> None:
         check_choice("backend", backend, BACKENDS)
         check_choice("check", check, CHECKS)
-        count = default_workers() if workers is None else positive("workers", workers)
+        count = None if workers is None else positive("workers", workers)
         if threads_per_worker is not None:
             threads_per_worker = positive("threads_per_worker", threads_per_worker)
         budget = None if memory is None else parse_bytes(memory)
@@ -134,6 +141,13 @@ class Engine(Observed, Asynchronous):
             check_callable("initializer", initializer)
         if not is_index(retries) or retries < 0:
             raise ValueError(f"retries must be an integer of at least 0, not {retries!r}")
+        settings: dict[str, Any] = {}
+        if cluster is not None:
+            if backend != "process":
+                raise ValueError(f"cluster= runs tasks in worker processes, and backend={backend!r} does not")
+            backend, settings = "cluster", {"cluster": cluster}
+        elif count is None:
+            count = default_workers()
         if backend == "process" and "SHMENGINE_WORKER" in os.environ:
             warnings.warn(
                 "an Engine was made inside a worker process: it runs its tasks serially"
@@ -151,6 +165,7 @@ class Engine(Observed, Asynchronous):
             initargs=tuple(initargs),
             retries=int(retries),
             check=check,
+            **settings,
         )
         self._pid = os.getpid()
         self._last_stats: EngineStats | None = None

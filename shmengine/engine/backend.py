@@ -1,4 +1,4 @@
-"""What an engine asks of a backend: run tasks, keep objects, hand out memory. One contract, three backends.
+"""What an engine asks of a backend: run tasks, keep objects, hand out memory. One contract, four backends.
 
 A *task* is one call of the user's function. `Engine` checks arguments, cuts blocks and puts results
 together; a backend only runs tasks, so that all backends behave alike and the serial one is the oracle.
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 
 import numpy as np
 
-from shmengine.errors import TaskTimeout
+from shmengine.codec import encode
+from shmengine.errors import SerializationError, TaskTimeout
 from shmengine.pickling import Place
 from shmengine.workers.messages import task_rng
 
@@ -38,6 +39,7 @@ __all__ = [
     "TaskOptions",
     "Writable",
     "annotate",
+    "argument_error",
     "block_calls",
     "function_name",
     "make_backend",
@@ -100,6 +102,8 @@ class TaskOptions:
     """For error texts, e.g. ``map(<lambda>)``."""
     completed: Callable[[int], object] | None = None
     """Told, in the thread that iterates, how many tasks have completed; also of results that wait for their turn."""
+    first: int = 0
+    """Number of the first task, where a stream is a part of a longer one."""
 
 
 class Ref(ABC):
@@ -126,7 +130,11 @@ class Backend(Protocol):
     """Runs tasks. All methods may be called from any thread; only `stream` iterators have one user."""
 
     kind: str
-    workers: int
+
+    @property
+    def workers(self) -> int:
+        """How many there are now."""
+        ...
 
     def stream(
         self, fn: Callable[..., Any], calls: Iterable[Call], options: TaskOptions, *, ordered: bool
@@ -211,14 +219,25 @@ def block_calls(cut: Cut, kwargs: Mapping[str, Any]) -> Iterator[Call]:
     return (Call(cut.blocks(index), kwargs) for index in range(cut.count))
 
 
-def make_backend(kind: str, *, workers: int, **settings: Any) -> Backend:
+def make_backend(kind: str, *, workers: int | None, **settings: Any) -> Backend:
     """Return the backend of this name; `settings` are those of `Engine`, checked."""
+    if kind == "cluster":
+        try:
+            from shmengine.engine.cluster import ClusterBackend
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "cluster= needs distributed: pip install 'shmengine[dask]'", name=error.name
+            ) from error
+        return ClusterBackend(workers=workers, **settings)
     if kind == "process":
         from shmengine.engine.process import ProcessBackend
+
+        assert workers is not None
 
         return ProcessBackend(workers=workers, **settings)
     from shmengine.engine import local
 
+    assert workers is not None
     return local.ThreadBackend(workers, **settings) if kind == "thread" else local.SerialBackend(**settings)
 
 
@@ -261,6 +280,17 @@ def annotate(error: BaseException, options: TaskOptions, index: int | None = Non
     error.add_note(_task_text(options, index))
     if isinstance(error, ValueError) and options.writable is False and "read-only" in str(error):
         error.add_note(READ_ONLY_NOTE)
+    return error
+
+
+def argument_error(error: SerializationError, tasks: Iterable[Any]) -> SerializationError:
+    """Point into the arguments of a task (anything with ``args`` and ``kwargs``) instead of into our envelope."""
+    for task in tasks:
+        for label, value in (("args", task.args), ("kwargs", task.kwargs)):
+            try:
+                encode(value, label=label)
+            except SerializationError as better:
+                return better
     return error
 
 

@@ -186,7 +186,20 @@ class Cut:
         """Return block `index` of every array (views wherever the array is an ndarray)."""
         if self.axis is None:
             return tuple(_read(array, ()) for array in self.arrays)
-        start, stop = self.span(index)
+        return self._part(*self.span(index), 0, 0)
+
+    def piece(self, first: int, last: int) -> tuple[tuple[np.ndarray, ...], list[tuple[int, int]]]:
+        """Return the part of every array that blocks `first` to `last` - 1 are cut from, and their spans in it."""
+        start, stop = self.span(first)[0], self.span(last - 1)[1]
+        before, after = self.ghosts(first)[0], self.ghosts(last - 1)[1]
+        spans = []
+        for index in range(first, last):
+            (low, high), (ghosts, more) = self.span(index), self.ghosts(index)
+            spans.append((low - ghosts - start + before, high + more - start + before))
+        return self._part(start, stop, before, after), spans
+
+    def _part(self, start: int, stop: int, before: int, after: int) -> tuple[np.ndarray, ...]:  # noqa: ARG002
+        """Return this span of every array, with so many ghost positions."""
         return tuple(
             [_read(array, along(ax, start, stop)) for array, ax in zip(self.arrays, self.axes, strict=True)]
         )
@@ -270,10 +283,11 @@ class GhostCut(Cut):
 
     def blocks(self, index: int) -> tuple[np.ndarray, ...]:
         """Return block `index` with its ghost cells: a view of the array, except at the outer ends."""
+        return self._part(*self.span(index), *self.ghosts(index))
+
+    def _part(self, start: int, stop: int, before: int, after: int) -> tuple[np.ndarray, ...]:
         assert self.axis is not None
         (array,), ax = self.arrays, self.axis
-        start, stop = self.span(index)
-        before, after = self.ghosts(index)
         low, high = start - before, stop + after
         inner = _read(array, along(ax, max(low, 0), min(high, self.length)))
         missing_before, missing_after = max(-low, 0), max(high - self.length, 0)

@@ -41,7 +41,7 @@ from shmengine._native.status import (
 from shmengine.arena import Arena
 from shmengine.arrays import has_views
 from shmengine.crossings import Crossings
-from shmengine.engine.backend import CLOSED_TEXT
+from shmengine.engine.backend import CLOSED_TEXT, argument_error
 from shmengine.engine.collector import Collector
 from shmengine.engine.deaths import Deaths
 from shmengine.engine.futures import Futures
@@ -233,7 +233,7 @@ class Dispatcher:
                 place=options.place,
             )
         except codec.SerializationError as error:
-            raise _argument_error(error, batch.tasks) from error.__cause__
+            raise argument_error(error, batch.tasks) from error.__cause__
 
     def check_shared(self, tasks: list[Task]) -> None:
         for task in tasks:
@@ -612,15 +612,4 @@ def _closed() -> Closed:
 def _initializer_error(cause: BaseException) -> RemoteError:
     error = RemoteError(f"the initializer failed in a worker: {type(cause).__name__}: {cause}")
     error.__cause__ = cause
-    return error
-
-
-def _argument_error(error: codec.SerializationError, tasks: list[Task]) -> codec.SerializationError:
-    """Point into the arguments of the task instead of into our envelope."""
-    for task in tasks:
-        for label, value in (("args", task.args), ("kwargs", task.kwargs)):
-            try:
-                codec.encode(value, label=label)
-            except codec.SerializationError as better:
-                return better
     return error

@@ -48,7 +48,7 @@ def run_stream(
     retries = core.retries if options.retries is None else options.retries
     job = Job(core.encode_function(fn), options, retries, deliver, keep)
     source = iter(calls)
-    taken = yielded = 0
+    taken = yielded = options.first
     exhausted = False
 
     def next_ready() -> bool:
