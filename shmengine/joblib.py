@@ -278,13 +278,16 @@ class _Runner:
 
     def __call__(self, *calls: Any) -> Any:
         """Make the calls of a batch in a worker; return their results, or the only one."""
-        batch = copy.copy(self._batch)
+        batch = self._batch
         batch.items = [
             (fn, args, kwargs or {})
             for fn, args, kwargs in (calls if self._fn is None else ((self._fn, *call) for call in calls))
         ]
-        results = batch()
-        return results if len(calls) > 1 else results[0]
+        try:
+            results = batch()
+        finally:
+            batch.items = []
+        return results if len(results) > 1 else results[0]
 
 
 class _Call:

@@ -67,7 +67,7 @@ class Collector:
         """Tell whether every result that will come has a stream that drains for it."""
         core = self._core
         return (
-            core.futures.running == 0
+            core.futures.count() == 0
             and not core.in_flight.any_abandoned()
             and not (core.policy.fragile and core.deaths.announced)
         )

@@ -32,6 +32,13 @@ def test_example(name):
     assert result.stdout == EXPECTED[name]
 
 
+def test_grid_search_runs_unchanged():
+    result = run_script(
+        ROOT / "examples" / "grid_search.py", args=["--samples", "6000"], check=True, timeout=110
+    )
+    assert result.stdout.startswith("21 fits; copied to workers: 1 times the size of the samples\nridge 0.")
+
+
 @pytest.mark.slow
 def test_demo_on_a_small_input(tmp_path):
     result = run_script(ROOT / "examples" / "demo.py", args=["--bytes", "32 MiB"], check=True, timeout=110)
