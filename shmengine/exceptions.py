@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from shmengine.codec import decode, encode
 from shmengine.errors import RemoteError, RemoteTraceback
 
 __all__ = ["EncodedException", "decode_exception", "encode_exception"]
+
+
+class _AsDefined:
+    """Pickles exceptions as their classes say: tblib, which dask installs, drops what is not in their ``__dict__``."""
+
+    def get(self, cls: type, /) -> Callable[[Any], Any] | None:
+        """Return the reducer of exceptions."""
+        return _reduce if issubclass(cls, BaseException) else None
+
+
+def _reduce(error: BaseException) -> Any:
+    return error.__reduce_ex__(5)
+
 
 EncodedException = tuple[str, str, str, bytes | None, list[str]]
 """Name of the class, message, traceback, a frame (if any) and notes: see `encode_exception`."""
@@ -41,7 +57,7 @@ def encode_exception(error: BaseException) -> EncodedException:
     notes = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
     frame: bytes | None
     try:
-        frame = encode(error, memmap_mode=None).to_bytes()
+        frame = encode(error, memmap_mode=None, reducers=_AsDefined()).to_bytes()
         if not _is_same_error(decode(frame), cls):
             frame = None
     except Exception:
