@@ -57,6 +57,16 @@ def _pandas_schema(frame: Any) -> Schema:
     return list(zip(frame.columns, frame.dtypes, strict=True))
 
 
+def _pandas_rows(frame: Any, start: int, stop: int) -> Any:
+    rows = frame.iloc[start:stop]
+    return rows if _copies_on_write(sys.modules["pandas"]) else rows.copy()
+
+
+def _copies_on_write(pandas: Any) -> bool:
+    # From version 3 on, always: what is written to is not the caller's.
+    return int(pandas.__version__.partition(".")[0]) >= 3 or pandas.options.mode.copy_on_write is True
+
+
 def _pandas_row_bytes(frame: Any) -> int:
     return sum(_dtype_bytes(dtype) for _, dtype in _pandas_schema(frame))
 
@@ -100,7 +110,7 @@ PANDAS = Library(
     "pandas",
     ("DataFrame", "Series"),
     _pandas_row_bytes,
-    lambda frame, start, stop: frame.iloc[start:stop],
+    _pandas_rows,
     _pandas_schema,
     lambda pandas, frames: pandas.concat(frames),
 )

@@ -8,6 +8,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import xarray as xr
+from xarray.core import indexing
 
 from shmengine import ArrayError, BlockError, Engine, RemoteTraceback
 from shmengine.engine.frames import Labels, RowCut
@@ -202,15 +203,31 @@ def test_xarray_with_others(engine):
     assert engine.reduce(np.sum, array, combine=np.add, block_bytes="480 B") == array.sum()
 
 
-def test_an_xarray_in_a_file_is_read_block_by_block(tmp_path, engine):
-    import dask
-    import dask.array
+class InFile(xr.backends.BackendArray):
+    """Values that are read when somebody asks for a part of them, as xarray has those of files."""
 
-    lazy = labelled().copy(data=dask.array.from_array(labelled().values, chunks=(10, 6)))
-    with dask.config.set(scheduler="synchronous"):  # whose threads would stay
-        result = engine.map_blocks(np.negative, lazy, block_bytes="480 B")
-    xr.testing.assert_identical(result, labelled().copy(data=-labelled().values))
-    assert not lazy.variable._in_memory
+    def __init__(self, values):
+        self.values, self.shape, self.dtype = values, values.shape, values.dtype
+        self.rows = []
+
+    def __getitem__(self, key):
+        support = indexing.IndexingSupport.BASIC
+        return indexing.explicit_indexing_adapter(key, self.shape, support, self.read)
+
+    def read(self, key):
+        part = self.values[key]
+        self.rows.append(len(part))
+        return part
+
+
+def test_an_xarray_in_a_file_is_read_block_by_block(engine):
+    array = labelled()
+    source = InFile(array.values)
+    variable = xr.Variable(array.dims, indexing.LazilyIndexedArray(source), array.attrs)
+    lazy = xr.DataArray(variable, array.coords, name=array.name)
+    result = engine.map_blocks(np.negative, lazy, block_bytes="480 B")
+    assert source.rows == [10] * 10
+    xr.testing.assert_identical(result, array.copy(data=-array.values))
 
 
 def test_reduce_gets_frames(engine):

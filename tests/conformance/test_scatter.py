@@ -549,7 +549,7 @@ def numbers():
             np.bytes_(b"ab"),
             np.datetime64("2020-01-01", "D"),
         ),
-        *(np.timedelta64(-3, "us"), np.datetime64("NaT"), np.void(b"abc")),
+        *(np.timedelta64(-3, "us"), np.datetime64("NaT", "s"), np.void(b"abc")),
         np.array(0x7E01, "u2").view("f2")[()],
         np.array(0x7FC0_BEEF, "u4").view("f4")[()],
         np.array(0xFFF8_0000_0000_0BAD, "u8").view("f8")[()],

@@ -7,7 +7,7 @@ import weakref
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.lib import array_utils
 
@@ -66,12 +66,14 @@ def test_nbytes_is_that_of_a_compact_copy():
     assert ArraySpec(np.dtype("f4"), ()).nbytes == 4
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_rubbish_is_corrupt(raw):
     with pytest.raises(Corrupt):
         decode_spec(b"\xff" + raw)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(DTYPES), st.sampled_from(sorted(LAYOUTS)), st.data())
 def test_damaged_specs_are_corrupt_or_other_specs(dtype, layout, data):
     raw = bytearray(encode_spec(spec_of(LAYOUTS[layout](dtype))))
@@ -154,6 +156,7 @@ def test_a_view_over_readonly_memory_stays_readonly(layout):
 dimensions = st.lists(st.tuples(st.integers(0, 5), st.integers(-40, 40)), max_size=4)
 
 
+@settings(deadline=None)
 @given(dimensions, st.integers(0, 120), st.integers(0, 128), st.sampled_from(["u1", "<f4", "<c16"]))
 def test_bounds(dims, offset, nbytes, dtype):
     """Compare with the addresses of all elements, one by one."""

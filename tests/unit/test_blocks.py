@@ -51,6 +51,7 @@ class SlicesOnly:
 # --- cutting ------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(shapes, st.data())
 def test_every_position_is_in_exactly_one_block_and_in_order(shape, data):
     axis = data.draw(st.integers(-len(shape), len(shape) - 1))
@@ -69,6 +70,7 @@ def test_every_position_is_in_exactly_one_block_and_in_order(shape, data):
     assert all(block.shape[axis] > 0 for block in blocks) or shape[axis] == 0
 
 
+@settings(deadline=None)
 @given(shapes, st.sampled_from(["u1", "f8", "c16"]), st.integers(0, 2))
 def test_automatic_edges_depend_on_shape_dtype_and_axis_alone(shape, dtype, axis):
     axis %= len(shape)
@@ -222,6 +224,7 @@ def test_ghost_cells_are_what_padding_the_whole_array_gives(data):
             assert np.shares_memory(block, array)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_without_boundary_the_outer_ends_have_no_ghost_cells(data):
     length = data.draw(st.integers(1, 12))
@@ -297,6 +300,7 @@ def gathered(cut, blocks, order=None, **kwargs):
     return gather.result()
 
 
+@settings(deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(0, 2), st.sampled_from(["f8", ">i2", "M8[D]", "U2"]))
 def test_results_do_not_depend_on_the_order_of_arrival(rnd: random.Random, axis, dtype):
     array = numbered((4, 5, 6), dtype)

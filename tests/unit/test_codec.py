@@ -85,6 +85,7 @@ any_array = st_numpy.arrays(
 )
 
 
+@settings(deadline=None)
 @given(any_array, st.data())
 def test_any_array_in_any_slicing(array, data):
     if array.ndim:
@@ -422,6 +423,7 @@ def test_a_cut_frame_is_corrupt(obj):
             decode(frame[:nbytes])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_random_bytes_are_corrupt(raw):
     for verify in (True, False):
