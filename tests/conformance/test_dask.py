@@ -102,6 +102,20 @@ def test_a_worker_that_dies_is_a_broken_pool_to_dask():
         graph.compute(scheduler=own)
 
 
+def test_chunk_functions_may_write_to_private_copies(executor):
+    def write(block):
+        block += 1
+        return block
+
+    graph = da.from_array(np.zeros(4), chunks=2).map_blocks(write, dtype=float, meta=np.empty(0))
+    with pytest.raises(ValueError, match="read-only"):
+        graph.compute(scheduler=executor)
+    with Executor(1, memory="64 MiB", writable="private") as own:
+        assert graph.compute(scheduler=own).tolist() == [1, 1, 1, 1]
+    with pytest.raises(ValueError, match="writable must be False or 'private', not 'shared'"):
+        Executor(1, writable="shared")
+
+
 def test_the_package_never_imports_dask():
     text = (
         "import sys, shmengine, shmengine.futures, shmengine.engine.api, shmengine.cli;"

@@ -396,3 +396,25 @@ def test_overlap_of_out_and_inputs():
     assert overlaps(x, [x, base[5:15]]) == "yes"
     square = np.zeros((4, 4))
     assert overlaps(square.T, [square]) == "yes"
+
+
+@pytest.mark.parametrize("boundary", ["reflect", "periodic", "nearest", "none", 7.0])
+@pytest.mark.parametrize("depth", [0, 1, (2, 5), (5, 0)])
+def test_blocks_can_be_cut_from_pieces(boundary, depth):
+    x = np.arange(92.0).reshape(23, 4)
+    cut = GhostCut(x, depth, boundary, block_bytes=5 * x[0].nbytes)
+    for first in range(cut.count):
+        for last in range(first + 1, cut.count + 1):
+            (piece,), spans = cut.piece(first, last)
+            for index, (low, high) in zip(range(first, last), spans, strict=True):
+                assert np.array_equal(piece[low:high], cut.blocks(index)[0])
+
+
+def test_pieces_of_several_arrays():
+    x, y = np.arange(60).reshape(3, 20), np.arange(20.0)
+    cut = Cut((x, y), -1, 32)
+    pieces, spans = cut.piece(2, 5)
+    for index, (low, high) in zip(range(2, 5), spans, strict=True):
+        for piece, block in zip(pieces, cut.blocks(index), strict=True):
+            assert np.array_equal(piece[..., low:high], block)
+    assert np.shares_memory(pieces[0], x)
