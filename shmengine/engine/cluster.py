@@ -42,6 +42,7 @@ from shmengine.engine.backend import (
 )
 from shmengine.engine.blocks import Cut
 from shmengine.engine.courier import Batch, ClusterRef, Courier, HostLost
+from shmengine.engine.frames import RowCut
 from shmengine.engine.hosts import aligned, frame_of, object_here
 from shmengine.engine.stalls import Stalls, summary_of
 from shmengine.errors import ArrayError, Closed, PeerLost, SerializationError, WorkerDied
@@ -196,7 +197,7 @@ class ClusterBackend:
         ordered: bool,
     ) -> Iterator[Outcome]:
         """Run `fn` once for each block."""
-        if cut.axis is None:
+        if cut.axis is None or isinstance(cut, RowCut):  # frames know best how to cut themselves
             return self.stream(fn, block_calls(cut, kwargs), options, ordered=ordered)
         return self._stream(fn, _Pieces(cut, kwargs), options, ordered)
 
@@ -235,6 +236,8 @@ class ClusterBackend:
                     return
                 else:
                     self._open(job, self._next(finished), out, early if ordered else arrived)
+                    if options.completed is not None:
+                        options.completed(yielded + len(early) + len(arrived))
         finally:
             self._streams.discard(finished)
             for batch in out.values():
@@ -317,7 +320,7 @@ class ClusterBackend:
         self._courier.send(batch)
         return future
 
-    def withdraw(self, future: Future[Any], *, kill: bool) -> None:
+    def withdraw(self, *futures: Future[Any], kill: bool) -> None:
         """Do nothing: a host ends what it has begun."""
 
     # --- batches ---------------------------------------------------------------------------------
@@ -330,6 +333,7 @@ class ClusterBackend:
                 " machines: take writable='private' and return the array"
             )
         retries = self._retries if options.retries is None else options.retries
+        options = replace(options, completed=None)  # told here, not there
         fn = with_errstate(fn)
         frame, refs = _packed(fn, "fn")
         if frame.nbytes <= INLINE_FUNCTION_BYTES:

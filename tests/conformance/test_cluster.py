@@ -13,6 +13,7 @@ import time
 
 import dask
 import numpy as np
+import pandas as pd
 import pytest
 from distributed import Client
 
@@ -352,3 +353,19 @@ def test_a_scheduler_without_workers(cluster, monkeypatch):
         worker.wait()
     with pytest.raises(shm.PeerLost, match="has no workers: `shmengine cluster --help`"):
         shm.Engine(1, cluster=cluster.address)
+
+
+def test_frames_and_progress(cluster):
+    frame = pd.DataFrame({"a": np.arange(5000), "b": np.arange(5000.0)}, index=np.arange(5000) * 2)
+    told, later = [], []
+    with shm.Engine(1, cluster=cluster.address, **SETTINGS) as engine:
+        found = engine.map_blocks(
+            lambda rows: rows * 2,
+            frame,
+            block_bytes=4000,
+            progress=lambda done, total: told.append((done, total)),
+        )
+        assert list(engine.map(len, ["a", "bb"], progress=lambda *done: later.append(done))) == [1, 2]
+    pd.testing.assert_frame_equal(found, frame * 2)
+    assert told[-1] == (20, 20)
+    assert later[-1] == (2, 2)
