@@ -136,6 +136,12 @@ class _AsJoblib(Policy):
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = environment
+        self.users: weakref.WeakSet[_Call] = weakref.WeakSet()
+
+    def make_room(self) -> None:
+        """Let go of copies; who wants one again makes it again."""
+        for user in list(self.users):
+            user.forget_copies()
 
     def setup(self) -> dict[str, Any]:
         """Let workers talk to managers, and say what pickle says."""
@@ -166,6 +172,8 @@ class _Pool:
 
     def __init__(self, settings: Mapping[str, Any], idle_seconds: float) -> None:
         self.settings = settings
+        policy = _AsJoblib(settings["environment"])
+        self.users = policy.users
         self.backend = ProcessBackend(
             settings["workers"],
             settings["memory"] or 2 * default_budget(),  # it is for the copies of arrays, too
@@ -173,9 +181,8 @@ class _Pool:
             initargs=settings["initargs"],
             retries=settings["retries"],
             check=settings["check"],
-            policy=_AsJoblib(settings["environment"]),
+            policy=policy,
         )
-        self.users: weakref.WeakSet[_Call] = weakref.WeakSet()
         self.idle_seconds = idle_seconds
         self.idle_since = time.monotonic()
 
@@ -338,6 +345,10 @@ class _Call:
         self._futures.discard(future)
         if callback is not None:
             callback((future, alone))
+
+    def forget_copies(self) -> None:
+        """Let copies of arrays go that no task has now."""
+        self._arrays.clear()
 
     def forget(self) -> None:
         """The call is over: what another one sends is as it is then."""

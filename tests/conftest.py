@@ -20,6 +20,9 @@ from tests.helpers import mount_namespace_prefix
 from tests.helpers.leftovers import Inventory, adopt_orphans, orphan_zombies, take_inventory
 from tests.helpers.watchdog import DEFAULT_SECONDS, Watchdog
 
+# Suites of other projects, and what runs them: `make peers`.
+collect_ignore = ["peers"]
+
 GRACE_SECONDS = float(os.environ.get("SHMENGINE_TEST_GRACE", "5"))
 """What is on its way out may take so long; this is no bound on speed (benches measure that)."""
 

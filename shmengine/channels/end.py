@@ -451,8 +451,8 @@ class End:
 def _finish(link: Link, turns: list[Turn]) -> None:
     """Close an end that is collected; or, at the end of the process, as soon as no thread is inside of a call."""
     until = time.monotonic_ns() + FINISH_NS
-    for turn in turns:
-        while not turn.take_idle():
+    for each in turns:
+        while not each.take_idle():
             if time.monotonic_ns() > until:
                 return  # the end of the process does the rest; it looks like a death
             time.sleep(FINISH_NS / 1e9 / 100)

@@ -224,6 +224,7 @@ class ShmEnd(End):
         deadline = -1 if timeout is None else deadline_of(timeout)
         inbox = self._inbox
         if inbox is not None:
+            turn = self._receiving
             try:
                 obj = inbox.take(deadline)
                 if obj is not NOTHING:
@@ -232,7 +233,7 @@ class ShmEnd(End):
                         self.close()
                     return obj
             except BaseException:  # a signal's handler: the message is for the next call
-                self._leave(self._receiving)
+                self._leave(turn)
                 raise
             if self._closed:
                 self.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+from types import FrameType
 
 __all__ = ["Turn"]
 
@@ -52,11 +54,25 @@ class Turn:
 
     def take_idle(self) -> bool:
         """Take the turn if nobody has it, not even a call that a signal's handler has interrupted in this thread."""
-        if self._owned() or not self._lock.acquire(blocking=False):
+        if self._owned():
+            return not self._is_in_use()
+        if not self._lock.acquire(blocking=False):
             return False
         if not self._coroutine_thread:
             return True
         self._lock.release()
+        return False
+
+    def _is_in_use(self) -> bool:
+        """Tell whether a call further up in this thread has the turn, or one that has ended could not give it up.
+
+        The last step of giving it up can be interrupted, too.
+        """
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            if frame.f_locals.get("turn") is self:  # so it is called by all who take it
+                return True
+            frame = frame.f_back
         return False
 
     def take_async(self) -> bool:

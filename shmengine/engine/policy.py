@@ -34,6 +34,9 @@ class Policy:
         """Return what else workers are told (`child.Worker`)."""
         return {}
 
+    def make_room(self) -> None:
+        """Let go of shared memory that is kept only to be found again; memory is short."""
+
     def broken(self, error: BaseException) -> BaseException:
         """Return the error for what died with a worker, or could not be unpickled on the other side."""
         return error

@@ -74,6 +74,7 @@ class Shortage:
                 raise core.broken()
             core.check_open()
             core.crossings.settle()
+            core.policy.make_room()
             lib.shmr_trim(core.handle)
             if not core.in_flight:
                 if patience.left():

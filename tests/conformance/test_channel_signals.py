@@ -117,6 +117,25 @@ def test_send_is_interrupted(ends, alarm):
     assert alarm.hits
 
 
+def test_what_an_interrupt_left_in_the_last_step_does_not_keep_an_end_open(ends):
+    left, right = ends
+    left.send(1, FOREVER)
+    left._sending.take(0)  # as of a handler that has raised when the call was just about to give up its turn
+    left._receiving.take(0)
+    left.close()
+    assert list(right) == [1]
+
+
+def test_a_handler_may_close_what_it_has_interrupted(ends):
+    left, right = ends
+    left.send(1, FOREVER)
+    turn = left._receiving
+    assert turn.take(0)
+    left.close()
+    left._leave(turn)  # the interrupted call goes on
+    assert list(right) == [1]
+
+
 def echo(end):
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     for obj in end:

@@ -225,7 +225,7 @@ def test_each_call_sees_the_array_as_it_is_then(x):
 
 
 def test_arrays_that_die_make_room():
-    with Parallel(**{**SETTINGS, "memory": "32 MiB"}) as parallel:
+    with Parallel(**{**SETTINGS, "memory": "32 MiB"}, batch_size=1) as parallel:  # each batch must fit
         totals = parallel(delayed(look)(np.full(1 << 20, i, "f8")) for i in range(12))  # 96 MiB
     assert [total for total, _ in totals] == [i << 20 for i in range(12)]
 

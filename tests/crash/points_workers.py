@@ -44,8 +44,8 @@ def arm_after_this_task(path, nth):
 
     def say_published(method):
         @functools.wraps(method)
-        def call(self, *args):
-            method(self, *args)
+        def call(self, *args, **options):
+            method(self, *args, **options)
             if settled:
                 write(path, "published")
 
