@@ -425,7 +425,7 @@ class Dispatcher:
                 lib.shmr_release(self.handle, block)
             self.spare.append(block)
             return
-        self.pool.forward_output(block.producer)
+        self.pool.forward_output(block.producer, number)
         if kind == NUMBER:
             value = damage = None
             nanoseconds = 0

@@ -375,10 +375,12 @@ class Pool:
 
     # --- output ----------------------------------------------------------------------------------
 
-    def forward_output(self, place: int | None = None) -> None:
+    def forward_output(self, place: int | None = None, tag: int = 0) -> None:
         """Pass on what a worker (by its number in the region; None: each) has printed so far.
 
-        For results that are here: what their tasks have printed is to come out before anybody sees them.
+        For results that are here, of the message with this tag: what their tasks have printed is to come out before
+        anybody sees them. But a long line, which leaves the worker in pieces, will have its end if it has gone on to
+        another message.
         """
         if not self._output.acquire(timeout=OUTPUT_SECONDS):
             return  # where it is written to holds it up
@@ -393,9 +395,15 @@ class Pool:
                     self._places = places
                 workers = [places[place]] if place in places else []  # else it has died, which passes on all
             for worker in workers:
-                worker.forward_all()
+                begun = worker.forward_all()
+                if begun and (begun < select.PIPE_BUF or not tag or self._is_at(worker.pid, (0, tag))):
+                    worker.forward_begun()
         finally:
             self._output.release()
+
+    def _is_at(self, pid: int, tags: tuple[int, int]) -> bool:
+        progress = self._progress(pid)
+        return progress is None or progress[0] in tags
 
     def _forward_begun(self) -> float:
         """Pass on lines that were begun some time ago; return when to look again, in seconds."""

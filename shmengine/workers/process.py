@@ -200,13 +200,14 @@ class WorkerProcess:
         self._pass_on(name, piece)
         return True
 
-    def forward_all(self) -> None:
-        """Pass on what it has printed so far, lines that it has begun included: it has just sent a result."""
+    def forward_all(self) -> int:
+        """Pass on the lines that it has printed so far; return how many characters it has of another one, so far."""
         names = self._readable()
         for name in names:  # once: it may be printing on, and whoever calls has other things to do
             self.forward(name)
-        if self._partial and not (names and self._readable()):
-            self.forward_begun()
+        if names and self._readable():
+            return 0
+        return max([len(text) for name, text in self._partial.items() if name != "log"], default=0)
 
     def forward_begun(self, after: float = 0.0) -> float:
         """Pass on lines that were begun and have not gone on for some seconds; return how long until the next look."""
