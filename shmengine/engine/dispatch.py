@@ -541,8 +541,18 @@ class Dispatcher:
                 continue
             with self.turn_lock:
                 if self.drainer is not None and not ready():
-                    self.turn.wait(0.25)
+                    self._sleep_until_told()
             self.shortage.deny_if_stuck()
+
+    def _sleep_until_told(self) -> None:
+        try:
+            self.turn.wait(0.25)
+        except (
+            BaseException
+        ):  # a signal's handler has raised where Condition.wait, written in Python, has let go of it
+            if not self.turn_lock._is_owned():  # type: ignore[attr-defined]  # what Condition uses, too
+                self.turn_lock.acquire()
+            raise
 
     # --- who waits ---------------------------------------------------------------------------------
 

@@ -27,7 +27,8 @@ from tests.helpers import poll_until, run_script
 from tests.helpers.scripts import start_script
 
 SETTINGS = {"backend": "shmengine", "n_jobs": 2, "memory": "256 MiB"}
-OTHERS = {**SETTINGS, "memory": "128 MiB"}  # workers of their own
+# Workers of their own, for tests of errors: those that are at work then are ended, and others come some time later.
+OTHERS = {**SETTINGS, "memory": "128 MiB"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -249,7 +250,7 @@ def test_arrays_in_common(x, mode):
 
 def test_read_only_arrays(x):
     with pytest.raises(ValueError, match="read-only"):
-        Parallel(**SETTINGS)(delayed(write)(x, i) for i in range(6))
+        Parallel(**OTHERS)(delayed(write)(x, i) for i in range(6))
 
 
 @pytest.mark.parametrize("mode", ["r", "c", "r+"])
@@ -286,7 +287,7 @@ def test_results_are_the_callers_own(x):
 
 def test_an_error_says_where_it_was_raised():
     with pytest.raises(ZeroDivisionError) as caught:
-        Parallel(**SETTINGS)(delayed(lambda d: 1 / d)(i) for i in (1, 0, 2))
+        Parallel(**OTHERS)(delayed(lambda d: 1 / d)(i) for i in (1, 0, 2))
     assert isinstance(caught.value.__cause__, RemoteTraceback)
     assert "<lambda>" in str(caught.value.__cause__)
 
@@ -294,9 +295,9 @@ def test_an_error_says_where_it_was_raised():
 @pytest.mark.parametrize("n_tasks", [1, 50])
 def test_what_cannot_be_pickled(n_tasks):
     with pytest.raises(PicklingError, match=r"Could not pickle the task to send.*lock"):
-        Parallel(**SETTINGS)(delayed(id)({"lock": threading.Lock()}) for _ in range(n_tasks))
+        Parallel(**OTHERS)(delayed(id)({"lock": threading.Lock()}) for _ in range(n_tasks))
     with pytest.raises(TypeError, match="lock"):
-        Parallel(**SETTINGS)(delayed(threading.Lock)() for _ in range(n_tasks))
+        Parallel(**OTHERS)(delayed(threading.Lock)() for _ in range(n_tasks))
 
 
 class Unreadable:
@@ -306,8 +307,8 @@ class Unreadable:
 
 def test_what_cannot_be_unpickled():
     with pytest.raises(BrokenProcessPool, match="no number"):
-        Parallel(**SETTINGS)(delayed(id)(Unreadable()) for _ in range(2))
-    assert Parallel(**SETTINGS)([delayed(neg)(1)]) == [-1]
+        Parallel(**OTHERS)(delayed(id)(Unreadable()) for _ in range(2))
+    assert Parallel(**OTHERS)([delayed(neg)(1)]) == [-1]
 
 
 def test_the_death_of_a_worker():
@@ -376,7 +377,7 @@ def test_an_error_of_the_tasks_own_iterable():
         raise LookupError("no more")
 
     with pytest.raises(LookupError, match="no more"):
-        Parallel(**SETTINGS)(calls())
+        Parallel(**OTHERS)(calls())
 
 
 def test_an_initializer():
