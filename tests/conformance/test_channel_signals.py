@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from shmengine import Timeout
+from shmengine import Timeout, WouldBlock
 from tests.helpers.channels import FOREVER, Child, drain, fill, is_message, message, number_of
 from tests.helpers.scripts import soak_seconds
 
@@ -132,8 +132,11 @@ def test_a_handler_may_close_what_it_has_interrupted(ends):
     turn = left._receiving
     assert turn.take(0)
     left.close()
-    left._leave(turn)  # the interrupted call goes on
-    assert list(right) == [1]
+    assert right.receive(FOREVER) == 1
+    with pytest.raises(WouldBlock):
+        right.receive(0)  # a call is still at work there
+    left._leave(turn)  # it goes on, and ends
+    assert list(right) == []
 
 
 def echo(end):
