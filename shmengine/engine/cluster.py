@@ -45,6 +45,7 @@ from shmengine.engine.courier import Batch, ClusterRef, Courier, HostLost
 from shmengine.engine.frames import RowCut
 from shmengine.engine.hosts import aligned, frame_of, object_here
 from shmengine.engine.stalls import Stalls, summary_of
+from shmengine.engine.stream import room_in_window
 from shmengine.errors import ArrayError, Closed, PeerLost, SerializationError, WorkerDied
 from shmengine.exceptions import decode_exception
 from shmengine.stats import EngineStats
@@ -54,7 +55,6 @@ __all__ = ["ClusterBackend"]
 
 BATCH_SECONDS = 0.2  # that a batch is to keep a host busy: long against the way there
 BATCH_BYTES = 32 << 20  # of a batch of more than one task, either way
-WINDOW_MIN = 64
 FILL_SECONDS = 0.0002  # a slow iterable must not hold back what it has already given
 
 
@@ -251,14 +251,8 @@ class ClusterBackend:
         limit = max(2 * len(hosts), 2 * sum(hosts) // size) + 1
         if out and (len(out) >= limit or sum(batch.frame.nbytes for batch in out.values()) > self._fair):
             return 0
-        window = job.options.window
-        if window is None:
-            window = max(WINDOW_MIN, 2 * limit * size)
-        else:
-            size = max(1, min(size, window // limit))
-        if job.result_bytes:
-            window = min(window, max(sum(hosts), int(self._fair / job.result_bytes)))
-        return max(0, min(size, window - ahead))
+        fitting = int(self._fair / job.result_bytes) if job.result_bytes else None
+        return room_in_window(job.options.window, size, limit, fitting, sum(hosts), ahead)
 
     def _next(self, finished: queue.SimpleQueue[Any]) -> Any:
         """Wait for the answer to a batch."""

@@ -13,7 +13,7 @@ from shmengine.engine.backend import Call, Outcome, TaskOptions
 from shmengine.engine.dispatch import BATCHES_PER_WORKER, Dispatcher
 from shmengine.engine.inflight import BATCH_MAX, BATCH_NS, Batch, Job, Task
 
-__all__ = ["run_stream"]
+__all__ = ["room_in_window", "run_stream"]
 
 FILL_NS = 200_000  # a slow iterable must not hold back what it has already given
 WINDOW_MIN = 64  # tasks out at once if nobody says otherwise; enough that one slow task stops nobody
@@ -116,11 +116,28 @@ def _room(core: Dispatcher, job: Job, out: int) -> int:
     # Alone: a limit is watched task by task, and without retries a death must take none along that had ended.
     if job.options.timeout is None and job.retries and job.task_ns:
         size = max(1, min(BATCH_MAX, int(BATCH_NS / job.task_ns)))
-    window = job.options.window
+    fitting = int(fair / job.result_bytes) if job.result_bytes else None
+    return room_in_window(job.options.window, size, limit, fitting, core.workers, out)
+
+
+def room_in_window(
+    window: int | None, size: int, limit: int, fitting: int | None, least: int, ahead: int
+) -> int:
+    """Return how many tasks may be sent together when so many are ahead of what was yielded.
+
+    Parameters
+    ----------
+    window : int or None
+        Most that may be ahead; None: by the number of batches.
+    size, limit : int
+        Tasks of a batch, and batches, that are wanted.
+    fitting : int or None
+        Results that memory has room for, of which `least` may wait in any case; None: not known.
+    """
     if window is None:
         window = max(WINDOW_MIN, 2 * limit * size)
     else:
         size = max(1, min(size, window // limit))
-    if job.result_bytes:
-        window = min(window, max(core.workers, int(fair / job.result_bytes)))
-    return max(0, min(size, window - out))
+    if fitting is not None:
+        window = min(window, max(least, fitting))
+    return max(0, min(size, window - ahead))
