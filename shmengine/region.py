@@ -87,15 +87,19 @@ class RegionToken:
 
 _attached: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
 _attaching = threading.Lock()
+# Held in each call that takes the lock of multiprocessing's resource tracker: a fork by another thread in between would
+# leave that one locked in the child for ever.
+_tracking = threading.RLock()
 
 
 def _after_fork() -> None:
     global _attaching
     _attaching = threading.Lock()
     _attached.clear()  # the parent's places in its regions are not ours
+    _tracking.release()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_tracking.acquire, after_in_parent=_tracking.release, after_in_child=_after_fork)
 
 
 class Region:
@@ -432,7 +436,7 @@ def _unlink(name: str) -> None:
 
     with contextlib.suppress(FileNotFoundError):
         _posixshmem.shm_unlink(f"/{NAME_PREFIX}{name}")
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception), _tracking:
         resource_tracker.unregister(f"/{NAME_PREFIX}{name}", "shared_memory")
 
 
@@ -480,6 +484,11 @@ def _make_file(total: int, arena: int, needed: int, name: str | None) -> int:
                 total,
             ) from error
         return fd
+    with _tracking:
+        return _make_tracked(total, arena, name)
+
+
+def _make_tracked(total: int, arena: int, name: str | None) -> int:
     from multiprocessing import resource_tracker
     from multiprocessing.shared_memory import SharedMemory
 

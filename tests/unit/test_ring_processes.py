@@ -30,6 +30,7 @@ from shmengine.errors import (
 from shmengine.region import Region, _path
 from shmengine.ring import Ring
 from tests.helpers.memory import assert_memory_is_whole
+from tests.helpers.scripts import run_script
 
 FOREVER = 30
 METHODS = ["fork", "spawn", "forkserver"]
@@ -257,6 +258,40 @@ def test_what_the_parent_claimed_and_leased_is_not_the_childs(ring):
     lease.release()
     assert sorted([int(ring.receive(timeout=FOREVER)[0]), int(ring.receive(timeout=FOREVER)[0])]) == [2, 3]
     assert_memory_is_whole(ring)
+
+
+def test_a_fork_while_other_threads_make_and_close_rings():
+    """The lock of multiprocessing's resource tracker is nobody's in the child."""
+    run_script(
+        """
+        import os, threading
+        from shmengine.ring import Ring
+
+        def make_one():
+            Ring(capacity=4, arena_bytes=1 << 21).close()
+
+        def make_many():
+            while not done:
+                make_one()
+
+        done = False
+        make_one()  # all is imported
+        threads = [threading.Thread(target=make_many) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for _ in range(100):
+            pid = os.fork()
+            if pid == 0:
+                make_one()
+                os._exit(0)
+            assert os.waitpid(pid, 0) == (pid, 0)
+        done = True
+        for thread in threads:
+            thread.join()
+        """,
+        flags=("-W", "ignore::DeprecationWarning"),  # of threads and fork, since 3.12
+        check=True,
+    )
 
 
 def test_the_childs_garbage_releases_nothing_of_the_parents(ring):
