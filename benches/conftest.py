@@ -22,14 +22,14 @@ from typing import Any
 
 import pytest
 
-from benches.reached import Reached, Target
 from shmengine.bench.compare import Comparison, Contestant
 from shmengine.bench.environment import stamp
+from shmengine.bench.results import Promise, Report
 
 HANG_SECONDS = 900
 
 
-TARGETS = pytest.StashKey[list[Target]]()
+TARGETS = pytest.StashKey[list[Promise]]()
 STAMP = pytest.StashKey[dict[str, str]]()  # of before the run
 
 
@@ -44,9 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
     parser.addoption(
-        "--save-targets",
+        "--save-promises",
         metavar="FILE",
-        help="write the table of targets with the environment as JSON, for docs/results",
+        help="write the table of targets with the environment as `shmengine bench --suite --json` does",
     )
 
 
@@ -56,9 +56,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--save-targets")
+    path = session.config.getoption("--save-promises")
     if path:
-        Reached(session.config.stash[STAMP], session.config.stash[TARGETS]).save(Path(path))
+        report = Report(session.config.stash[STAMP], {}, {}, [], [], promises=session.config.stash[TARGETS])
+        Path(path).write_text(report.to_json())
 
 
 def machine() -> dict[str, str]:
@@ -117,7 +118,7 @@ class Targets:
         self._note(what, value, "", None)
 
     def _note(self, what: str, value: str, bound: str, met: bool | None) -> None:
-        target = Target(self._bench, what, value, bound, met)
+        target = Promise(self._bench, what, value, bound, met)
         self._item.config.stash[TARGETS].append(target)
         self._item.user_properties.append((what, f"{value} {bound}"))
 

@@ -3,8 +3,7 @@
 <!-- bench NAME -->        everything from here
 <!-- bench end -->         to here is the tables of docs/results/NAME.json
 
-``<!-- bench NAME brief -->`` is what a first look needs of them: few sizes, and few rivals. ``<!-- targets NAME -->``
-is of ``pytest benches --save-targets``.
+``<!-- bench NAME brief -->`` is what a first look needs of them: few sizes, and few rivals.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from benches.reached import Reached
 from shmengine.bench.plan import KIB, MIB
 from shmengine.bench.recommend import SIMPLEST_FIRST
 from shmengine.bench.results import Report
@@ -23,7 +21,7 @@ from shmengine.bench.table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
-    r"^(<!-- (bench|targets) (?!end)(\S+)( brief)? -->\n)(.*?)^(<!-- \2 end -->)$", re.DOTALL | re.MULTILINE
+    r"^(<!-- bench (?!end)(\S+)( brief)? -->\n)(.*?)^(<!-- bench end -->)$", re.DOTALL | re.MULTILINE
 )
 BRIEF_SIZES = frozenset((64, 4 * KIB, 64 * KIB, MIB, 16 * MIB))
 BRIEF_TARGETS = frozenset((*SIMPLEST_FIRST, "multiprocessing.Pipe", "multiprocessing.Queue"))
@@ -47,14 +45,12 @@ def renewed(text: str, results: Path = ROOT / "docs" / "results") -> str:
     """
 
     def block(found: re.Match[str]) -> str:
-        path = results / f"{found[3]}.json"
-        if found[2] == "targets":
-            return f"{found[1]}\n{Reached.read(path).markdown()}\n{found[6]}"
+        path = results / f"{found[2]}.json"
         report = Report.from_json(path.read_text())
-        if found[4]:
+        if found[3]:
             rows = [row for row in report.rows if row.nbytes in BRIEF_SIZES and row.target in BRIEF_TARGETS]
             report = replace(report, rows=rows, missing={})
-        return f"{found[1]}\n{markdown(report)}\n{found[6]}"
+        return f"{found[1]}\n{markdown(report)}\n{found[5]}"
 
     return BLOCK.sub(block, text)
 

@@ -27,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="five sizes, three repeats, in half a minute")
     add("--engine", action="store_true", help="measure the engine: arrays in blocks, tasks, the start")
+    add(
+        "--suite",
+        nargs="?",
+        const="",
+        metavar="EXPRESSION",
+        help="run the benches of the source tree, each with what it should reach (or those that pytest -k selects)",
+    )
     add("--targets", type=_list, metavar="NAME,...", help="what to measure (default: all)")
     add("--sizes", type=_sizes, metavar="SIZE,...", help="of messages, such as 64,4KiB,16MiB")
     add("--modes", type=_modes, metavar="MODE,...", help="copy (an array is sent), block (filled in place)")
@@ -65,9 +72,9 @@ def run(options: argparse.Namespace) -> int:
     # Before all that time.
     if options.plot and (trouble := _no_matplotlib()):
         return _fail(trouble)
-    if options.engine and (trouble := _no_engine(options)):
+    if trouble := _senseless(options):
         return _fail(trouble)
-    measure = _measure_engine if options.engine else _measure
+    measure = _run_suite if options.suite is not None else _measure_engine if options.engine else _measure
     try:
         report = _load(options.load, Report) if options.load else measure(options)
         to_stdout = _write(options, report)
@@ -131,11 +138,49 @@ def _measure_engine(options: argparse.Namespace) -> Any:
     return Report(stamp, asdict(plan), {}, [], [], work)
 
 
-def _no_engine(options: argparse.Namespace) -> str | None:
-    """Say what makes no sense with ``--engine``."""
-    others = ("targets", "sizes", "modes", "seconds", "plot")
-    given = [f"--{name}" for name in others if getattr(options, name) is not None]
-    return f"--engine takes no {given[0]}: that is for ways from one process to another" if given else None
+def _run_suite(options: argparse.Namespace) -> Any:
+    """Let pytest run the benches, with its output on stderr."""
+    import subprocess
+    import tempfile
+    from pathlib import Path
+
+    from shmengine.bench.results import Report
+
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "benches" / "conftest.py").exists():
+        raise ValueError(f"--suite needs the source tree with its benches, and {root} is none")
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "promises.json")
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "benches",
+            "-q",
+            "-k",
+            options.suite,
+            "--save-promises",
+            str(path),
+        ]
+        status = subprocess.run(command, cwd=root, stdout=2, check=False).returncode
+        if status or not path.exists():
+            raise ValueError(f"pytest ended with status {status}; what it says is above")
+        return Report.from_json(path.read_text())
+
+
+def _senseless(options: argparse.Namespace) -> str | None:
+    """Say what makes no sense with ``--engine`` or ``--suite``."""
+    ways = ("targets", "sizes", "modes", "seconds", "plot")
+    for name, wanted, others in (
+        ("engine", options.engine, ways),
+        ("suite", options.suite is not None, (*ways, "repeats")),
+    ):
+        given = [f"--{other}" for other in others if getattr(options, other) is not None]
+        if wanted and given:
+            return f"--{name} takes no {given[0]}: that is for ways from one process to another"
+    if options.suite is not None and (options.engine or options.quick):
+        return f"--suite takes no --{'engine' if options.engine else 'quick'}: it measures what it measures"
+    return None
 
 
 def _load(path: str, kind: Any) -> Any:

@@ -66,7 +66,7 @@ def page(report: Report, *, with_plot: bool) -> str:
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>shmengine bench</title><style>{STYLE}</style></head><body>",
-        f"<h1>{'The engine at work' if report.work else 'From one process to another'}</h1>",
+        f"<h1>{_heading(report)}</h1>",
     ]
     if report.recommendation:
         sentences = "".join(f"<p>{escape(line)}</p>" for line in report.recommendation)
@@ -82,6 +82,12 @@ def page(report: Report, *, with_plot: bool) -> str:
     )
     parts.append(f"<h2>Measured on</h2><dl>{stamp}</dl><script>{SCRIPT}</script></body></html>")
     return "\n".join(parts) + "\n"
+
+
+def _heading(report: Report) -> str:
+    if report.promises:
+        return "What is to be reached"
+    return "The engine at work" if report.work else "From one process to another"
 
 
 def _picture(report: Report) -> str:

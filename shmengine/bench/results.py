@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Self
 
-__all__ = ["FORMAT", "VERSION", "Report", "Row", "Spread", "Work", "spread"]
+__all__ = ["FORMAT", "VERSION", "Promise", "Report", "Row", "Spread", "Work", "spread"]
 
 FORMAT: Final = "shmengine bench"
 VERSION: Final = 1
@@ -126,6 +126,25 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """What one of the benches of the source tree has measured, and what it should reach.
+
+    Attributes
+    ----------
+    bench, what : str
+    value, bound : str
+        With their units; no bound for what is there for information.
+    met : bool or None
+    """
+
+    bench: str
+    what: str
+    value: str
+    bound: str
+    met: bool | None
+
+
+@dataclass(frozen=True)
 class Report:
     """A whole run.
 
@@ -141,6 +160,8 @@ class Report:
         Sentences.
     work : list of Work
         Of a run that measured the engine; then there are no rows.
+    promises : list of Promise
+        Of a run of the benches; then there is nothing else.
     """
 
     environment: dict[str, str]
@@ -149,6 +170,7 @@ class Report:
     rows: list[Row]
     recommendation: list[str]
     work: list[Work] = field(default_factory=list)
+    promises: list[Promise] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Write it for programs."""
@@ -177,6 +199,7 @@ class Report:
                 rows,
                 list(found["recommendation"]),
                 [Work.from_dict(work) for work in found["work"]],
+                [Promise(**promise) for promise in found.get("promises", [])],
             )
         except (KeyError, TypeError, ValueError) as error:
             why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -189,6 +212,10 @@ class Report:
         if self.work:
             writer.writerow(CSV_COLUMNS_OF_WORK)
             writer.writerows([*_csv_cells_of_work(work)] for work in self.work)
+            return out.getvalue()
+        if self.promises:
+            writer.writerow(field.name for field in fields(Promise))
+            writer.writerows(asdict(promise).values() for promise in self.promises)
             return out.getvalue()
         writer.writerow(CSV_COLUMNS)
         for row in self.rows:

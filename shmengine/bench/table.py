@@ -9,7 +9,7 @@ from typing import Final
 
 from shmengine.bench.compare import show_seconds
 from shmengine.bench.plan import show_size
-from shmengine.bench.results import Report, Row, Spread, Work
+from shmengine.bench.results import Promise, Report, Row, Spread, Work
 
 __all__ = ["Table", "failures", "markdown", "plain", "tables"]
 
@@ -48,7 +48,9 @@ class Table:
 
 
 def tables(report: Report) -> list[Table]:
-    """Return throughput, round trip and CPU time; or what the engine does."""
+    """Return throughput, round trip and CPU time; or what the engine does; or what the benches have reached."""
+    if report.promises:
+        return [_promises(report.promises)]
     if report.work:
         return [_work(report.work)]
     return [
@@ -95,6 +97,14 @@ def _work(found: Sequence[Work]) -> Table:
     )
     title = "The engine beside another way to do the same (± half the distance of the quartiles)"
     return Table(title, ("shmengine", "the other", "times as fast"), lines, frozenset())
+
+
+def _promises(found: Sequence[Promise]) -> Table:
+    words = {True: "met", False: "missed", None: ""}
+    lines = tuple((f"{p.bench}: {p.what}", (p.value, p.bound or NOTHING, words[p.met])) for p in found)
+    return Table(
+        "What is to be reached, beside rivals in the same run", ("measured", "target", ""), lines, frozenset()
+    )
 
 
 def _most_bytes(row: Row) -> float | None:

@@ -104,6 +104,10 @@ def test_on_a_terminal_it_is_shown_by_rich(results, monkeypatch, capsys):
         (("--targets", "carrier-pigeon"), "there is no 'carrier-pigeon' to measure"),
         (("--engine", "--sizes", "64"), "--engine takes no --sizes"),
         (("--engine", "--plot", "out.png"), "--engine takes no --plot"),
+        (("--suite", "--sizes", "64"), "--suite takes no --sizes"),
+        (("--suite", "--repeats", "9"), "--suite takes no --repeats"),
+        (("--suite", "--engine"), "--suite takes no --engine"),
+        (("--suite", "import", "--quick"), "--suite takes no --quick"),
         (("--load", "/no/such/file"), "No such file"),
         (("--load", "/dev/null"), "these are no results of `shmengine bench --json`"),
     ],
@@ -137,6 +141,23 @@ def test_what_the_engine_does_is_measured_shown_and_written(monkeypatch, tmp_pat
     assert all(work.rounds == 2 and work.ours > 0 and work.ratio.median > 0 for work in report.work)
     assert main(["bench", "--load", str(path), "--plot", str(tmp_path / "out.svg")]) == 2
     assert "this run measured none" in capsys.readouterr().err
+
+
+def test_the_benches_of_the_source_tree_are_run(tmp_path, capfd):
+    path = tmp_path / "promises.json"
+    assert main(["bench", "--suite", "first_result", "--json", str(path)]) == 0
+    assert "first_result: engine start over two bare" in capfd.readouterr().out
+    report = Report.from_json(path.read_text())
+    (promise,) = report.promises
+    assert promise.bench == "first_result"
+    assert promise.value.endswith("x")
+    assert promise.met in (True, False)
+    assert {"processor", "load", "date"} <= set(report.environment)
+
+
+def test_a_suite_that_runs_nothing_says_so(capfd):
+    assert main(["bench", "--suite", "no_such_bench"]) == 2
+    assert "shmengine bench: pytest ended with status 5" in capfd.readouterr().err
 
 
 def test_the_array_of_a_run_fits_the_memory():

@@ -11,7 +11,7 @@ import pytest
 
 from shmengine.bench.page import page
 from shmengine.bench.plan import KIB, MIB, parse_size, show_size, slots_for
-from shmengine.bench.results import Report, Row, Spread, spread
+from shmengine.bench.results import Promise, Report, Row, Spread, spread
 from shmengine.bench.table import failures, markdown, plain, tables
 
 
@@ -107,6 +107,26 @@ def test_what_the_engine_does_is_written_and_read(work):
     assert work.to_csv().splitlines()[1] == "map & more,<pool>,2.0,50.0,25.0,24.0,26.0,9"
     assert "&lt;pool&gt;" in page(work, with_plot=False)
     assert "The engine at work" in page(work, with_plot=False)
+
+
+def test_what_the_benches_reach_is_written_and_read():
+    promises = [
+        Promise("map", "to <pool>", "9.1x", ">= 10x", False),
+        Promise("map", "alone", "2 s", "", None),
+    ]
+    report = Report({"processor": "made up"}, {}, {}, [], [], promises=promises)
+    assert Report.from_json(report.to_json()) == report
+    (table,) = tables(report)
+    assert table.lines == (
+        ("map: to <pool>", ("9.1x", ">= 10x", "missed")),
+        ("map: alone", ("2 s", "-", "")),
+    )
+    assert report.to_csv().splitlines()[:2] == [
+        "bench,what,value,bound,met",
+        "map,to <pool>,9.1x,>= 10x,False",
+    ]
+    assert "to &lt;pool&gt;" in page(report, with_plot=False)
+    assert "<h1>What is to be reached</h1>" in page(report, with_plot=False)
 
 
 def test_failures_are_told_once(report):

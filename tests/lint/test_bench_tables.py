@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from benches.reached import Reached, Target
-from benches.tables import documents, renewed
-from shmengine.bench.results import Report
+from benches.tables import BLOCK, documents, renewed
+from shmengine.bench.results import Promise, Report
 from tests.helpers.sources import ROOT
 
 
@@ -16,31 +17,41 @@ def test_tables_are_those_of_their_results(path):
     assert renewed(text) == text, "run: python -m benches.tables"
 
 
+CODE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+SPEED = re.compile(
+    r"\b\d[\d.,]*\s?(?:x\b|us\b|ns\b|microseconds|nanoseconds|[KMG]i?B/s|[KMG]i?B a second|times as)"
+)
+
+
+def speeds(text):
+    return SPEED.findall(CODE.sub("", BLOCK.sub("", text)))
+
+
+@pytest.mark.parametrize("path", list(documents()), ids=lambda path: str(path.relative_to(ROOT)))
+def test_speeds_stand_in_these_tables_and_nowhere_else(path):
+    assert speeds(path.read_text()) == []
+
+
+def test_a_speed_is_seen():
+    for text in ("took 4.3 us", "1.21x of it", "some 50 microseconds", "9 GB/s", "5 times as fast"):
+        assert len(speeds(text)) == 1, text
+    assert speeds("every 50 ms\n```\n2.1 us\n```\n<!-- bench run -->\n9.1x\n<!-- bench end -->\n") == []
+
+
 def test_results_can_be_read_and_name_their_machine():
     for path in (ROOT / "docs" / "results").glob("*.json"):
-        read = Reached.read if path.stem.endswith("-targets") else of_bench
         named = {"processor", "kernel", "python", "numpy", "load", "date"}
-        assert named <= set(read(path).environment), path.name
+        assert named <= set(Report.from_json(path.read_text()).environment), path.name
 
 
-def of_bench(path):
-    return Report.from_json(path.read_text())
-
-
-def test_targets_are_read_back(tmp_path):
-    path = tmp_path / "run-targets.json"
-    run = Reached({"processor": "made up", "pinned": "no"}, [Target("idle", "CPU", "9 %", "<= 1 %", False)])
-    run.save(path)
-    assert Reached.read(path) == run
-    made = renewed("<!-- targets run-targets -->\n<!-- targets end -->\n", tmp_path)
-    assert "| idle | CPU | 9 % | <= 1 % | **missed** |\n\nMeasured on: processor made up.\n" in made
+def test_what_the_benches_reach(tmp_path):
+    promises = [Promise("idle", "CPU", "9 %", "<= 1 %", False), Promise("idle", "of two", "5 %", "", None)]
+    run = Report({"processor": "made up"}, {}, {}, [], [], promises=promises)
+    (tmp_path / "run.json").write_text(run.to_json())
+    assert Report.from_json(run.to_json()) == run
+    made = renewed("<!-- bench run -->\n<!-- bench end -->\n", tmp_path)
+    assert "| idle: CPU | 9 % | <= 1 % | missed |\n| idle: of two | 5 % | - |  |\n" in made
     assert renewed(made, tmp_path) == made
-
-
-def test_results_of_the_one_are_not_taken_for_the_other(tmp_path):
-    (tmp_path / "run.json").write_text(EMPTY)
-    with pytest.raises(ValueError, match=r"run\.json is not of pytest benches --save-targets"):
-        renewed("<!-- targets run -->\n<!-- targets end -->\n", tmp_path)
 
 
 EMPTY = Report({"processor": "made up"}, {}, {"pipe": "not installed"}, [], ["Take shm."]).to_json()
