@@ -33,6 +33,10 @@ void shmr_bell_ring(shmr_word *bell) {
     syscall(SYS_futex, bell, FUTEX_WAKE, INT_MAX, NULL, NULL, 0); /* all: a stranger may have queued up, too */
 }
 
+bool shmr_bell_rung(const shmr_word *bell) { return shmr_load_relaxed(bell) & RUNG; } /* a hint: who rang changed the source first, and the waiter tries again */
+
+bool shmr_bell_asleep(const shmr_word *bell) { return shmr_load_relaxed(bell) & ASLEEP; } /* a hint for a choice among waiters */
+
 void shmr_bell_silence(shmr_word *bell) { shmr_exchange_acquire(bell, 0); } /* A15 W8 */
 
 /* Sleep until it rings (0), until `end` (ETIMEDOUT), or until a signal (EINTR). May return 0 without a ring. */

@@ -278,6 +278,8 @@ bool shmr_ring_has_room(const shmr *h, uint32_t ring);
 
 /* ---- shmr_bell.c --------------------------------------------------------------------------------------------- */
 void shmr_bell_ring(shmr_word *bell);
+bool shmr_bell_rung(const shmr_word *bell);
+bool shmr_bell_asleep(const shmr_word *bell);
 void shmr_bell_silence(shmr_word *bell);
 int shmr_bell_wait(shmr_word *bell, int64_t end);
 

@@ -23,10 +23,12 @@
 
 #define SLICE_NS 250000000
 #define SPIN_NS 50000
+#define UNSEEN_NS 10000 /* of these, before others are told that somebody waits */
 #define BRIEFLY_NS 10000
 #define MISSES_MAX 3   /* after so many spins in vain: no more spinning */
 #define PROBE_EVERY 32 /* but try again now and then */
 #define LOST_MAX 64    /* bits that others were faster to clear */
+#define LOOKED_AT 4    /* waiters, for one that is awake */
 
 int64_t shmr_now(void) {
     struct timespec t;
@@ -47,11 +49,22 @@ static void post(shmr *h, uint32_t doorbell) {
     shmr_bell_ring(&shmr_doorbell_at(h, doorbell)->bell);
 }
 
+/* Of these waiters one whose bell is rung without a system call, because it spins; the first if none of some does. */
+static uint64_t awake_among(shmr *h, int word, uint64_t bits) {
+    uint64_t left = bits & (bits - 1) ? bits : 0; /* of one there is no choice */
+    for (int k = 0; left && k < LOOKED_AT; k++, left &= left - 1) {
+        uint32_t doorbell = (uint32_t)(word * 64) + (uint32_t)__builtin_ctzll(left);
+        if (doorbell < h->g.config.doorbells && !shmr_bell_asleep(&shmr_doorbell_at(h, doorbell)->bell))
+            return left & -left;
+    }
+    return bits & -bits;
+}
+
 void shmr_notify_one(shmr *h, shmr_word *waiters) {
     for (int w = 0; w < SHMR_WAITER_WORDS; w++) {
         uint64_t bits;
         for (int turn = 0; (bits = shmr_load_seq_cst(&waiters[w])); turn++) { /* S1 S2 S3 S5 I9 */
-            uint64_t bit = bits & -bits;
+            uint64_t bit = awake_among(h, w, bits);
             if (turn == LOST_MAX) { /* somebody plays with the bits: all of the rest */
                 shmr_notify_all(h, waiters);
                 return;
@@ -123,27 +136,32 @@ static bool any_ready(const shmr *h, const struct shmr_source *sources, int coun
 }
 
 /* A partner that answers from another core does so within a microsecond; one that sleeps takes 45. So spin first,
- * as long as spinning has been gaining. True: worth an attempt. */
-static bool spin(shmr *h, const struct shmr_source *sources, int count, enum shmr_spin_kind kind,
-                 int64_t deadline) {
-    bool brief = deadline == SHMR_BRIEFLY;
-    struct shmr_spin *s = &h->spin[kind + (brief ? SHMR_SPIN_KINDS : 0)]; /* private; races between threads only cost a wrong guess */
-    uint64_t turn = shmr_add_relaxed(&s->turns, 1), misses = shmr_load_relaxed(&s->misses);
-    if (misses >= MISSES_MAX && turn % PROBE_EVERY) return false;
-    int64_t end = shmr_now() + (brief ? BRIEFLY_NS : SPIN_NS);
-    if (deadline > 0 && deadline < end) end = deadline;
+ * as long as spinning has been gaining: for some microseconds unseen, which costs the partner nothing; then with our
+ * bit set, so that whoever notifies finds somebody awake, and wakes nobody who sleeps beside us. */
+static bool is_worth_spinning(struct shmr_spin *s) {
+    uint64_t turn = shmr_add_relaxed(&s->turns, 1); /* private, like misses; races between threads only cost a wrong guess */
+    return shmr_load_relaxed(&s->misses) < MISSES_MAX || turn % PROBE_EVERY == 0;
+}
+
+/* Until an attempt is worth it (true), or `end`; the `last` time that is a miss. `doorbell`: our own, or -1. */
+static bool spin(shmr *h, const struct shmr_source *sources, int count, struct shmr_spin *s, bool last, int doorbell,
+                 int64_t end) {
     do {
         for (int i = 0; i < 16; i++) {
-            if (any_ready(h, sources, count)) {
-                if (misses) shmr_store_relaxed(&s->misses, 0);
+            if (any_ready(h, sources, count) ||
+                (doorbell >= 0 && shmr_bell_rung(&shmr_doorbell_at(h, (uint32_t)doorbell)->bell))) {
+                if (shmr_load_relaxed(&s->misses)) shmr_store_relaxed(&s->misses, 0);
                 return true;
             }
             shmr_pause();
         }
     } while (shmr_now() < end);
-    if (misses < MISSES_MAX) shmr_store_relaxed(&s->misses, misses + 1);
+    uint64_t misses = shmr_load_relaxed(&s->misses);
+    if (last && misses < MISSES_MAX) shmr_store_relaxed(&s->misses, misses + 1);
     return false;
 }
+
+static int64_t earlier(int64_t end, int64_t deadline) { return deadline > 0 && deadline < end ? deadline : end; }
 
 static int sleep_until(shmr *h, int doorbell, int64_t end) {
     if (doorbell >= 0) return shmr_bell_wait(&shmr_doorbell_at(h, (uint32_t)doorbell)->bell, end);
@@ -209,11 +227,16 @@ bool shmr_look(shmr *h, bool for_space) {
 int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_spin_kind kind,
               int (*attempt)(shmr *h, void *argument), void *argument, int64_t deadline) {
     int status = SHMR_WOULD_BLOCK;
-    if (spin(h, sources, count, kind, deadline)) {
+    bool brief = deadline == SHMR_BRIEFLY;
+    struct shmr_spin *s = &h->spin[kind + (brief ? SHMR_SPIN_KINDS : 0)];
+    bool spinning = is_worth_spinning(s);
+    int64_t began = spinning ? shmr_now() : 0;
+    if (spinning &&
+        spin(h, sources, count, s, brief, -1, earlier(began + (brief ? BRIEFLY_NS : UNSEEN_NS), deadline))) {
         status = attempt(h, argument);
         if (status != SHMR_WOULD_BLOCK) return status;
     }
-    if (deadline == SHMR_BRIEFLY) return status;
+    if (brief) return status;
     int doorbell = borrow_doorbell(h);
     bool watching_space = sources[0].waiters == shmr_participant_at(h, h->self)->space_waiters;
     bool by_slice = false, lost = false;
@@ -273,6 +296,10 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
                     break;
                 }
             }
+        }
+        if (spinning) {
+            spinning = false;
+            if (spin(h, sources, count, s, true, doorbell, earlier(began + SPIN_NS, deadline))) continue;
         }
         if (!watching_space) relieve(h);
         int64_t end = now + SLICE_NS;

@@ -129,6 +129,19 @@ static void a_message_worth_an_attempt(void) {
     close_pair();
 }
 
+/* The same with its bit set: it is rung, and not woken. */
+static void a_ring_worth_an_attempt(void) {
+    open_pair(2);
+    shmr_block b = {0};
+    before_load(&shmr_doorbell_at(h, 0)->bell, 2, a_message_comes);
+    CHECK_STATUS(shmr_lease(h, 0, 1, shmr_now() + 1000000, &b), SHMR_TIMEOUT);
+    check_happened();
+    before_load(&shmr_doorbell_at(h, 0)->bell, 2, other_sends);
+    OK(shmr_lease(h, 0, 1, shmr_now() + INT64_C(10000000000), &b));
+    OK(shmr_release(h, &b));
+    close_pair();
+}
+
 /* The waiter's bit that we were to clear has just been cleared: that one is awake. */
 static void a_waiter(void) {
     open_pair(2);
@@ -493,6 +506,7 @@ int main(void) {
     RUN(a_look_for_room);
     RUN(a_slot_and_a_message);
     RUN(a_message_worth_an_attempt);
+    RUN(a_ring_worth_an_attempt);
     RUN(a_waiter);
     RUN(the_only_reader);
     RUN(a_look_whether_all_is_idle);

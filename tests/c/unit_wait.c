@@ -265,6 +265,28 @@ static void one_each(void) {
     close_whole();
 }
 
+/* Who is awake with its bit set, because it spins, is rung, and nobody who would have to be woken; of many, only some
+ * are looked at. */
+static void who_is_awake(void) {
+    open_region();
+    enum { ASLEEP = 2, RUNG = 1, WAITERS = 6 };
+    const struct { uint64_t asleep, rung; } cases[] = {{0, 0}, {1, 1}, {3, 2}, {7, 3}, {15, 0}, {63, 0}};
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        for (uint32_t d = 0; d < WAITERS; d++)
+            shmr_store_release(&shmr_doorbell_at(h, d)->bell, cases[c].asleep >> d & 1 ? ASLEEP : 0);
+        uint64_t all = (1 << WAITERS) - 1;
+        shmr_or_seq_cst(items(), all);
+        OK(send_message(h, 0, 8, 1, NOT_AT_ALL));
+        CHECK_EQ(shmr_load_seq_cst(items()), all & ~(UINT64_C(1) << cases[c].rung));
+        for (uint32_t d = 0; d < WAITERS; d++)
+            CHECK_EQ(shmr_load_seq_cst(&shmr_doorbell_at(h, d)->bell) & RUNG, d == cases[c].rung);
+        shmr_and_acq_rel(items(), 0);
+        for (uint32_t d = 0; d < WAITERS; d++) shmr_store_release(&shmr_doorbell_at(h, d)->bell, 0);
+        OK(receive_message(h, 0, NULL, NOT_AT_ALL));
+    }
+    close_whole();
+}
+
 /* Some of the waiters give up at the very moment when a message comes: the wake-up must go to another. */
 static void a_baton_is_passed_on(void) {
     open_region();
@@ -459,6 +481,7 @@ int main(void) {
     RUN(by_who_sleeps_on_free_memory);
     RUN(by_who_waits_for_memory_too);
     RUN(one_each);
+    RUN(who_is_awake);
     RUN(a_baton_is_passed_on);
     RUN(too_few_doorbells);
     RUN(an_item_interrupts);
