@@ -42,6 +42,7 @@ from joblib.parallel import (
 from shmengine.arrays import address_of, owner_of
 from shmengine.config import default_budget, parse_bytes
 from shmengine.engine.backend import Submit, TaskOptions, Writable, function_name
+from shmengine.engine.callback_future import CallbackFuture
 from shmengine.engine.checks import check_callable, check_choice, is_index
 from shmengine.engine.policy import Policy
 from shmengine.engine.process import ProcessBackend
@@ -133,6 +134,8 @@ class _AsJoblib(Policy):
     """Workers that serve one call of Parallel after the other; a death fails a call, and nobody else's."""
 
     pickles_late = True
+
+    make_future = CallbackFuture  # joblib waits by itself
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = environment
@@ -309,24 +312,27 @@ class _Call:
         self._writable = writable
         self._arrays = _Arrays(pool.backend, least, own=own)
         self._submits: dict[int, tuple[Any, Submit]] = {}
-        self._futures: set[Future[Any]] = set()
+        self._outcomes: set[Future[Any]] = set()
 
     def submit(self, batch: BatchedCalls, callback: Callable[[Any], None] | None) -> Future[Any]:
-        """Send a batch; the callback gets its future, and whether it has one call only."""
+        """Send a batch; the callback gets its outcome, and whether it has one call only."""
+        outcome: Future[Any]
         try:
-            future = self._send(batch)
+            outcome = self._send(batch)
         except Exception as error:
-            future = Future()
-            future.set_running_or_notify_cancel()
-            future.set_exception(_AsJoblib.failed(error))
-        self._futures.add(future)
-        future.add_done_callback(functools.partial(self._done, callback, len(batch.items) == 1))
-        return future
+            outcome = CallbackFuture()
+            outcome.set_exception(_AsJoblib.failed(error))
+        self._outcomes.add(outcome)
+        outcome.add_done_callback(functools.partial(self._done, callback, len(batch.items) == 1))
+        return outcome
 
     def _send(self, batch: BatchedCalls) -> Future[Any]:
         calls = batch.items
         fn = calls[0][0]
         known = self._submits.get(id(fn))
+        if len(calls) == 1 and known is not None:
+            _, args, kwargs = calls[0]
+            return known[1](((args, kwargs or None),), {})
         if (known is not None or goes_by_reference(fn)) and all(call[0] is fn for call in calls):
             calls = [(args, kwargs or None) for _, args, kwargs in calls]
         else:
@@ -341,10 +347,10 @@ class _Call:
             self._submits[0 if fn is None else id(fn)] = known
         return known[1](tuple(calls), {})
 
-    def _done(self, callback: Callable[[Any], None] | None, alone: bool, future: Future[Any]) -> None:
-        self._futures.discard(future)
+    def _done(self, callback: Callable[[Any], None] | None, alone: bool, outcome: Future[Any]) -> None:
+        self._outcomes.discard(outcome)
         if callback is not None:
-            callback((future, alone))
+            callback((outcome, alone))
 
     def forget_copies(self) -> None:
         """Let copies of arrays go that no task has now."""
@@ -357,7 +363,7 @@ class _Call:
 
     def abort(self) -> None:
         """Let nothing of it run any longer: workers that are at it are ended, and replaced."""
-        running = [future for future in list(self._futures) if not future.cancel()]
+        running = [outcome for outcome in list(self._outcomes) if not outcome.cancel()]
         if running:
             with contextlib.suppress(Closed, standard.BrokenProcessPool):
                 self._backend.withdraw(*running, kill=True)

@@ -249,17 +249,16 @@ class Dispatcher:
                     raise ArrayError("writable='shared' needs writable arrays; this one is read-only")
 
     def dispatch(self, batch: Batch, encoded: codec.Encoded | None = None) -> None:
-        """Send a batch; while there is no room, drain results."""
+        """Send a batch; while there is no room, drain results. After an error, the batch has what was not sent."""
         if encoded is None:
             encoded = self.encode_batch(batch)
-        if encoded.nbytes > self.budget // 8 and len(batch.tasks) > 1:
+        while encoded.nbytes > self.budget // 8 and len(batch.tasks) > 1:
             half = len(batch.tasks) // 2
             self.dispatch(Batch(batch.job, batch.tasks[:half]))
-            self.dispatch(Batch(batch.job, batch.tasks[half:]))
-            return
+            batch.tasks = batch.tasks[half:]  # what is left, should that fail
+            encoded = self.encode_batch(batch)
         batch.nbytes = encoded.nbytes
-        number = self.in_flight.reserve()
-        self.in_flight.add(batch, number)
+        number = self.in_flight.add(batch)
         if batch.job.options.timeout is not None:
             self.pool.watch_time()
         block = self.spare.pop() if self.spare else ffi.new("shmr_block *")
@@ -390,6 +389,8 @@ class Dispatcher:
             if status == OK:
                 took = True
                 self.receive(block)
+                if self.futures.pending:
+                    return True  # to be sent before the next one is read: a worker waits for them
                 continue
             self.spare.append(block)
             if status in (TIMEOUT, WOULD_BLOCK, INTERRUPTED):

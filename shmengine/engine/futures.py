@@ -73,14 +73,14 @@ class Futures:
 
     def _submit(self, job: Job, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Future[Any]:
         core = self._core
-        core.check_open()
-        task = FutureTask(job, Future(), tuple(args), dict(kwargs) or None)
+        task = FutureTask(job, core.policy.make_future(), tuple(args), dict(kwargs) if kwargs else None)
         core.provide_workers()
         if core.policy.pickles_late and core.policy.tasks_per_worker is None:
             task.quick = _is_atomic(task.args) and not task.kwargs
         encoded = batch = None
         forgotten = False
         if not (core.policy.pickles_late and (self.pending or self._full(task))):
+            core.check_open()
             # Here, so that what cannot be pickled is raised here.
             encoded = core.encode_batch(Batch(job, [task]))
             task.nbytes = encoded.nbytes
@@ -158,7 +158,7 @@ class Futures:
     def send_pending(self) -> None:
         """Put those that wait into the outbox, as far as there is room for them.
 
-        When results have been taken, and not at each: what they have let others submit may then go together.
+        When a message's results have all been delivered: what they have let others submit may then go together.
         """
         if not self.pending:
             return

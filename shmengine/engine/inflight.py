@@ -115,12 +115,17 @@ class InFlight:
             self._next += count
             return first
 
-    def add(self, batch: Batch, tag: int) -> None:
-        """A batch is about to be sent."""
+    def add(self, batch: Batch, tag: int | None = None) -> int:
+        """A batch is about to be sent: return its tag, a fresh one if it has none yet."""
         with self.lock:
+            if tag is None:
+                tag = self._next
+                self._next = tag + 1
             self._batches[tag] = batch
-            batch.job.in_flight += 1
-            batch.job.bytes_in_flight += batch.nbytes
+            job = batch.job
+            job.in_flight += 1
+            job.bytes_in_flight += batch.nbytes
+            return tag
 
     def take(self, tag: int) -> Batch | None:
         """Return, and forget, what was out under a tag; None if it is not any more."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any, Literal
 
 __all__ = ["Policy"]
@@ -29,6 +30,9 @@ class Policy:
 
     finishes = False
     """Forgotten by its owner, it still does what was submitted, and ends then."""
+
+    make_future: Callable[[], Future[Any]] = Future
+    """What stands for a task that was submitted."""
 
     def setup(self) -> dict[str, Any]:
         """Return what else workers are told (`child.Worker`)."""

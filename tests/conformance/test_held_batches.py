@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import signal
 import threading
 
 import pytest
 
 import shmengine as shm
-from shmengine.errors import WorkerDied
+from shmengine.errors import MemoryBudgetExceeded, WorkerDied
 from tests.helpers import poll_until
 
 WARM = 2000
@@ -145,6 +146,23 @@ def test_an_argument_that_cannot_be_pickled_among_others(executor):
     assert type(bad.exception()) is LookupError
 
 
+def test_what_finds_no_room_among_others(executor):
+    """They are divided until each part fits; the one that never does fails, and no other."""
+    list(executor.map(take, range(WARM)))
+    pids = list(executor._processes)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        out = [executor.submit(take, b"") for _ in pids]
+        small, large = executor.submit(take, b"small"), executor.submit(take, bytes(100 << 20))
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    assert [future.result() for future in [*out, small]] == [0] * (len(pids) + 1)
+    with pytest.raises(MemoryBudgetExceeded, match="100 MiB are more than the whole memory budget"):
+        large.result()
+
+
 def die():
     os._exit(3)
 
@@ -162,24 +180,25 @@ def test_a_death_after_the_others_were_handed_over(engine, gate):
     assert list(results) == [0] * 100
 
 
-def test_the_thread_that_watches_sleeps_when_there_is_nothing(executor):
+def test_the_thread_that_watches_sleeps_when_there_is_nothing():
     def threads():
         return [thread.name for thread in threading.enumerate()]
 
-    assert "shmengine-held" in executor.submit(threads).result()
-    pids = list(executor._processes)
+    with shm.Executor(1, memory="64 MiB") as executor:
+        list(executor.map(run, [int] * WARM))
+        assert "shmengine-held" in executor.submit(threads).result()
+        (pid,) = executor._processes
 
-    def switches():
-        total = 0
-        for pid in pids:
+        def switches():
+            total = 0
             for task in os.listdir(f"/proc/{pid}/task"):
                 with open(f"/proc/{pid}/task/{task}/status") as status:
                     total += sum(int(line.split()[1]) for line in status if "ctxt_switches" in line)
-        return total
+            return total
 
-    def quiet():
-        before = switches()
-        threading.Event().wait(0.3)
-        return switches() - before < 10  # not one every 20 ms
+        def quiet():
+            before = switches()
+            threading.Event().wait(0.3)
+            return switches() - before < 5  # not one every 20 ms
 
-    poll_until(quiet)
+        poll_until(quiet)
