@@ -118,7 +118,8 @@ class Dispatcher:
         self.turn_lock = threading.RLock()
         self.turn = threading.Condition(self.turn_lock)  # who drains
         self.drainer: int | None = None
-        self.futures = Futures(self, BATCHES_PER_WORKER * workers + 1)
+        # What was sent cannot be cancelled any more: as many as with ProcessPoolExecutor, if that is imitated.
+        self.futures = Futures(self, workers + 1 if policy.pickles_late else BATCHES_PER_WORKER * workers + 1)
         self.deaths = Deaths(self)
         self.shortage = Shortage(self)
         self._latest_function: tuple[Callable[[], Any], bytes] = _nothing, b""

@@ -678,6 +678,26 @@ def test_the_interpreter_waits_for_what_was_submitted(more):
     assert result.stderr == ""
 
 
+def wait_for(path):
+    while not os.path.exists(path):
+        threading.Event().wait(0.01)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_only_few_more_are_running_than_there_are_workers(pool, workers, tmp_path):
+    """The others can be cancelled."""
+    path = tmp_path / "gate"
+    with pool(workers) as executor:
+        futures = [executor.submit(wait_for, path) for _ in range(20)]
+        try:
+            poll_until(lambda: sum(future.running() for future in futures) >= workers)
+            threading.Event().wait(0.2)
+            assert workers <= sum(future.running() for future in futures) <= 2 * workers + 1
+            assert sum(future.cancel() for future in futures) >= 20 - 2 * workers - 1
+        finally:
+            path.touch()
+
+
 def test_but_not_after_ctrl_c():
     result = run_script(AT_EXIT.format(more="executor.submit(time.sleep, 10_000); raise KeyboardInterrupt"))
     assert result.stdout.splitlines()[-1].startswith("cannot schedule new futures after")
