@@ -37,6 +37,7 @@ from shmengine.errors import (
 )
 
 if TYPE_CHECKING:
+    from shmengine import joblib as joblib
     from shmengine.channels.end import End as End
     from shmengine.channels.keys import Keys as Keys
     from shmengine.channels.keys import generate_keys as generate_keys
@@ -135,17 +136,19 @@ _HOMES = {
 _INTEGRATIONS = {"joblib"}
 
 
-def __getattr__(name: str) -> Any:
-    import importlib
+if not TYPE_CHECKING:  # or every name would be one
 
-    if name in _INTEGRATIONS:
-        return importlib.import_module(f"{__name__}.{name}")
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        import importlib
+
+        if name in _INTEGRATIONS:
+            return importlib.import_module(f"{__name__}.{name}")
+        home = _HOMES.get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(home), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@ No thread waits for a call: the engine's own one, which completes its futures, t
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shmengine.engine.backend import Backend, TaskOptions, Writable, function_name
 from shmengine.engine.checks import check_callable, check_choice, check_iterables, task_options
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from shmengine.engine.awaitable import TaskFuture
 
 __all__ = ["Asynchronous"]
+
+T = TypeVar("T")
 
 
 class Asynchronous:
@@ -25,7 +27,7 @@ class Asynchronous:
     def _check_usable(self) -> None:
         raise NotImplementedError
 
-    def asubmit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> TaskFuture:
+    def asubmit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> TaskFuture[T]:
         """Run ``fn(*args, **kwargs)`` once: ``await engine.asubmit(fn, ...)``.
 
         Cancelling it (or the coroutine that awaits it) reaches the task. One that nobody has begun never runs;

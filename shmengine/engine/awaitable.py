@@ -8,7 +8,7 @@ import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from shmengine.engine.backend import Backend, Submit
 from shmengine.errors import Closed
@@ -16,9 +16,10 @@ from shmengine.errors import Closed
 __all__ = ["TaskFuture", "ordered_results"]
 
 WINDOW_PER_WORKER = 4
+T = TypeVar("T")
 
 
-class TaskFuture(asyncio.Future[Any]):
+class TaskFuture(asyncio.Future[T]):
     """A task, for ``await``."""
 
     def __init__(
@@ -85,7 +86,7 @@ async def ordered_results(
 ) -> AsyncIterator[Any]:
     """Run the calls, at most a window of them ahead, and yield what they return in their order."""
     window = window or WINDOW_PER_WORKER * backend.workers
-    out: deque[TaskFuture] = deque()
+    out: deque[TaskFuture[Any]] = deque()
     try:
         while True:
             for args in itertools.islice(calls, window - len(out)):

@@ -56,7 +56,8 @@ def tasks(engine: shm.Engine) -> None:
 
 
 async def coroutines(engine: shm.Engine) -> int:
-    found: int = await engine.asubmit(square, 5)
+    found = await engine.asubmit(square, 5)
+    assert_type(found, int)
     async for number in engine.amap(square, [1, 2]):
         found += number
     return found
@@ -67,6 +68,12 @@ def alone() -> None:
     assert_type(shm.map_blocks(double, x), NDArray[np.float64])
     assert list(shm.map(square, [1, 2])) == [1, 4]
     assert shm.reduce(np.sum, x, combine=np.add) == 8
+
+
+def elsewhere(address: str) -> shm.Engine:
+    shm.joblib.register()
+    shm.joblib.shutdown()
+    return shm.Engine(cluster=address)
 
 
 def executor() -> None:
@@ -154,6 +161,8 @@ def main() -> None:
         arrays(engine)
         tasks(engine)
         assert asyncio.run(coroutines(engine)) == 30
+        html: str = engine._repr_html_() + engine.stats()._repr_html_()
+        assert "<" in html
         error = refused(engine)
         assert isinstance(error.__cause__, shm.RemoteTraceback)
         assert explained(error) == "does not fit"
