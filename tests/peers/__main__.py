@@ -113,7 +113,6 @@ def run(
 
 
 DASK_MODULES = ("test_get.py", "--pyargs", "dask.array.tests")
-NOT_ON_PROCESSES = "zarr"  # keep stores in the memory of one process, and take minutes to find that out
 
 
 def on_dask(scheduler: str, tests: list[str], only: str) -> dict[str, list[list[str]]]:
@@ -121,9 +120,8 @@ def on_dask(scheduler: str, tests: list[str], only: str) -> dict[str, list[list[
     BUILD.mkdir(parents=True, exist_ok=True)
     report = BUILD / f"dask-{scheduler}.json"
     report.unlink(missing_ok=True)
-    words = f"({only}) and not {NOT_ON_PROCESSES}" if only else f"not {NOT_ON_PROCESSES}"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "on_scheduler"]
-    command += ["-c", os.devnull, f"--confcutdir={HERE / 'dask'}", "-k", words, "--tb=no", "-rN"]
+    command += ["-c", os.devnull, f"--confcutdir={HERE / 'dask'}", "-k", only, "--tb=no", "-rN"]
     command += [f"--on={scheduler}", f"--report={report}", *tests]
     subprocess.run(
         command, env={**os.environ, "PYTHONPATH": "."}, cwd=HERE / "dask", check=False, timeout=HOUR

@@ -34,6 +34,10 @@ LISTS = {
     '[None, "loky", "threading"]': '[None, "loky", "threading", "shmengine"]',
     '("loky", True),': '("loky", True), ("shmengine", False),',
     '@parametrize("backend", ["loky", "threading"])': '@parametrize("backend", ["loky", "threading", "shmengine"])',
+    '["threading", "loky", "multiprocessing", "back_compat_backend"]': (
+        '["threading", "loky", "multiprocessing", "back_compat_backend", "shmengine"]'
+    ),
+    '([None, "loky"] if mp is not None else [None])': '[None, "loky", "shmengine"]',
     '(["threading"] if mp is None else ["loky", "threading"])': '["loky", "threading", "shmengine"]',
 }
 """What is replaced in their source; each must be there."""
@@ -48,6 +52,7 @@ OF_LOKY = [
     "test_threadpool_limitation_in_child_context",
     "test_initializer_reused",
     "test_initializer_not_reused",
+    "test_invalid_backend_hinting_and_constraints",
 ]
 """Tests, and what belongs to them, that name loky and no other: here they name ours."""
 
