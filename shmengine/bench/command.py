@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,19 +73,24 @@ def run(options: argparse.Namespace) -> int:
     # Before all that time.
     if options.plot and (trouble := _no_matplotlib()):
         return _fail(trouble)
-    if trouble := _senseless(options):
+    if trouble := _senseless(options) or _unwritable(options):
         return _fail(trouble)
     measure = _run_suite if options.suite is not None else _measure_engine if options.engine else _measure
     try:
         report = _load(options.load, Report) if options.load else measure(options)
-        to_stdout = _write(options, report)
     except (OSError, ValueError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    trouble = None
+    to_stdout = False
+    try:
+        to_stdout = _write(options, report)
+    except (OSError, ValueError) as error:  # not at the price of all that time
+        trouble = str(error)
     if not to_stdout:
         _show(report)
-    return 0
+    return 0 if trouble is None else _fail(trouble)
 
 
 def _fail(text: str, status: int = 2) -> int:
@@ -166,6 +172,18 @@ def _run_suite(options: argparse.Namespace) -> Any:
         if status or not path.exists():
             raise ValueError(f"pytest ended with status {status}; what it says is above")
         return Report.from_json(path.read_text())
+
+
+def _unwritable(options: argparse.Namespace) -> str | None:
+    """Say which file cannot be written."""
+    for path in (options.json, options.csv, options.markdown, options.plot, options.html):
+        if path is None or path == "-":
+            continue
+        place = path if os.path.exists(path) else os.path.dirname(path) or "."
+        if os.path.isdir(path) or not os.access(place, os.W_OK):
+            why = "it is a directory" if os.path.isdir(path) else f"no access to {place!r}"
+            return f"{path} cannot be written: {why}"
+    return None
 
 
 def _senseless(options: argparse.Namespace) -> str | None:

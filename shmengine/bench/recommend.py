@@ -193,7 +193,7 @@ def _in_place(rows: Iterable[Row]) -> list[str]:
 
 def _rivals(rows: Sequence[Row]) -> list[str]:
     """Be honest about who is faster; the quartiles must not overlap, and there must be some."""
-    faster: dict[str, tuple[float, int]] = {}
+    faster: dict[tuple[str, str], tuple[float, int]] = {}
     for row in rows:
         if row.group != "rival" or row.rate is None or row.rounds < ENOUGH_ROUNDS:
             continue
@@ -206,14 +206,15 @@ def _rivals(rows: Sequence[Row]) -> list[str]:
         assert best.rate is not None
         lead = _rate(row) / _rate(best)
         if lead >= WORTH_SAYING and row.rate.low > best.rate.high:
-            product = row.target.partition(" (")[0]
-            faster[product] = max(faster.get(product, (0.0, 0)), (lead, row.nbytes))
+            key = row.target.partition(" (")[0], row.mode
+            faster[key] = max(faster.get(key, (0.0, 0)), (lead, row.nbytes))
     if not faster:
         return []
     named = ", ".join(
-        f"{name} ({lead:.2g} times at {show_size(nbytes)})" for name, (lead, nbytes) in faster.items()
+        f"{name} ({lead:.2g} times at {show_size(nbytes)}{'' if mode == 'copy' else ', in place'})"
+        for (name, mode), (lead, nbytes) in faster.items()
     )
-    return [f"Faster than anything of ours: {named}."]
+    return [f"Faster than anything of ours that does the same: {named}."]
 
 
 def _bandwidth(row: Row) -> str:

@@ -37,7 +37,7 @@ from shmengine._native.status import (
     fail,
 )
 from shmengine.arrays import address_of
-from shmengine.channels.link import END, LOOK_NS, NOTHING, Options
+from shmengine.channels.link import END, LOOK_NS, NOTHING, Blame, Options
 from shmengine.channels.presence import Fate, Presence
 from shmengine.codec import decode
 from shmengine.config import format_bytes
@@ -48,7 +48,6 @@ from shmengine.errors import (
     EndOfStream,
     MemoryBudgetExceeded,
     PeerLost,
-    ShmError,
     Timeout,
     UseAfterFork,
     WouldBlock,
@@ -256,6 +255,7 @@ class Receiver(_Direction):
     def __init__(self, region: Region, options: Options, presence: Presence) -> None:
         super().__init__(region, options, presence)
         address = [int(ffi.cast("uintptr_t", pointer)) for pointer in (self._h, lib.shmr_base(self._h))]
+        self._blame = Blame()
         self.inbox = Inbox(Message(region, *address), self._kept, NOTHING)
 
     def get(self, deadline: int) -> Any:
@@ -284,10 +284,12 @@ class Receiver(_Direction):
                 self._give_up_on(status, "receive")
         try:
             obj = self._decode(message, block)
-        except (ShmError, MemoryError) as error:
+        except BaseException as error:
             self.corrupt += isinstance(error, Corrupt)
-            inbox.drop()
+            if self._blame.is_the_messages(error):
+                inbox.drop()
             raise
+        self._blame.clear()
         inbox.current = obj
         return obj
 

@@ -312,6 +312,7 @@ class End:
             except EndOfStream:
                 return
             yield obj
+            del obj  # the next one may need its memory
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         """Receive until the other end is closed."""
@@ -321,6 +322,7 @@ class End:
             except EndOfStream:
                 return
             yield obj
+            del obj
 
     # --- everything else ---------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import numpy as np
 from shmengine.arrays import Bytes, address_of
 from shmengine.channels.compression import Compressor, decompress, is_compressed
 from shmengine.channels.end import End
-from shmengine.channels.link import END, NOTHING, Counts, Link, Options
+from shmengine.channels.link import END, NOTHING, Blame, Counts, Link, Options
 from shmengine.codec import FRAME_ALIGNMENT, decode, encode, number_of
 from shmengine.errors import Corrupt, ShmError, StaleReference
 
@@ -36,6 +36,7 @@ class FrameLink(Link):
         # The object that was received and is not settled; its priority, and the number that is expected then.
         self._current: tuple[Any, int, int] | None = None
         self._number_unknown = False
+        self._blame = Blame()
 
     # --- what a mechanism does -------------------------------------------------------------------
 
@@ -113,8 +114,9 @@ class FrameLink(Link):
             return END
         try:
             return self._open(wire)
-        except (ShmError, MemoryError):
-            if self._current is None:
+        except BaseException as error:
+            if self._blame.is_the_messages(error) and self._current is None:
+                self._number_unknown = self._number_unknown or not isinstance(error, ShmError)
                 self.taken()
             raise
 
@@ -124,6 +126,7 @@ class FrameLink(Link):
             _, priority, following = self._current
             self._expected[priority] = following
             self._number_unknown = False
+            self._blame.clear()
             self.taken()
             self._current = None
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 from shmengine.channels.presence import Fate
+from shmengine.errors import ShmError
 
 if TYPE_CHECKING:
     from shmengine.channels.end import End
 
-__all__ = ["END", "LOOK_NS", "NOTHING", "Capabilities", "Counts", "Link", "Options"]
+__all__ = ["END", "LOOK_NS", "NOTHING", "Blame", "Capabilities", "Counts", "Link", "Options"]
 
 LOOK_NS = 50_000_000  # how often whoever waits looks what has become of the other end
 
@@ -37,6 +38,8 @@ class Capabilities(NamedTuple):
     """Whether the channel outlives an interruption of its connection."""
     writable: bool
     """Whether arrays arrive writable, as the receiver's own."""
+    at_once_in_asyncio: bool
+    """Whether `areceive` sleeps until something comes; else it looks now and then, at longer and longer intervals."""
     outlives_sender: bool
     """Whether all that was sent arrives also if its sender is killed right after; else what had left him by then."""
 
@@ -67,6 +70,29 @@ class Counts:
     corrupt: int = 0
     resent: int = 0
     reconnects: int = 0
+
+
+class Blame:
+    """Who is to blame for a message that cannot be opened: itself, and it is dropped, or a signal's handler, and not.
+
+    What unpickling raises is `SerializationError`, but for `SystemExit` and its like. These may come from either, and
+    are the message's when it fails again.
+    """
+
+    def __init__(self) -> None:
+        self._failed = False
+
+    def is_the_messages(self, error: BaseException) -> bool:
+        """Tell whether this error is the message's."""
+        if not self._failed and not isinstance(error, (ShmError, MemoryError, ImportError)):
+            self._failed = True
+            return False
+        self._failed = False
+        return True
+
+    def clear(self) -> None:
+        """It could be opened."""
+        self._failed = False
 
 
 class Link(ABC):

@@ -50,6 +50,7 @@ class MessageQueueLink(StreamLink):
         priorities=lib.SHMR_PRIORITIES,
         reconnects=False,
         writable=True,
+        at_once_in_asyncio=True,
         outlives_sender=True,
     )
 

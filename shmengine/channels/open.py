@@ -21,7 +21,6 @@ MECHANISMS = {
 """The module of each mechanism: it has ``pair(options)``, which returns the links of both ends."""
 
 COMPRESSIONS = (None, "auto", "lz4", "zstd")
-SMALL_BYTES = 1 << 12  # up to here a pipe is at least as fast as shared memory (docs/benchmark.md)
 
 
 def channel(
@@ -39,8 +38,8 @@ def channel(
     Parameters
     ----------
     mechanism : {"auto", "pipe", "mqueue", "shm", "socket"}
-        What carries the messages. With ``"auto"`` shared memory, or a pipe if the messages are small or this machine
-        has no shared memory to give.
+        What carries the messages. With ``"auto"`` shared memory, or a pipe where messages are too large for half of
+        `buffer_bytes`, are to be compressed, or this machine has no shared memory to give.
     duplex : bool, optional
         Whether both ends send and receive. Else the left one sends, and the right one receives.
     check : {"frame", "payload"}
@@ -118,7 +117,8 @@ def _pair(mechanism: str, options: Options) -> tuple[Link, Link]:
 
 
 def _pair_of_the_best(options: Options, message_bytes: int | None) -> tuple[Link, Link]:
-    if options.compression is None and (message_bytes is None or message_bytes > SMALL_BYTES):
+    fits = message_bytes is None or message_bytes <= options.buffer_bytes // 2
+    if options.compression in (None, "auto") and fits:
         try:
             return _pair("shm", options)
         except (ShmError, OSError):

@@ -27,6 +27,7 @@ class PipeLink(StreamLink):
         priorities=1,
         reconnects=False,
         writable=True,
+        at_once_in_asyncio=True,
         outlives_sender=True,
     )
 

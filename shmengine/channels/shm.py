@@ -88,6 +88,7 @@ class RingLink(Link):
         priorities=1,
         reconnects=False,
         writable=False,
+        at_once_in_asyncio=False,
         outlives_sender=True,
     )
     sender: Sender

@@ -54,6 +54,7 @@ _CAPABILITIES = Capabilities(
     priorities=1,
     reconnects=True,
     writable=True,
+    at_once_in_asyncio=True,
     outlives_sender=False,
 )
 
@@ -221,6 +222,11 @@ class SocketLink(FrameLink):
         if got is NOTHING:
             self._session.receives = not self._number_unknown
         return got
+
+    def failed(self, error: BaseException) -> None:
+        """Note that the short way raised: the next message goes the long way, which knows what to do about it."""
+        self._blame.is_the_messages(error)
+        self._session.receives = False
 
     def settle(self) -> None:
         """Let go of the message that `receive` has returned."""
@@ -408,9 +414,11 @@ class SocketEnd(End):
             try:
                 if take(box):
                     return box[0]
-            except BaseException:
+            except BaseException as error:
                 if box:  # what a signal's handler keeps from being returned is for the next call
                     self._ready.appendleft(box)
+                else:
+                    self._link.failed(error)
                 raise
         return super().receive(timeout)
 

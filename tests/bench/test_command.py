@@ -91,6 +91,14 @@ def test_on_a_terminal_it_is_shown_by_rich(results, monkeypatch, capsys):
     assert "━" in shown
 
 
+def test_a_file_that_cannot_be_written_costs_no_results(results, tmp_path, capsys):
+    path = tmp_path / "out.md"
+    assert main(["bench", "--load", str(results[-1]), "--csv", "/dev/full", "--markdown", str(path)]) == 2
+    said = capsys.readouterr()
+    assert "Ring, in place" in said.out
+    assert "No space left on device" in said.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -108,6 +116,8 @@ def test_on_a_terminal_it_is_shown_by_rich(results, monkeypatch, capsys):
         (("--suite", "--repeats", "9"), "--suite takes no --repeats"),
         (("--suite", "--engine"), "--suite takes no --engine"),
         (("--suite", "import", "--quick"), "--suite takes no --quick"),
+        (("--quick", "--csv", "/no/such/directory/out.csv"), "/no/such/directory/out.csv cannot be written"),
+        (("--quick", "--html", "/dev"), "/dev cannot be written: it is a directory"),
         (("--load", "/no/such/file"), "No such file"),
         (("--load", "/dev/null"), "these are no results of `shmengine bench --json`"),
     ],

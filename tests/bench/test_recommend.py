@@ -65,7 +65,7 @@ def test_sentences(report):
     assert "it needs 2% of the CPU time" in said[1]
     assert said[2] == "The pipe stops paying at 1 MiB: from there on shm is twice as fast, or more."
     assert said[3].endswith("(claim, lease) pass up to 2 times as fast over shm (1 MiB).")
-    assert said[4] == "Faster than anything of ours: <rival> (2.2 times at 64 B)."
+    assert said[4] == "Faster than anything of ours that does the same: <rival> (2.2 times at 64 B)."
     assert said[-1] == "To another machine only the socket reaches."
 
 

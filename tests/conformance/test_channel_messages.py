@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import dataclasses
 import io
 import math
+import sys
 import threading
 
 import numpy as np
@@ -259,6 +261,64 @@ def test_what_cannot_be_received_is_an_error_of_receive(ends):
     assert right.receive(FOREVER) == 3
 
 
+class Exits:
+    """What a script without a guard may be, when it is imported to unpickle something of it."""
+
+    def __reduce__(self):
+        return sys.exit, ("not a module",)
+
+
+def test_what_ends_the_program_when_it_is_unpickled_is_in_nobodys_way(ends):
+    """Twice, because it might as well have been a signal's handler, for which no message is lost."""
+    left, right = ends
+    left.send_many([1, Exits(), Exits(), 2])
+    assert right.receive(FOREVER) == 1
+    for _ in range(4):
+        with pytest.raises(SystemExit, match="not a module"):
+            right.receive(FOREVER)
+    assert right.receive(FOREVER) == 2
+    assert right.stats().gaps == right.stats().corrupt == 0
+    left.send(3)
+    assert right.receive(FOREVER) == 3
+
+
+def send_three(end, size):
+    for number in range(3):
+        end.send(np.full(size, number, "u1"), FOREVER)
+    end.close()
+
+
+def test_a_loop_keeps_nothing_while_it_waits(make_channel):
+    """So a message may be larger than half of the buffer."""
+    left, right = make_channel(buffer_bytes="16 MiB")
+    size = 12 << 20
+    thread = threading.Thread(target=send_three, args=(left, size))
+    thread.start()
+    seen = []
+    for array in right:
+        seen.append((len(array), int(array[-1])))
+        array = None  # or the caller has it
+    assert seen == [(size, 0), (size, 1), (size, 2)]
+    thread.join()
+
+
+def test_a_coroutines_loop_keeps_nothing_while_it_waits(make_channel):
+    left, right = make_channel(buffer_bytes="16 MiB")
+    size = 12 << 20
+    thread = threading.Thread(target=send_three, args=(left, size))
+    thread.start()
+
+    async def take():
+        seen = []
+        async for array in right:
+            seen.append(int(array[-1]))
+            array = None
+        return seen
+
+    assert asyncio.run(take()) == [0, 1, 2]
+    thread.join()
+
+
 def test_no_pickles(make_channel):
     left, right = make_channel(allow_pickle=False)
     for obj in NO_PICKLE:
@@ -344,9 +404,19 @@ def test_no_such_mechanism():
         channel("pigeon")
 
 
-@pytest.mark.parametrize(("size", "chosen"), [("1 KiB", "pipe"), ("1 MiB", "shm"), (None, "shm")])
-def test_the_best_mechanism(size, chosen):
-    left, right = channel(message_bytes=size, buffer_bytes="8 MiB")
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({}, "shm"),
+        ({"message_bytes": "1 KiB"}, "shm"),
+        ({"message_bytes": "4 MiB"}, "shm"),
+        ({"message_bytes": "5 MiB"}, "pipe"),
+        ({"compression": "auto"}, "shm"),
+        ({"compression": "lz4"}, "pipe"),
+    ],
+)
+def test_the_best_mechanism(options, chosen):
+    left, right = channel(buffer_bytes="8 MiB", **options)
     with left, right:
         assert left.capabilities.mechanism == right.capabilities.mechanism == chosen
         left.send(b"x")

@@ -21,6 +21,7 @@ WORDS = {
     "priorities": "priorities",
     "reconnects": "outlives an interruption of its connection",
     "writable": "arrays arrive writable, as the receiver's own",
+    "at_once_in_asyncio": "`areceive` sleeps until something comes (else it looks every 20 ms, more often at first)",
     "outlives_sender": "all that was sent arrives although its sender is killed right after",
 }
 
