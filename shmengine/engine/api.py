@@ -13,8 +13,8 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -29,7 +29,6 @@ from shmengine.engine.backend import (
     Backend,
     Call,
     Entropy,
-    Ref,
     TaskOptions,
     Writable,
     function_name,
@@ -48,10 +47,11 @@ from shmengine.engine.checks import (
     total_of,
 )
 from shmengine.engine.frames import Labels, RowCut, cut_of
+from shmengine.engine.memory import SharedMemory
 from shmengine.engine.progress import Reporter, reporter
 from shmengine.engine.results import Results
 from shmengine.engine.stalls import Observed
-from shmengine.errors import ArrayError, BlockError, Closed, UseAfterFork
+from shmengine.errors import BlockError, Closed, UseAfterFork
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -68,7 +68,7 @@ T = TypeVar("T")
 _MISSING: Any = object()
 
 
-class Engine(Observed, Asynchronous):
+class Engine(Observed, Asynchronous, SharedMemory):
     """Runs functions over large arrays and streams of tasks, in parallel, on this machine or the hosts of a cluster.
 
     Workers start with the engine and are reused by all its calls. Results do not depend on the backend
@@ -519,84 +519,6 @@ class Engine(Observed, Asynchronous):
         if target is not out:
             np.copyto(out, result)
         return out
-
-    # -- memory --------------------------------------------------------------------------------
-
-    def put(self, obj: Any) -> Ref:
-        """Keep a copy of `obj` where all workers can read it, and return a reference to it.
-
-        Pass the reference to tasks, in an argument, in anything that an argument contains, or in what the
-        function captures: it gets the object itself, with its arrays read-only. (Here ``ref.get()`` returns
-        it.) The object is freed when the last reference dies.
-
-        Whatever contains a reference, other than lists, tuples and dicts, is pickled on all backends, so that
-        functions get a copy of it.
-
-        Raises
-        ------
-        SerializationError
-            `obj` cannot be sent.
-        MemoryBudgetExceeded
-            It does not fit.
-        """
-        self._check_usable()
-        return self._backend.put(obj)
-
-    def empty(self, shape: int | Sequence[int], dtype: Any = float, order: str = "C") -> np.ndarray:
-        """Return an uninitialised array born shared: it and its views go to workers without a copy.
-
-        Parameters
-        ----------
-        shape : int or sequence of int
-        dtype : dtype
-        order : {"C", "F"}
-
-        Raises
-        ------
-        ArrayError
-            The dtype holds Python objects.
-        MemoryBudgetExceeded
-            The array does not fit.
-        """
-        self._check_usable()
-        dtype = np.dtype(dtype)
-        if dtype.hasobject:
-            raise ArrayError(f"an array of dtype {dtype} holds pointers to objects and cannot be born shared")
-        check_choice("order", order, ("C", "F"))
-        return self._backend.empty(shape, dtype, order)  # type: ignore[arg-type]
-
-    def zeros(self, shape: int | Sequence[int], dtype: Any = float, order: str = "C") -> np.ndarray:
-        """Return an array of zeros born shared; see `empty`."""
-        array = self.empty(shape, dtype, order)
-        array[...] = np.zeros((), array.dtype)
-        return array
-
-    def full(
-        self, shape: int | Sequence[int], fill_value: Any, dtype: Any = None, order: str = "C"
-    ) -> np.ndarray:
-        """Return an array filled with `fill_value`, born shared; see `empty`."""
-        array = self.empty(shape, np.asarray(fill_value).dtype if dtype is None else dtype, order)
-        array[...] = fill_value
-        return array
-
-    def asarray(self, array: Any, dtype: Any = None) -> np.ndarray:
-        """Return `array` as an array that goes to workers without a copy: itself, if it does already."""
-        self._check_usable()
-        given = np.asarray(array, dtype)
-        if not given.dtype.hasobject and self._backend.is_shared(given):
-            return given
-        made = self.empty(given.shape, given.dtype, "F" if given.flags.fnc else "C")
-        made[...] = given
-        return made
-
-    def allocator(self) -> AbstractContextManager[None]:
-        """Within ``with engine.allocator():`` the large arrays that NumPy makes are born shared.
-
-        For the calling thread: ``np.zeros``, ``np.load``, results of arithmetic and so on. They are plain
-        ndarrays, stay valid after the block and after the engine, and go to workers without a copy.
-        """
-        self._check_usable()
-        return self._backend.allocator()
 
     # -- life ----------------------------------------------------------------------------------
 
