@@ -143,6 +143,37 @@ def test_all_arrives(hosts, key):
         assert finish(server)[-2:] == ["300", "end"]
 
 
+STRANGER = """
+    import sys
+    import shmengine as shm
+
+    class Loud:
+        def __reduce__(self):
+            return print, ("unpickled",)
+
+    theirs, own = shm.Keys.load(sys.argv[1]), shm.generate_keys()
+    for knows in ((), (theirs.public,)):
+        keys = shm.Keys(own.public, own.secret, knows)
+        try:
+            with shm.connect(sys.argv[2], auth=keys, allow_pickle=True, timeout=5) as end:
+                end.send(Loud())
+                print("received")
+        except shm.ShmError as error:
+            print(type(error).__name__)
+"""
+
+
+def test_a_key_of_another_host_is_refused(hosts, key):
+    """Who has it gets nowhere, nothing of his is unpickled, and who has the right one is not disturbed."""
+    with start_script(SERVER, args=[key, "10"], prefix=hosts[0]) as server:
+        address = server.stdout.readline().strip()
+        with start_script(STRANGER, args=[key, address], prefix=hosts[1]) as stranger:
+            assert finish(stranger) == ["Timeout", "PeerLost"]
+        with start_script(CLIENT, args=[key, "10", address, "50"], prefix=hosts[1]) as client:
+            assert finish(client)[-1] == "end"
+        assert finish(server) == ["50", "end"]
+
+
 def test_over_a_slow_link_that_loses_packets(hosts, key):
     if not netem("delay", "10ms", "5ms", "loss", "3%"):
         pytest.skip("this kernel has no netem; test_channel_socket.py has a proxy that delays")
