@@ -11,9 +11,6 @@
 #include <string.h>
 #include <time.h>
 
-#define SNDMORE 2
-#define SRCFD 2
-
 #define PREFIX_BYTES 24 /* of a part: kind, number, how many were taken; sessions.py */
 #define DATA 4
 #define ACKNOWLEDGE 6
