@@ -153,11 +153,14 @@ class Server:
             yield end
 
     def close(self) -> None:
-        """Accept nobody any more. Ends that were accepted go on, and may still come back after an interruption."""
+        """Accept nobody any more. Ends that were accepted go on, and may still come back after an interruption.
+
+        The file of an ``ipc://`` path goes now, or with the last of these ends.
+        """
         if not self._closed:
             self._closed = True
             if self._pid == os.getpid():
-                self._port.hub.finish(self._port)
+                self._port.stop()
 
     def _check_open(self) -> None:
         if self._closed:
