@@ -13,6 +13,9 @@ Every worker has a channel of its own::
 
 A batch is acknowledged by its answer. When a worker dies the channel says `PeerLost`, after all answers that it had
 sent; the batches without one go to a replacement. So each record is written exactly once, whoever is killed.
+
+A line of more than 256 KiB may be cut: its parts are records, in order, and nothing between them is missing. So
+whatever a file has in it, a batch and its answer fit into a channel.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from shmengine.config import format_bytes, parse_bytes
 
 IN_FLIGHT = 3  # batches that a worker has at once: one in work, and the next ones on their way
 TICK_SECONDS = 0.5
+LINE_BYTES = 1 << 18  # a line that is longer may be cut
 
 # --- reading: files -> batches of whole lines -------------------------------------------------------
 
@@ -75,13 +79,23 @@ def batches(files: dict[str, int], times: int, batch_bytes: int) -> Iterator[np.
                 while data := file.read(min(batch_bytes, left)):
                     left -= len(data)
                     pending += data
-                    if len(pending) >= batch_bytes and (end := pending.rfind(b"\n") + 1):
+                    if len(pending) >= batch_bytes and (end := pending.rfind(b"\n") + 1 or cut(pending)):
                         yield np.frombuffer(bytes(pending[:end]), np.uint8)
                         del pending[:end]
             if pending and not pending.endswith(b"\n"):
                 pending += b"\n"  # the next file begins a new record
     if pending:
         yield np.frombuffer(bytes(pending), np.uint8)
+
+
+def cut(line: bytearray) -> int:
+    """How much of a line whose end is not in sight becomes a record: none, or, if it is long, up to a character."""
+    if len(line) < LINE_BYTES:
+        return 0
+    end = len(line) - 1
+    while end > len(line) - 4 and line[end] & 0xC0 == 0x80:  # inside of a character of UTF-8
+        end -= 1
+    return end
 
 
 # --- parsing: what the workers do ------------------------------------------------------------------
@@ -233,8 +247,9 @@ class Pipeline:
         mine, theirs = shm.channel(
             self.mechanism,
             message_bytes=self.batch_bytes,
-            # Records are larger than the lines that they come from; all that is in flight shall fit.
-            buffer_bytes=max(8 << 20, 16 * IN_FLIGHT * self.batch_bytes),
+            # Records are larger than the lines that they come from, of which one may come in front of a batch; all that
+            # is in flight shall fit.
+            buffer_bytes=max(8 << 20, IN_FLIGHT * (16 * self.batch_bytes + 4 * LINE_BYTES)),
         )
         process = multiprocessing.get_context("spawn").Process(target=work, args=(theirs,))
         process.start()

@@ -405,8 +405,8 @@ def encode(
         reader can reach (a `GivenReference` if only the reader will write to it). It may be called
         more than once for an array.
     allow_pickle : bool, optional
-        False: only arrays, None, bool, int, float, complex, str, bytes, list, tuple and dict, and
-        no references to files.
+        False: only arrays, NumPy's scalars, None, bool, int, float, complex, str, bytes, list, tuple
+        and dict, and no references to files.
     by_value : bool, optional
         Whether functions and classes that other processes cannot import (those of ``__main__``
         first of all) go by value. False is for processes that share the caller's modules by fork.

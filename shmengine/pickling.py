@@ -31,6 +31,7 @@ import numpy as np
 from shmengine import filemap
 from shmengine.arrays import Array, is_plain_dtype
 from shmengine.errors import SerializationError
+from shmengine.plain import brief
 from shmengine.reducers import reduce_strings, reducer_of
 
 __all__ = [
@@ -608,10 +609,10 @@ def _parts_of(obj: Any) -> Any:
         yield from ((f"[{index}]", part) for index, part in enumerate(obj))
     elif isinstance(obj, dict):
         for key, part in obj.items():
-            yield f".key({key!r:.80})", key
-            yield f"[{key!r:.80}]", part
+            yield f".key({brief(key)})", key
+            yield f"[{brief(key)}]", part
     elif isinstance(obj, (set, frozenset)):
-        yield from ((f".element({part!r:.80})", part) for part in obj)
+        yield from ((f".element({brief(part)})", part) for part in obj)
     elif isinstance(obj, np.ndarray) and obj.dtype.hasobject and obj.dtype.names is None:
         for index in np.ndindex(obj.shape):
             yield f"[{', '.join(map(str, index))}]", obj[index]

@@ -70,6 +70,8 @@ class Keys:
         ------
         ValueError
             It is no such file, or `known` are none.
+        TypeError
+            What should be a path is none: a descriptor is not.
         PermissionError
             Others than the owner may read the secret key.
         """
@@ -144,7 +146,7 @@ def generate_keys() -> Keys:
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, str]:
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(os.fspath(path), encoding="utf-8", errors="replace") as file:  # which would close a descriptor
         text = file.read(4096)
     found = {}
     for line in text.splitlines():

@@ -1,14 +1,15 @@
-"""What is at the other side of an ``ipc://`` address: a Unix socket of this machine."""
+"""What is behind an ``ipc://`` address: a Unix socket of this machine, and its file."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket as unix
 import stat
 import struct
 
-__all__ = ["check_free", "user_behind"]
+__all__ = ["SocketFile", "check_free", "user_behind"]
 
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 
@@ -44,3 +45,18 @@ def check_free(path: str) -> None:
         probe.setblocking(False)
         if probe.connect_ex(path) in (0, errno.EAGAIN):
             raise OSError(errno.EADDRINUSE, "somebody listens there", path)
+
+
+class SocketFile:
+    """The file of a socket that this process has just bound, and has open until `remove`."""
+
+    def __init__(self, path: str) -> None:
+        self._path = os.path.abspath(path)  # wherever the process goes
+        self._status = os.lstat(path)
+
+    def remove(self) -> None:
+        """Remove the file, unless something else is there by now. May be called again."""
+        # An open socket keeps its inode: none that comes later has the same number.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.lstat(self._path), self._status):
+                os.unlink(self._path)

@@ -45,7 +45,8 @@ def channel(
     check : {"frame", "payload"}
         What is verified of every message: its header, number, bounds and all but array data; or all bytes.
     allow_pickle : bool, optional
-        False: only arrays, None, bool, int, float, complex, str, bytes, list, tuple and dict pass, in both directions.
+        False: only arrays, NumPy's scalars, None, bool, int, float, complex, str, bytes, list, tuple and dict pass, in
+        both directions.
     compression : {None, "auto", "lz4", "zstd"}
         Of array data that is sent, with its bytes sorted by significance. ``"auto"`` compresses where it pays. Not over
         shared memory. What comes compressed is taken in any case, up to 256 times its size, or 64 MiB.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from shmengine._native._handles import Part
 from shmengine.channels import hub
 from shmengine.channels.keys import Keys
-from shmengine.channels.local import check_free, user_behind
+from shmengine.channels.local import SocketFile, check_free, user_behind
 from shmengine.channels.sessions import PREFIX_BYTES, Greeting, Kind, Proof, Session, most_part_bytes, refusal
 from shmengine.channels.waiter import Waiter
 from shmengine.channels.zeromq import wire_of, zmq
@@ -396,6 +396,7 @@ class ListenPort(Port):
         self._patience_ns = int(peer_timeout * 1e9)
         self._proof = proof
         self._listener: Descriptor | None = None
+        self._file: SocketFile | None = None
         self._peers: dict[bytes, Session] = {}
         self._by_fd: dict[int, Session] = {}
         self.arrived: deque[Session] = deque()
@@ -412,6 +413,8 @@ class ListenPort(Port):
             if alone is not None:
                 self.add(alone)
             self._socket.bind(address)
+            if address.startswith("ipc://") and not address.startswith("ipc://@"):
+                self._file = SocketFile(address.removeprefix("ipc://"))
         except (zmq.ZMQError, OSError):
             self.close()
             raise
@@ -419,6 +422,20 @@ class ListenPort(Port):
         self._listener = Descriptor(_EVENT.unpack_from(self.monitor.recv_multipart()[0])[1], "a server")
         self.address = bytes(self._socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
         self.hub.watch(self)
+
+    def stop(self) -> None:
+        """Have the service refuse new sessions. Waits for nothing."""
+        if len(self.sessions) == len(self.arrived):  # of those that were accepted none may come back
+            self._remove_file()
+        self.hub.finish(self)
+
+    def close(self) -> None:
+        self._remove_file()  # before the socket is closed
+        super().close()
+
+    def _remove_file(self) -> None:
+        if self._file is not None and not self.closed:
+            self._file.remove()
 
     def finish(self, *, hurry: bool) -> bool:  # noqa: ARG002  as of a link
         """Refuse new sessions; those that were accepted may still come back."""
@@ -453,7 +470,7 @@ class ListenPort(Port):
 
     def end(self) -> None:
         super().end()
-        self.hub.finish(self)
+        self.stop()
 
     def on_event(self, event: int, fd: int) -> None:
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:

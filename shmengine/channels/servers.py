@@ -153,11 +153,14 @@ class Server:
             yield end
 
     def close(self) -> None:
-        """Accept nobody any more. Ends that were accepted go on, and may still come back after an interruption."""
+        """Accept nobody any more. Ends that were accepted go on, and may still come back after an interruption.
+
+        The file of an ``ipc://`` path goes now, or with the last of these ends.
+        """
         if not self._closed:
             self._closed = True
             if self._pid == os.getpid():
-                self._port.hub.finish(self._port)
+                self._port.stop()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -209,6 +212,8 @@ def listen(
     ------
     ValueError
         There is no such address or option, or it needs ``auth=``.
+    TypeError
+        `address` or `auth` is something else.
     OSError
         The address cannot be had.
     ModuleNotFoundError
@@ -251,6 +256,8 @@ def connect(
         The server refuses: it does not know this key, or was closed.
     ValueError
         There is no such address or option, or it needs ``auth=``.
+    TypeError
+        `address` or `auth` is something else.
     OSError
         The address cannot be used.
     ModuleNotFoundError
@@ -302,11 +309,19 @@ class _Place:
     @classmethod
     def of(cls, address: str, auth: Auth, what: str) -> _Place:
         """Check an address and whether it needs keys."""
+        if not isinstance(address, str):
+            raise TypeError(
+                f"{what}: an address is a text such as 'tcp://host:port', not {type(address).__name__}"
+            )
         keys = None
         if isinstance(auth, Keys):
             keys = auth
-        elif auth is not None and auth != "none":
-            keys = Keys.load(auth)
+        elif isinstance(auth, (str, os.PathLike)):
+            keys = None if auth == "none" else Keys.load(auth)
+        elif auth is not None:
+            raise TypeError(
+                f"{what}: auth is Keys, the path of a key file, 'none' or None, not {type(auth).__name__}"
+            )
         if what == "connect" and keys is not None and len(keys.known) > 1:
             raise ValueError(
                 f"connect: these keys know {len(keys.known)} public keys, and a server has one: give that alone, as by"

@@ -20,6 +20,7 @@ from tests.helpers.channels import FOREVER, drain, is_message, message, number_o
 
 COUNT = 41
 NO_PICKLE = [None, True, 3, 2.5, 1j, "text", b"bytes", [1, [2]], (3, "x"), {"a": np.arange(3), 2: None}]
+NO_PICKLE += [{"mean": np.arange(5).mean()}, np.str_("text"), [np.datetime64(1, "s")], {10**5000: 10**5000}]
 
 
 def converse(end, count):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tests.helpers.arrays import DTYPES, LAYOUTS, same, same_bytes
+from tests.helpers.arrays import DTYPES, LAYOUTS, numpy_scalars, same, same_bytes
 from tests.helpers.channels import MECHANISMS, make_pair, trip
 from tests.helpers.fault_points import SOAK
 
@@ -22,6 +22,7 @@ SCALARS = st.one_of(
     st.complex_numbers(),
     st.text(),
     st.binary(max_size=3000),
+    numpy_scalars(),
 )
 ARRAYS = st.one_of(
     hnp.arrays(

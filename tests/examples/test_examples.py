@@ -167,6 +167,25 @@ def test_log_pipeline_survives_a_killed_worker(log_file, tmp_path, mechanism):
     assert (records[2]["level"], records[2]["fields"]["user"]) == ("warning", "alice")
 
 
+@pytest.mark.parametrize("mechanism", ["auto", *MECHANISMS])
+def test_log_pipeline_cuts_a_line_that_is_too_long(tmp_path, mechanism):
+    lines = ["first", "".join(f"näher an {number} " for number in range(1_300_000)), "", "last"]
+    assert len(lines[1].encode()) > 20 << 20
+    log, output = tmp_path / "some.log", tmp_path / "records.json"
+    log.write_text("\n".join(lines))
+    options = ["--mechanism", mechanism, "--workers", "2", "--bytes", "1", "--kill", "--check"]
+    result = run_script(
+        ROOT / "examples" / "log_pipeline.py", args=[str(log), *options, "--output", str(output)], check=True
+    )
+    assert "1 worker killed, 1 replaced" in result.stdout
+    assert "byte for byte" in result.stdout
+    messages = [json.loads(line)["message"] for line in output.read_text().splitlines()]
+    assert messages[0] == lines[0]
+    assert messages[-1] == lines[-1]
+    assert "".join(messages[1:-1]) == lines[1]
+    assert max(map(len, messages)) < 1 << 20
+
+
 def test_log_pipeline_says_what_it_needs(tmp_path):
     result = run_script(ROOT / "examples" / "log_pipeline.py", args=[str(tmp_path)])
     assert result.returncode == 1

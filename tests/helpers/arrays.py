@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
 
 from shmengine.arrays import address_of, extent_of
 from shmengine.codec import decode, encode
@@ -46,6 +48,17 @@ LAYOUTS = {
     "broadcast": lambda dtype: np.broadcast_to(filled((4,), dtype), (2, 3, 4)),
     "64-d": lambda dtype: filled((1,) * 62 + (2, 2), dtype),
 }
+
+
+def numpy_scalars():
+    """A strategy for NumPy's scalars, records among them, but for what NumPy's own pickles change."""
+    dtypes = st_numpy.scalar_dtypes() | st.sampled_from([np.dtype("g"), np.dtype("G")])
+    numbers = dtypes.flatmap(lambda dtype: st_numpy.arrays(dtype, 1).map(lambda array: array[0]))
+    texts = (st.text().map(np.str_) | st.binary().map(np.bytes_)).filter(
+        lambda text: text == np.array(text)[()]
+    )
+    records = st.sampled_from(STRUCTURED_DTYPES[:-1]).map(lambda dtype: filled(3, dtype)[2])
+    return numbers | texts | st.binary(min_size=1).map(np.void) | records
 
 
 def memory_of(array):

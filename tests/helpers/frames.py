@@ -25,6 +25,7 @@ MARKERS = 0xA5  # of the memory around a frame
 def seeds():
     """Sound frames of every kind."""
     table = {"a": np.arange(6.0).reshape(2, 3), "b": [np.zeros(3, "i2"), b"xyz", None, 1 << 70, -1.5, "text"]}
+    scalars = [np.int8(3), np.datetime64(3, "s"), np.zeros(1, "i4,f8")[0], np.str_("text"), np.bytes_(b"\0")]
     reference = codec.SharedReference(1, 2, 3, 64)
     return [
         frame.to_bytes()
@@ -35,6 +36,7 @@ def seeds():
             codec.encode(np.zeros(3, [("x", "i4"), ("y", "f8", 2)])),
             codec.encode(table),
             codec.encode(table, allow_pickle=False),
+            codec.encode(scalars, allow_pickle=False),
             codec.encode(((), {}, True, False, 2 + 1j, np.int8(3)), allow_pickle=True),
             codec.encode([memoryview(b"bytes"), bytearray(100)]),
             codec.encode([np.arange(3), np.arange(9.0)[::2]], share=lambda _: reference),

@@ -551,6 +551,15 @@ def test_bad_addresses_and_options_are_refused(address, options, text):
         shm.connect(address, **options)
 
 
+@pytest.mark.parametrize("address", [None, 123, b"tcp://127.0.0.1:0", ("127.0.0.1", 0)])
+def test_what_is_no_text_is_no_address(address):
+    for use in (shm.listen, shm.connect):
+        with pytest.raises(
+            TypeError, match=f"{use.__name__}: an address is a text .* not {type(address).__name__}"
+        ):
+            use(address)
+
+
 def test_an_address_in_use_is_an_error(server):
     with pytest.raises(OSError, match="cannot listen"):
         shm.listen(server.address)

@@ -388,7 +388,7 @@ EXAMPLES = [
     np.arange(20.0),
     np.asfortranarray(np.arange(12).reshape(3, 4)),
     (3, 4, [((np.arange(9), np.arange(4.0)[::2]), {"k": "v"})]),
-    [1, 2.5, "text", None, {"k": (1, 2)}],
+    [1, 2.5, "text", None, {"k": (1, 2)}, np.int16(3), np.datetime64(3, "s"), np.str_("text"), np.void(b"v")],
     np.ma.masked_array([1, 2, 3], [0, 1, 0]),
     {"view": memoryview(b"abc" * 50)},
 ]

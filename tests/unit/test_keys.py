@@ -156,6 +156,29 @@ def test_what_is_no_key_file_is_refused(tmp_path, text):
         shm.Keys.load(path)
 
 
+@pytest.fixture
+def descriptor(tmp_path, keys):
+    """That of an open key file."""
+    keys.save(tmp_path / "key")
+    fd = os.open(tmp_path / "key", os.O_RDONLY)
+    yield fd
+    os.close(fd)  # an error if somebody else has done that
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, bool])
+def test_a_descriptor_is_no_path_and_stays_open(kind, descriptor, tmp_path):
+    number = kind(descriptor)
+    text = f"not {kind.__name__}"
+    for use in (shm.listen, shm.connect):
+        with pytest.raises(TypeError, match=text):
+            use("tcp://127.0.0.1:0", auth=number)
+    with pytest.raises(TypeError, match=text):
+        shm.Keys.load(number)
+    with pytest.raises(TypeError, match=text):
+        shm.Keys.load(tmp_path / "key", known=[number])
+    os.fstat(number)
+
+
 def test_a_public_key_alone_is_not_enough(tmp_path, keys):
     keys.save(tmp_path / "key")
     with pytest.raises(ValueError, match="secret"):

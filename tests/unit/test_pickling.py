@@ -17,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
+from shmengine import plain
+from shmengine.arrays import pack_spec
 from shmengine.codec import decode, encode
 from shmengine.errors import (
     Corrupt,
@@ -27,8 +29,9 @@ from shmengine.errors import (
 )
 from shmengine.exceptions import decode_exception, encode_exception
 from shmengine.pickling import MOST_STEPS
+from shmengine.plain import load_plain
 from tests.helpers import run_script
-from tests.helpers.arrays import frame_of, round_trip, same
+from tests.helpers.arrays import STRUCTURED_DTYPES, filled, frame_of, numpy_scalars, round_trip, same
 
 BIG = 1 << 17
 
@@ -42,7 +45,7 @@ small_arrays = st_numpy.arrays(
     st_numpy.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3),
 )
 nested = st.recursive(
-    numbers | st.text() | st.binary() | small_arrays,
+    numbers | st.text() | st.binary() | small_arrays | numpy_scalars(),
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.lists(inner, max_size=3).map(tuple)
@@ -285,6 +288,15 @@ def test_a_failure_leaves_nothing_behind():
         assert same(round_trip([array, 1]), [array, 1])
 
 
+class Number(np.float64):
+    pass
+
+
+class NoText:
+    def __repr__(self):
+        raise OSError("no text")
+
+
 @pytest.mark.parametrize(
     ("obj", "path"),
     [
@@ -294,14 +306,96 @@ def test_a_failure_leaves_nothing_behind():
         ({"a": np.ma.masked_array([1])}, "['a']"),
         ([True, Colour.RED], "[1]"),
         ([Point(1, 2)], "[0]"),
-        ([np.float64(1)], "[0]"),
+        ([Number(1)], "[0]"),
+        ([np.zeros(1, "O,i4")[0]], "[0]"),
         ([bytearray(b"")], "[0]"),
+        ({10**5000: {1}}, "[<int>]"),
+        ({(10**5000,): {1}}, "[<tuple>]"),
+        ({NoText(): 1}, ".key(<NoText>)"),
     ],
 )
 def test_plain_frames_refuse_what_needs_a_pickle(obj, path):
     with pytest.raises(SerializationError, match="allow_pickle") as caught:
         encode(obj, allow_pickle=False)
     assert caught.value.path == path
+
+
+SCALARS = [
+    *(np.dtype(character).type(True) for character in "?bhilqBHILQefdgFDG"),
+    *(np.float64(np.nan), np.float32(-0.0), np.complex128(complex(np.inf, -0.0)), np.longdouble(1) / 3),
+    *(np.str_("näme\0"), np.str_(""), np.str_("\ud800"), np.bytes_(b"a\0\0"), np.bytes_(b"")),
+    *(np.datetime64("2020-02-29T12", "ms"), np.datetime64(3, "25s"), np.datetime64("NaT")),
+    *(np.timedelta64(-5, "D"), np.timedelta64(3), np.timedelta64("NaT", "ns")),
+    *(np.void(b"a\0"), np.zeros(1, "V0")[0]),
+    *(filled(2, dtype)[1] for dtype in STRUCTURED_DTYPES),
+]
+
+
+@pytest.mark.parametrize("scalar", SCALARS, ids=lambda scalar: f"{type(scalar).__name__} {scalar.dtype}")
+def test_plain_frames_take_scalars_of_numpy(scalar):
+    back = round_trip({"mean": scalar}, allow_pickle=False)["mean"]
+    assert type(back) is type(scalar)
+    assert back.dtype == scalar.dtype
+    assert back.flags.writeable == scalar.flags.writeable
+    if scalar.dtype.names is None:
+        assert back.tobytes() == scalar.tobytes()
+    else:
+        assert not scalar.dtype.names or back == scalar
+
+
+def test_plain_frames_take_scalars_of_numpy_as_keys():
+    records = np.zeros(1, "i4,f8")
+    records.flags.writeable = False  # else they cannot be hashed
+    keys = [np.int64(1), np.str_("a"), np.datetime64(3, "D"), np.float32(0.5), records[0], (records[0],)]
+    back = round_trip(dict.fromkeys(keys, 1), allow_pickle=False)
+    assert list(back) == keys
+    assert list(map(type, back)) == list(map(type, keys))
+
+
+def test_a_record_that_came_keeps_its_names_to_itself():
+    one, other = round_trip([np.zeros(1, "i4,f8")[0], np.zeros(1, "i4,f8")[0]], allow_pickle=False)
+    one.dtype.names = ("a", "b")
+    assert other.dtype.names == ("f0", "f1")
+
+
+@pytest.mark.parametrize("allow_pickle", [False, True])
+def test_large_ints_are_values_and_keys(allow_pickle):
+    large = 10**5000
+    for obj in (large, [-large], {large: 1}, {(large, 1): -large}):
+        assert round_trip(obj, allow_pickle=allow_pickle) == obj
+
+
+def test_a_path_past_a_large_int_is_told():
+    with pytest.raises(SerializationError, match="pickle") as caught:
+        encode({10**5000: LOCK})
+    assert caught.value.path == "[<int>]"
+
+
+def test_hostile_scalars_are_refused():
+    def load(*pieces):
+        return load_plain(b"".join(pieces), [])
+
+    def scalar(spec, raw, tag=plain._SCALAR):
+        return load(plain._WORD.pack(tag, len(spec)), spec, raw)
+
+    assert scalar(pack_spec(np.dtype("M8[D]"), ()), bytes(8)) == np.datetime64(0, "D")
+    for tag in (plain._SCALAR, plain._RECORD):
+        for spec in (
+            pack_spec(np.dtype("i4"), (2,)),  # an array
+            pack_spec(np.dtype(("i4", (2,))), ()),
+            pack_spec(np.dtype("i4"), (1 << 58,)),
+            pack_spec(np.dtype("i4"), (1 << 30,), (0,)),
+            pack_spec(np.dtype("i4"), (), None, 4),
+            pack_spec(np.dtype("V1000000000"), ()),
+            pack_spec(np.dtype("M8[D]"), ())[:-1] + b"x",
+            b"",
+        ):
+            for raw in (b"", bytes(8)):
+                with pytest.raises(Corrupt):
+                    scalar(spec, raw, tag)
+    for raw in (b"", b"d", b"d1234567", b"O12345678", b"\xff12345678"):
+        with pytest.raises(Corrupt):
+            load(bytes([plain._NUMBER]), raw)
 
 
 def test_plain_frames_refuse_cycles():
