@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence, Sized
@@ -19,6 +20,7 @@ __all__ = [
     "check_choice",
     "check_iterables",
     "check_out",
+    "idle_seconds",
     "is_index",
     "positive",
     "task_options",
@@ -55,12 +57,24 @@ def seconds_of(timeout: Any) -> float | None:
     """Return a timeout in seconds; None for no limit, and for one that nobody lives to see."""
     if timeout is None:
         return None
-    if isinstance(timeout, bool) or not isinstance(timeout, (numbers.Real, np.integer, np.floating)):
-        raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
-    seconds: Any = timeout
+    seconds = _number_of_seconds("timeout", timeout)
     if not seconds > 0:
         raise ValueError(f"timeout must be positive (seconds) or None, not {timeout!r}")
     return float(seconds) if seconds < FOREVER_SECONDS else None
+
+
+def idle_seconds(name: str, value: Any) -> float:
+    """Return how long something may be idle: 0 for not at all, infinity for ever, or longer than anybody lives."""
+    seconds = _number_of_seconds(name, value)
+    if not seconds >= 0:
+        raise ValueError(f"{name} must be at least 0 (seconds) or None, not {value!r}")
+    return float(seconds) if seconds < FOREVER_SECONDS else math.inf
+
+
+def _number_of_seconds(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number of seconds or None, not {value!r}")
+    return value
 
 
 def entropy_of(rng: Any) -> Entropy | None:
