@@ -36,7 +36,7 @@ from shmengine.errors import (
 from shmengine.pickling import goes_by_reference, original_error
 from shmengine.workers.messages import USUAL_ERRSTATE
 
-__all__ = ["BrokenExecutor", "Executor", "ExecutorWorkerDied", "WorkerProcess"]
+__all__ = ["BrokenExecutor", "Executor", "ExecutorWorkerDied", "WorkerProcess", "broken_by"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,6 +48,18 @@ class ExecutorWorkerDied(WorkerDied, standard.BrokenProcessPool):
 
 class BrokenExecutor(RemoteError, standard.BrokenProcessPool):
     """An initializer failed, or something could not be unpickled on the other side; ``__cause__`` says why."""
+
+
+def broken_by(error: BaseException, cls: type[BrokenExecutor] = BrokenExecutor) -> BrokenExecutor:
+    """Return the error for something that could not be unpickled, or for an initializer's `RemoteError`."""
+    if isinstance(error, RemoteError) and not error.type_name:
+        broken = cls(str(error))
+        broken.__cause__ = error.__cause__
+    else:
+        type_name = error.type_name if isinstance(error, RemoteError) else type(error).__qualname__
+        broken = cls(f"it cannot be unpickled: {error}", type_name)
+        broken.__cause__ = error
+    return broken
 
 
 class WorkerProcess:
@@ -113,13 +125,7 @@ class _AsStandard(Policy):
             return ExecutorWorkerDied(
                 error.pid, error.returncode, error.task, error.attempts, error.cause, error.stderr_tail
             )
-        if isinstance(error, RemoteError):  # the initializer's
-            broken = BrokenExecutor(str(error))
-            broken.__cause__ = error.__cause__
-        else:
-            broken = BrokenExecutor(f"it cannot be unpickled: {error}", type(error).__qualname__)
-            broken.__cause__ = error
-        return broken
+        return broken_by(error)
 
     def failed(self, error: BaseException) -> BaseException:
         """Return what was raised, with the traceback of the worker as the standard's class."""

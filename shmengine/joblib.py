@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from joblib import cpu_count, register_parallel_backend
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib.externals.loky import process_executor as loky
 from joblib.parallel import (
     AutoBatchingMixin,
     BatchedCalls,
@@ -49,20 +49,24 @@ from shmengine.engine.checks import check_callable, check_choice, idle_seconds, 
 from shmengine.engine.policy import Policy
 from shmengine.engine.process import ProcessBackend
 from shmengine.errors import Closed, MemoryBudgetExceeded, SerializationError, WorkerDied
-from shmengine.futures import BrokenExecutor
+from shmengine.futures import BrokenExecutor, broken_by
 from shmengine.pickling import goes_by_reference
 
 if TYPE_CHECKING:
     from shmengine.stats import EngineStats
 
-__all__ = ["JoblibWorkerDied", "ShmengineBackend", "register", "shutdown", "stats"]
+__all__ = ["JoblibBroken", "JoblibWorkerDied", "ShmengineBackend", "register", "shutdown", "stats"]
 
 IDLE_SECONDS = 300.0
 SHARED_BYTES = 1 << 20  # where joblib has no limit of its own
 
 
-class JoblibWorkerDied(WorkerDied, TerminatedWorkerError):  # type: ignore[misc]
+class JoblibWorkerDied(WorkerDied, loky.TerminatedWorkerError):  # type: ignore[misc]
     """A worker process died, and with it the call of `joblib.Parallel`; the next call finds a new worker."""
+
+
+class JoblibBroken(BrokenExecutor, loky.BrokenProcessPool):  # type: ignore[misc]
+    """An initializer failed, or something could not be unpickled on the other side; ``__cause__`` says why."""
 
 
 def register() -> None:
@@ -156,9 +160,7 @@ class _AsJoblib(Policy):
         """Return an error that is `BrokenProcessPool` as well."""
         if isinstance(error, WorkerDied):
             return self.failed(error)
-        broken = BrokenExecutor(str(error), type(error).__qualname__)
-        broken.__cause__ = error.__cause__ or error
-        return broken
+        return broken_by(error, JoblibBroken)
 
     @staticmethod
     def failed(error: BaseException) -> BaseException:

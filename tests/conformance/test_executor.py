@@ -298,19 +298,68 @@ def test_a_result_that_cannot_be_pickled_is_the_future_s_error(pool):
         assert executor.submit(square, 2).result() == 4
 
 
-@pytest.mark.parametrize(("fn", "argument"), [(id, Unreadable()), (return_it, Unreadable)])
+class Odd(Exception):
+    """As people write them: it pickles, and its constructor then misses an argument."""
+
+    def __init__(self, a, b):
+        super().__init__(a)
+
+
+class OfOneProcess(Exception):
+    """Can be unpickled where it was raised only."""
+
+    def __reduce__(self):
+        return unless_elsewhere, (os.getpid(),)
+
+
+def unless_elsewhere(pid):
+    if os.getpid() != pid:
+        raise LookupError("not here")
+    return OfOneProcess("here")
+
+
+class NoMoreAnError(Exception):
+    def __reduce__(self):
+        return int, ("3",)
+
+
+ODD_ERRORS = [Odd, OfOneProcess, NoMoreAnError]
+
+
+def raise_odd(cls):
+    raise cls(*["odd", "one"][: 2 if cls is Odd else 1])  # as it was written
+
+
+UNREADABLE = [(id, Unreadable()), (return_it, Unreadable)]
+
+
+@pytest.mark.parametrize(("fn", "argument"), UNREADABLE + [(raise_odd, cls) for cls in ODD_ERRORS])
 def test_what_cannot_be_unpickled_is_a_broken_process_pool(pool, fn, argument, capfd):
     with pool(1) as executor:
         assert isinstance(executor.submit(fn, argument).exception(60), BrokenProcessPool)
     capfd.readouterr()  # the standard's worker has died of it
 
 
-@pytest.mark.parametrize(("fn", "argument"), [(id, Unreadable()), (return_it, Unreadable)])
+@pytest.mark.parametrize(("fn", "argument"), UNREADABLE)
 def test_which_harms_no_other_of_ours(ours, fn, argument):
     executor = ours(1)
     error = executor.submit(fn, argument).exception(60)
     assert "LookupError: not here" in str(error)
     assert isinstance(error.__cause__, SerializationError)
+    assert executor.submit(square, 2).result() == 4
+
+
+@pytest.mark.parametrize("cls", ODD_ERRORS)
+def test_nor_does_an_exception_of_that_kind_which_says_what_it_was(ours, cls):
+    executor = ours(1)
+    error = executor.submit(raise_odd, cls).exception(60)
+    assert isinstance(error, RemoteError)
+    assert error.type_name.endswith(cls.__name__)
+    assert str(error).startswith("it cannot be unpickled: ")
+    assert f"{cls.__name__}: odd" in str(error)
+    assert type(error.__cause__) is _RemoteTraceback
+    assert "raise cls(" in str(error.__cause__)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert executor.submit(square, 2).result() == 4
 
 

@@ -20,10 +20,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky.process_executor import BrokenProcessPool as LokyBrokenProcessPool
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 import shmengine
-from shmengine.errors import RemoteTraceback, WorkerDied
+from shmengine.errors import RemoteError, RemoteTraceback, WorkerDied
 from tests.helpers import children, poll_until, run_script
 from tests.helpers.scripts import start_script
 
@@ -344,9 +345,23 @@ class Unreadable:
         return int, ("no number",)
 
 
-def test_what_cannot_be_unpickled():
-    with pytest.raises(BrokenProcessPool, match="no number"):
-        Parallel(**OTHERS)(delayed(id)(Unreadable()) for _ in range(2))
+class Odd(Exception):
+    def __init__(self, a, b):
+        super().__init__(a)
+
+
+def raise_odd():
+    raise Odd("what it", "was")
+
+
+@pytest.mark.parametrize(
+    ("task", "text"), [(delayed(id)(Unreadable()), "no number"), (delayed(raise_odd)(), "Odd: what it")]
+)
+def test_what_cannot_be_unpickled(task, text):
+    with pytest.raises(LokyBrokenProcessPool, match=text) as caught:
+        Parallel(**OTHERS)([task] * 2)
+    assert isinstance(caught.value, BrokenProcessPool)
+    assert isinstance(caught.value, RemoteError)
     assert Parallel(**OTHERS)([delayed(neg)(1)]) == [-1]
 
 
