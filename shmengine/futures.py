@@ -20,8 +20,9 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 
-from shmengine.config import default_workers, parse_bytes
+from shmengine.config import default_workers
 from shmengine.engine.backend import Submit, TaskOptions, function_name
+from shmengine.engine.checks import CHECKS, budget_of, check_choice, positive
 from shmengine.engine.collector import Collector
 from shmengine.engine.policy import Policy
 from shmengine.engine.process import ProcessBackend
@@ -107,6 +108,7 @@ class WorkerProcess:
 class _AsStandard(Policy):
     """Deaths and errors as `concurrent.futures.process` has them."""
 
+    workers_name = "max_workers"
     fragile = True
     pickles_late = True
     finishes = True
@@ -152,7 +154,7 @@ class Executor(futures.Executor):
     Parameters
     ----------
     max_workers : int, optional
-        By default the cores that this process may use. They start when futures find none idle.
+        By default the cores that this process may use; 255 at most. They start when futures find none idle.
     mp_context : multiprocessing context, optional
         For compatibility: workers are always programs of their own, as with ``"spawn"``. With ``"fork"`` all
         of them start with the first future, and `max_tasks_per_child` is refused.
@@ -218,6 +220,10 @@ class Executor(futures.Executor):
                     "max_tasks_per_child is incompatible with the 'fork' multiprocessing start method;"
                     " supply a different mp_context."
                 )
+        check_choice("check", check, CHECKS)
+        budget = budget_of(memory)
+        if threads_per_worker is not None:
+            threads_per_worker = positive("threads_per_worker", threads_per_worker)
         self._max_workers = max_workers
         self._mp_context = mp_context
         self._shut_down = False
@@ -225,7 +231,7 @@ class Executor(futures.Executor):
         self._latest: tuple[Callable[[], Any], Submit] = _nothing, _nothing
         self._backend = ProcessBackend(
             max_workers,
-            None if memory is None else parse_bytes(memory),
+            budget,
             threads_per_worker,
             None if initializer is None else _Initializer(initializer),
             tuple(initargs),

@@ -42,10 +42,18 @@ from joblib.parallel import (
 )
 
 from shmengine.arrays import address_of, owner_of
-from shmengine.config import default_budget, parse_bytes
+from shmengine.config import default_budget
 from shmengine.engine.backend import Submit, TaskOptions, Writable, function_name
 from shmengine.engine.callback_future import CallbackFuture
-from shmengine.engine.checks import check_callable, check_choice, idle_seconds, is_index
+from shmengine.engine.checks import (
+    CHECKS,
+    at_least,
+    budget_of,
+    check_callable,
+    check_choice,
+    idle_seconds,
+    positive,
+)
 from shmengine.engine.policy import Policy
 from shmengine.engine.process import ProcessBackend
 from shmengine.errors import Closed, MemoryBudgetExceeded, SerializationError, WorkerDied
@@ -139,6 +147,7 @@ class _Arrays:
 class _AsJoblib(Policy):
     """Workers that serve one call of Parallel after the other; a death fails a call, and nobody else's."""
 
+    workers_name = "n_jobs"
     pickles_late = True
 
     make_future = CallbackFuture  # joblib waits by itself
@@ -470,20 +479,18 @@ class ShmengineBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[
         unknown = options.keys() - _OPTIONS
         if unknown:
             raise TypeError(f"the shmengine backend has no parameter {', '.join(sorted(unknown))}")
-        retries = options.get("retries", 0)
-        if not is_index(retries) or retries < 0:
-            raise ValueError(f"retries must be an integer of at least 0, not {retries!r}")
         check = options.get("check", "frame")
-        check_choice("check", check, ("frame", "payload"))
+        check_choice("check", check, CHECKS)
+        if self.inner_max_num_threads is not None:
+            positive("inner_max_num_threads", self.inner_max_num_threads)
         initializer = options.get("initializer")
         if initializer is not None:
             check_callable("initializer", initializer)
-        memory = options.get("memory")
         timeout = options.get("idle_worker_timeout")
         settings = {
             "workers": n_jobs,
-            "memory": None if memory is None else parse_bytes(memory),
-            "retries": int(retries),
+            "memory": budget_of(options.get("memory")),
+            "retries": at_least(0, "retries", options.get("retries", 0)),
             "check": check,
             "initializer": initializer,
             "initargs": tuple(options.get("initargs", ())),

@@ -10,12 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from shmengine.config import parse_bytes
 from shmengine.engine.backend import Entropy, TaskOptions, function_name
 from shmengine.errors import ArrayError
 
+CHECKS = ("frame", "payload")
 FOREVER_SECONDS = 1e9
 
 __all__ = [
+    "CHECKS",
+    "at_least",
+    "budget_of",
     "check_callable",
     "check_choice",
     "check_iterables",
@@ -123,9 +128,21 @@ def is_index(value: Any) -> bool:
 
 
 def positive(name: str, value: Any) -> int:
-    if not is_index(value) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+    return at_least(1, name, value)
+
+
+def at_least(least: int, name: str, value: Any) -> int:
+    if not is_index(value) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
     return operator.index(value)
+
+
+def budget_of(memory: Any) -> int | None:
+    """Return a budget of shared memory in bytes; None for the default one."""
+    budget = None if memory is None else parse_bytes(memory)
+    if budget == 0:
+        raise ValueError("memory must be positive, not 0")
+    return budget
 
 
 def total_of(iterables: Sequence[Iterable[Any]]) -> int | None:

@@ -83,11 +83,27 @@ def test_bad_arguments_are_refused(pool, arguments, error, text):
         pool(**arguments)
 
 
-def test_memory_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="lots"):
-        shm.Executor(1, memory="lots")
-    with pytest.raises(shm.MemoryBudgetExceeded, match="1 workers need"):
-        shm.Executor(1, memory="1 MiB")
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"max_workers": 256}, ValueError, "max_workers must be at most 255, not 256"),
+        ({"memory": "lots"}, ValueError, "lots"),
+        ({"memory": 0}, ValueError, "memory must be positive, not 0"),
+        ({"memory": "1 MiB"}, shm.MemoryBudgetExceeded, "1 workers need"),
+        ({"threads_per_worker": 0}, ValueError, "threads_per_worker must be an integer of at least 1, not 0"),
+        (
+            {"threads_per_worker": "a"},
+            ValueError,
+            "threads_per_worker must be an integer of at least 1, not 'a'",
+        ),
+        ({"check": "payloads"}, ValueError, "check must be one of 'frame', 'payload', not 'payloads'"),
+        ({"check": None}, ValueError, "check must be one of 'frame', 'payload', not None"),
+        ({"writable": "shared"}, ValueError, "writable must be False or 'private', not 'shared'"),
+    ],
+)
+def test_bad_arguments_of_ours_are_refused(arguments, error, text):
+    with pytest.raises(error, match=text):
+        shm.Executor(**{"max_workers": 1, "memory": "64 MiB", **arguments})
 
 
 def test_the_default_start_method_follows_max_tasks_per_child(ours):

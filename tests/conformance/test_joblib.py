@@ -458,6 +458,7 @@ def fail():
         ({"retries": -1}, ValueError, "retries must be an integer of at least 0"),
         ({"check": "all"}, ValueError, "check must be one of"),
         ({"memory": "much"}, ValueError, "much"),
+        ({"memory": 0}, ValueError, "memory must be positive, not 0"),
         (
             {"idle_worker_timeout": -1},
             ValueError,
@@ -467,13 +468,24 @@ def fail():
         ({"idle_worker_timeout": "1"}, TypeError, "idle_worker_timeout must be a number of seconds"),
         ({"idle_worker_timeout": True}, TypeError, "idle_worker_timeout must be a number of seconds"),
         ({"initializer": 3}, TypeError, "initializer must be callable"),
-        ({"n_jobs": 300}, ValueError, "workers must be at most 255"),
+        ({"n_jobs": 300}, ValueError, "n_jobs must be at most 255, not 300"),
         ({"require": "sharedmem"}, ValueError, "does not support shared memory"),
     ],
 )
 def test_bad_input(options, error, text):
     with pytest.raises(error, match=text):
         Parallel(**{**SETTINGS, **options})([delayed(neg)(1)])
+
+
+@pytest.mark.parametrize("threads", ["x", -1, 0, 1.5, True])
+def test_bad_numbers_of_threads(threads):
+    with (
+        parallel_config(**SETTINGS, inner_max_num_threads=threads),
+        pytest.raises(
+            ValueError, match=f"inner_max_num_threads must be an integer of at least 1, not {threads!r}"
+        ),
+    ):
+        Parallel()([delayed(neg)(1)])
 
 
 # --- programs -------------------------------------------------------------------------------------
