@@ -49,7 +49,7 @@ from shmengine.engine.checks import (
     task_options,
     total_of,
 )
-from shmengine.engine.frames import Labels, RowCut, cut_of
+from shmengine.engine.frames import Labels, RowCut, check_is_no_frame, cut_of
 from shmengine.engine.progress import Reporter, reporter
 from shmengine.engine.results import Results
 from shmengine.engine.stalls import Observed
@@ -370,7 +370,7 @@ class Engine(Observed, Asynchronous):
             Called as ``fn(block, **kwargs)``; returns an ndarray of the same length on `axis`, from which
             the ghost cells are cut off.
         array : array_like
-            As in `map_blocks`.
+            As in `map_blocks`; no frame.
         depth : int or (int, int)
             Number of ghost cells before and after each block, on `axis` only.
         boundary : {"reflect", "periodic", "nearest", "none"} or number
@@ -389,6 +389,7 @@ class Engine(Observed, Asynchronous):
         self._check_usable()
         if writable == "shared":
             raise ValueError("map_overlap cannot write in place: blocks share their ghost cells")
+        check_is_no_frame("map_overlap", array)
         labels = Labels((array,))
         cut = GhostCut(labels.arrays[0], depth, boundary, axis, block_bytes)
         options = task_options("map_overlap", fn, timeout, None, rng, writable)
