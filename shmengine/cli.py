@@ -6,7 +6,7 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 __all__ = ["main"]
@@ -91,22 +91,39 @@ def _add_bench(parser: argparse.ArgumentParser, arguments: Sequence[str] | None)
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     parser.add_argument(
-        "--port", type=int, default=8786, help="of the scheduler (default: %(default)s; 0: any)"
+        "--port", type=_whole(0, 65535), default=8786, help="of the scheduler (default: %(default)s; 0: any)"
     )
-    parser.add_argument("--workers", type=int, default=1, help="workers of dask's (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=_whole(1), default=1, help="workers of dask's (default: %(default)s)"
+    )
+
+
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least or (most is not None and value > most):
+            allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text}")
+        return value
+
+    parse.__name__ = "int"  # what argparse says it is, where int refuses
+    return parse
 
 
 def _cluster(options: argparse.Namespace) -> int:
     """Run a scheduler and workers of dask's in the foreground."""
     import signal
+    from multiprocessing import resource_tracker
 
+    # Ctrl-C goes to all processes of a terminal, and is for this thread alone, when all have started. Whatever thread
+    # or process comes from here on inherits that it is blocked; who starts the resource tracker unblocks it.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         from distributed import LocalCluster
     except ImportError:
         print("shmengine cluster needs distributed: pip install 'shmengine[dask]'", file=sys.stderr)
         return 1
-    # Blocked and inherited: a Ctrl-C reaches us alone, and only when all have started.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with LocalCluster(
             n_workers=options.workers,

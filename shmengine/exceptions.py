@@ -38,7 +38,8 @@ def encode_exception(error: BaseException) -> EncodedException:
     traceback : str
         Formatted, with causes and context.
     frame : bytes or None
-        The exception itself; None if it cannot be pickled, or not be unpickled again.
+        The exception itself; None if it cannot be pickled, or becomes one of another class; empty if it can be
+        pickled, and not be unpickled again.
     notes : list of str
     """
     import traceback
@@ -55,22 +56,36 @@ def encode_exception(error: BaseException) -> EncodedException:
         text = f"{type_name}: {message}\n"
     notes = getattr(error, "__notes__", None)
     notes = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
-    frame: bytes | None
+    return type_name, message, text, _frame_of(error), notes
+
+
+def _frame_of(error: BaseException) -> bytes | None:
     try:
         frame = encode(error, memmap_mode=None, reducers=_AsDefined()).to_bytes()
-        if not _is_same_error(decode(frame), cls):
-            frame = None
     except Exception:
-        frame = None
-    return type_name, message, text, frame, notes
+        return None
+    try:
+        loaded = decode(frame)
+    except Exception:
+        return b""
+    if not isinstance(loaded, BaseException):
+        return b""
+    return frame if type(loaded).__qualname__ == type(error).__qualname__ else None
 
 
-def _is_same_error(loaded: object, cls: type) -> bool:
-    return isinstance(loaded, BaseException) and type(loaded).__qualname__ == cls.__qualname__
+def _as_it_is(error: RemoteError) -> BaseException:
+    return error
 
 
-def decode_exception(encoded: EncodedException) -> BaseException:
+def decode_exception(
+    encoded: EncodedException, unreadable: Callable[[RemoteError], BaseException] = _as_it_is
+) -> BaseException:
     """Return the exception from `encode_exception`, with the remote traceback as ``__cause__``.
+
+    Parameters
+    ----------
+    unreadable : callable
+        Makes of the `RemoteError` what stands for an exception that was pickled and cannot be unpickled.
 
     Returns
     -------
@@ -79,14 +94,15 @@ def decode_exception(encoded: EncodedException) -> BaseException:
     """
     type_name, message, text, frame, notes = encoded
     error: BaseException | None = None
-    if frame is not None:
+    if frame:
         try:
             loaded = decode(frame, copy=True)
             error = loaded if isinstance(loaded, BaseException) else None
         except Exception:  # its class cannot be had in this process
             error = None
     if error is None:
-        error = RemoteError(f"{type_name}: {message}" if message else type_name, type_name)
+        told = RemoteError(f"{type_name}: {message}" if message else type_name, type_name)
+        error = told if frame is None else unreadable(told)
     present = getattr(error, "__notes__", [])
     for note in notes:
         if note not in present:

@@ -20,8 +20,9 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 
-from shmengine.config import default_workers, parse_bytes
+from shmengine.config import default_workers
 from shmengine.engine.backend import Submit, TaskOptions, function_name
+from shmengine.engine.checks import CHECKS, budget_of, check_choice, positive
 from shmengine.engine.collector import Collector
 from shmengine.engine.policy import Policy
 from shmengine.engine.process import ProcessBackend
@@ -36,7 +37,7 @@ from shmengine.errors import (
 from shmengine.pickling import goes_by_reference, original_error
 from shmengine.workers.messages import USUAL_ERRSTATE
 
-__all__ = ["BrokenExecutor", "Executor", "ExecutorWorkerDied", "WorkerProcess"]
+__all__ = ["BrokenExecutor", "Executor", "ExecutorWorkerDied", "WorkerProcess", "broken_by"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,6 +49,18 @@ class ExecutorWorkerDied(WorkerDied, standard.BrokenProcessPool):
 
 class BrokenExecutor(RemoteError, standard.BrokenProcessPool):
     """An initializer failed, or something could not be unpickled on the other side; ``__cause__`` says why."""
+
+
+def broken_by(error: BaseException, cls: type[BrokenExecutor] = BrokenExecutor) -> BrokenExecutor:
+    """Return the error for something that could not be unpickled, or for an initializer's `RemoteError`."""
+    if isinstance(error, RemoteError) and not error.type_name:
+        broken = cls(str(error))
+        broken.__cause__ = error.__cause__
+    else:
+        type_name = error.type_name if isinstance(error, RemoteError) else type(error).__qualname__
+        broken = cls(f"it cannot be unpickled: {error}", type_name)
+        broken.__cause__ = error
+    return broken
 
 
 class WorkerProcess:
@@ -95,6 +108,7 @@ class WorkerProcess:
 class _AsStandard(Policy):
     """Deaths and errors as `concurrent.futures.process` has them."""
 
+    workers_name = "max_workers"
     fragile = True
     pickles_late = True
     finishes = True
@@ -113,13 +127,7 @@ class _AsStandard(Policy):
             return ExecutorWorkerDied(
                 error.pid, error.returncode, error.task, error.attempts, error.cause, error.stderr_tail
             )
-        if isinstance(error, RemoteError):  # the initializer's
-            broken = BrokenExecutor(str(error))
-            broken.__cause__ = error.__cause__
-        else:
-            broken = BrokenExecutor(f"it cannot be unpickled: {error}", type(error).__qualname__)
-            broken.__cause__ = error
-        return broken
+        return broken_by(error)
 
     def failed(self, error: BaseException) -> BaseException:
         """Return what was raised, with the traceback of the worker as the standard's class."""
@@ -146,7 +154,7 @@ class Executor(futures.Executor):
     Parameters
     ----------
     max_workers : int, optional
-        By default the cores that this process may use. They start when futures find none idle.
+        By default the cores that this process may use; 255 at most. They start when futures find none idle.
     mp_context : multiprocessing context, optional
         For compatibility: workers are always programs of their own, as with ``"spawn"``. With ``"fork"`` all
         of them start with the first future, and `max_tasks_per_child` is refused.
@@ -212,6 +220,10 @@ class Executor(futures.Executor):
                     "max_tasks_per_child is incompatible with the 'fork' multiprocessing start method;"
                     " supply a different mp_context."
                 )
+        check_choice("check", check, CHECKS)
+        budget = budget_of(memory)
+        if threads_per_worker is not None:
+            threads_per_worker = positive("threads_per_worker", threads_per_worker)
         self._max_workers = max_workers
         self._mp_context = mp_context
         self._shut_down = False
@@ -219,7 +231,7 @@ class Executor(futures.Executor):
         self._latest: tuple[Callable[[], Any], Submit] = _nothing, _nothing
         self._backend = ProcessBackend(
             max_workers,
-            None if memory is None else parse_bytes(memory),
+            budget,
             threads_per_worker,
             None if initializer is None else _Initializer(initializer),
             tuple(initargs),

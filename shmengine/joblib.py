@@ -16,9 +16,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import math
 import multiprocessing
 import os
 import pickle
+import queue
 import threading
 import time
 import warnings
@@ -30,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from joblib import cpu_count, register_parallel_backend
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib.externals.loky import process_executor as loky
 from joblib.parallel import (
     AutoBatchingMixin,
     BatchedCalls,
@@ -40,27 +42,39 @@ from joblib.parallel import (
 )
 
 from shmengine.arrays import address_of, owner_of
-from shmengine.config import default_budget, parse_bytes
+from shmengine.config import default_budget
 from shmengine.engine.backend import Submit, TaskOptions, Writable, function_name
 from shmengine.engine.callback_future import CallbackFuture
-from shmengine.engine.checks import check_callable, check_choice, is_index
+from shmengine.engine.checks import (
+    CHECKS,
+    at_least,
+    budget_of,
+    check_callable,
+    check_choice,
+    idle_seconds,
+    positive,
+)
 from shmengine.engine.policy import Policy
 from shmengine.engine.process import ProcessBackend
 from shmengine.errors import Closed, MemoryBudgetExceeded, SerializationError, WorkerDied
-from shmengine.futures import BrokenExecutor
+from shmengine.futures import BrokenExecutor, broken_by
 from shmengine.pickling import goes_by_reference
 
 if TYPE_CHECKING:
     from shmengine.stats import EngineStats
 
-__all__ = ["JoblibWorkerDied", "ShmengineBackend", "register", "shutdown", "stats"]
+__all__ = ["JoblibBroken", "JoblibWorkerDied", "ShmengineBackend", "register", "shutdown", "stats"]
 
 IDLE_SECONDS = 300.0
 SHARED_BYTES = 1 << 20  # where joblib has no limit of its own
 
 
-class JoblibWorkerDied(WorkerDied, TerminatedWorkerError):  # type: ignore[misc]
+class JoblibWorkerDied(WorkerDied, loky.TerminatedWorkerError):  # type: ignore[misc]
     """A worker process died, and with it the call of `joblib.Parallel`; the next call finds a new worker."""
+
+
+class JoblibBroken(BrokenExecutor, loky.BrokenProcessPool):  # type: ignore[misc]
+    """An initializer failed, or something could not be unpickled on the other side; ``__cause__`` says why."""
 
 
 def register() -> None:
@@ -133,6 +147,7 @@ class _Arrays:
 class _AsJoblib(Policy):
     """Workers that serve one call of Parallel after the other; a death fails a call, and nobody else's."""
 
+    workers_name = "n_jobs"
     pickles_late = True
 
     make_future = CallbackFuture  # joblib waits by itself
@@ -154,9 +169,7 @@ class _AsJoblib(Policy):
         """Return an error that is `BrokenProcessPool` as well."""
         if isinstance(error, WorkerDied):
             return self.failed(error)
-        broken = BrokenExecutor(str(error), type(error).__qualname__)
-        broken.__cause__ = error.__cause__ or error
-        return broken
+        return broken_by(error, JoblibBroken)
 
     @staticmethod
     def failed(error: BaseException) -> BaseException:
@@ -173,7 +186,9 @@ class _AsJoblib(Policy):
 class _Pool:
     """Workers of some settings, kept from one call of Parallel to the next."""
 
-    def __init__(self, settings: Mapping[str, Any], idle_seconds: float) -> None:
+    idle_seconds = IDLE_SECONDS  # as the latest call wants it
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
         policy = _AsJoblib(settings["environment"])
         self.users = policy.users
@@ -186,8 +201,11 @@ class _Pool:
             check=settings["check"],
             policy=policy,
         )
-        self.idle_seconds = idle_seconds
         self.idle_since = time.monotonic()
+
+    def ends_at(self) -> float:
+        """Return when it is to end if nobody uses it; infinity while somebody does."""
+        return math.inf if self.users else self.idle_since + self.idle_seconds
 
     def serves(self, settings: Mapping[str, Any]) -> bool:
         """Tell whether these are its settings, and it works."""
@@ -199,18 +217,25 @@ class _Pool:
 
 _pools: list[_Pool] = []  # the latest last
 _lock = threading.Lock()
-_timer: threading.Timer | None = None  # while there are pools
+_idle_thread: threading.Thread | None = None  # while there are pools
+_left: queue.SimpleQueue[None] = (
+    queue.SimpleQueue()
+)  # one for each call that has left its pool; wakes the thread
 
 
 def _pool_for(settings: Mapping[str, Any], idle_seconds: float, user: _Call) -> _Pool:
     """Return a pool with these settings; idle ones with others are ended: the cores are for one of them."""
+    global _idle_thread
     with _lock:
         _end([pool for pool in _pools if not pool.users and not pool.serves(settings)])
         pool = next((pool for pool in _pools if pool.serves(settings)), None)
         if pool is None:
-            pool = _Pool(settings, idle_seconds)
+            pool = _Pool(settings)
             _pools.append(pool)
-            _look_later()
+        if _idle_thread is None or not _idle_thread.is_alive():
+            _idle_thread = threading.Thread(target=_end_idle, name="shmengine-idle", daemon=True)
+            _idle_thread.start()
+        pool.idle_seconds = idle_seconds
         pool.users.add(user)
         return pool
 
@@ -221,32 +246,26 @@ def _end(pools: list[_Pool]) -> None:
         pool.backend.close()
 
 
-def _look_later() -> None:
-    global _timer
-    if _timer is None and _pools:
-        _timer = threading.Timer(min(pool.idle_seconds for pool in _pools), _end_idle)
-        _timer.daemon = True
-        _timer.start()
-
-
 def _end_idle() -> None:
-    """End the workers that have been idle for long (in the timer's thread)."""
-    global _timer
-    with _lock:
-        now = time.monotonic()
-        _end([pool for pool in _pools if not pool.users and now - pool.idle_since >= pool.idle_seconds])
-        _timer = None
-        _look_later()
+    """End each pool when it has been idle for as long as it may; return when there is none (in a thread)."""
+    global _idle_thread
+    while True:
+        with _lock:
+            now = time.monotonic()
+            _end([pool for pool in _pools if pool.ends_at() <= now])
+            if not _pools:
+                _idle_thread = None
+                return
+            next_end = min(pool.ends_at() for pool in _pools)
+        with contextlib.suppress(queue.Empty):
+            _left.get(timeout=None if next_end == math.inf else max(next_end - time.monotonic(), 0))
 
 
 def shutdown() -> None:
     """End the workers that no call of Parallel uses now; the next call starts new ones."""
-    global _timer
     with _lock:
         _end([pool for pool in _pools if not pool.users])
-        if _timer is not None and not _pools:
-            _timer.cancel()
-            _timer = None
+    _left.put(None)
 
 
 def stats() -> EngineStats | None:
@@ -260,8 +279,8 @@ def stats() -> EngineStats | None:
 
 def _after_fork_in_child() -> None:
     # The parent's workers are of no use here, and another thread may have held the lock.
-    global _lock, _timer
-    _lock, _timer = threading.Lock(), None
+    global _lock, _idle_thread, _left
+    _lock, _idle_thread, _left = threading.Lock(), None, queue.SimpleQueue()
     _pools.clear()
 
 
@@ -308,6 +327,8 @@ class _Call:
     ) -> None:
         self._pool: _Pool | None = None
         pool = self._pool = _pool_for(settings, idle_seconds, self)
+        # Also when it is forgotten, and by whatever thread finds that out: it takes no lock.
+        self._leave = weakref.finalize(self, _left.put, None)
         self._backend = pool.backend
         self._writable = writable
         self._arrays = _Arrays(pool.backend, least, own=own)
@@ -375,6 +396,7 @@ class _Call:
             self._pool.idle_since = time.monotonic()
             self._pool.users.discard(self)
             self._pool = None
+            self._leave()
 
 
 class ShmengineBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]
@@ -397,7 +419,8 @@ class ShmengineBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[
         Called as ``initializer(*initargs)`` in each worker before its tasks.
     initargs : tuple
     idle_worker_timeout : float
-        Seconds after which workers without work are ended.
+        Seconds after which workers that no call uses are ended, 300 by default; 0: as soon as the call is over;
+        infinity: never.
     """
 
     default_n_jobs = 1
@@ -456,26 +479,24 @@ class ShmengineBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[
         unknown = options.keys() - _OPTIONS
         if unknown:
             raise TypeError(f"the shmengine backend has no parameter {', '.join(sorted(unknown))}")
-        retries = options.get("retries", 0)
-        if not is_index(retries) or retries < 0:
-            raise ValueError(f"retries must be an integer of at least 0, not {retries!r}")
         check = options.get("check", "frame")
-        check_choice("check", check, ("frame", "payload"))
+        check_choice("check", check, CHECKS)
+        if self.inner_max_num_threads is not None:
+            positive("inner_max_num_threads", self.inner_max_num_threads)
         initializer = options.get("initializer")
         if initializer is not None:
             check_callable("initializer", initializer)
-        memory = options.get("memory")
-        idle = options.get("idle_worker_timeout")
+        timeout = options.get("idle_worker_timeout")
         settings = {
             "workers": n_jobs,
-            "memory": None if memory is None else parse_bytes(memory),
-            "retries": int(retries),
+            "memory": budget_of(options.get("memory")),
+            "retries": at_least(0, "retries", options.get("retries", 0)),
             "check": check,
             "initializer": initializer,
             "initargs": tuple(options.get("initargs", ())),
             "environment": self._prepare_worker_env(n_jobs),
         }
-        return settings, IDLE_SECONDS if idle is None else float(idle)
+        return settings, IDLE_SECONDS if timeout is None else idle_seconds("idle_worker_timeout", timeout)
 
     def submit(self, func: BatchedCalls, callback: Callable[[Any], None] | None = None) -> Future[Any]:
         """Send a batch of calls to the workers."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from shmengine.config import default_workers, parse_bytes
+from shmengine.config import default_workers
 from shmengine.engine.aio import Asynchronous
 from shmengine.engine.backend import (
     CLOSED_TEXT,
@@ -37,16 +37,18 @@ from shmengine.engine.backend import (
 )
 from shmengine.engine.blocks import Cut, Gather, GhostCut, overlaps, returned_by
 from shmengine.engine.checks import (
+    CHECKS,
+    at_least,
+    budget_of,
     check_callable,
     check_choice,
     check_iterables,
     check_out,
-    is_index,
     positive,
     task_options,
     total_of,
 )
-from shmengine.engine.frames import Labels, RowCut, cut_of
+from shmengine.engine.frames import Labels, RowCut, check_is_no_frame, cut_of
 from shmengine.engine.memory import SharedMemory
 from shmengine.engine.progress import Reporter, reporter
 from shmengine.engine.results import Results
@@ -61,7 +63,6 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 BACKENDS = ("process", "thread", "serial")
-CHECKS = ("frame", "payload")
 
 T = TypeVar("T")
 
@@ -134,13 +135,10 @@ class Engine(Observed, Asynchronous, SharedMemory):
         count = None if workers is None else positive("workers", workers)
         if threads_per_worker is not None:
             threads_per_worker = positive("threads_per_worker", threads_per_worker)
-        budget = None if memory is None else parse_bytes(memory)
-        if budget == 0:
-            raise ValueError("memory must be positive, not 0")
+        budget = budget_of(memory)
         if initializer is not None:
             check_callable("initializer", initializer)
-        if not is_index(retries) or retries < 0:
-            raise ValueError(f"retries must be an integer of at least 0, not {retries!r}")
+        retries = at_least(0, "retries", retries)
         settings: dict[str, Any] = {}
         if cluster is not None:
             if backend != "process":
@@ -163,7 +161,7 @@ class Engine(Observed, Asynchronous, SharedMemory):
             threads_per_worker=threads_per_worker,
             initializer=initializer,
             initargs=tuple(initargs),
-            retries=int(retries),
+            retries=retries,
             check=check,
             **settings,
         )
@@ -372,7 +370,7 @@ class Engine(Observed, Asynchronous, SharedMemory):
             Called as ``fn(block, **kwargs)``; returns an ndarray of the same length on `axis`, from which
             the ghost cells are cut off.
         array : array_like
-            As in `map_blocks`.
+            As in `map_blocks`; no frame.
         depth : int or (int, int)
             Number of ghost cells before and after each block, on `axis` only.
         boundary : {"reflect", "periodic", "nearest", "none"} or number
@@ -391,6 +389,7 @@ class Engine(Observed, Asynchronous, SharedMemory):
         self._check_usable()
         if writable == "shared":
             raise ValueError("map_overlap cannot write in place: blocks share their ghost cells")
+        check_is_no_frame("map_overlap", array)
         labels = Labels((array,))
         cut = GhostCut(labels.arrays[0], depth, boundary, axis, block_bytes)
         options = task_options("map_overlap", fn, timeout, None, rng, writable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence, Sized
@@ -9,16 +10,22 @@ from typing import Any
 
 import numpy as np
 
+from shmengine.config import parse_bytes
 from shmengine.engine.backend import Entropy, TaskOptions, function_name
 from shmengine.errors import ArrayError
 
+CHECKS = ("frame", "payload")
 FOREVER_SECONDS = 1e9
 
 __all__ = [
+    "CHECKS",
+    "at_least",
+    "budget_of",
     "check_callable",
     "check_choice",
     "check_iterables",
     "check_out",
+    "idle_seconds",
     "is_index",
     "positive",
     "task_options",
@@ -55,12 +62,24 @@ def seconds_of(timeout: Any) -> float | None:
     """Return a timeout in seconds; None for no limit, and for one that nobody lives to see."""
     if timeout is None:
         return None
-    if isinstance(timeout, bool) or not isinstance(timeout, (numbers.Real, np.integer, np.floating)):
-        raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
-    seconds: Any = timeout
+    seconds = _number_of_seconds("timeout", timeout)
     if not seconds > 0:
         raise ValueError(f"timeout must be positive (seconds) or None, not {timeout!r}")
     return float(seconds) if seconds < FOREVER_SECONDS else None
+
+
+def idle_seconds(name: str, value: Any) -> float:
+    """Return how long something may be idle: 0 for not at all, infinity for ever, or longer than anybody lives."""
+    seconds = _number_of_seconds(name, value)
+    if not seconds >= 0:
+        raise ValueError(f"{name} must be at least 0 (seconds) or None, not {value!r}")
+    return float(seconds) if seconds < FOREVER_SECONDS else math.inf
+
+
+def _number_of_seconds(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number of seconds or None, not {value!r}")
+    return value
 
 
 def entropy_of(rng: Any) -> Entropy | None:
@@ -109,9 +128,21 @@ def is_index(value: Any) -> bool:
 
 
 def positive(name: str, value: Any) -> int:
-    if not is_index(value) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+    return at_least(1, name, value)
+
+
+def at_least(least: int, name: str, value: Any) -> int:
+    if not is_index(value) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
     return operator.index(value)
+
+
+def budget_of(memory: Any) -> int | None:
+    """Return a budget of shared memory in bytes; None for the default one."""
+    budget = None if memory is None else parse_bytes(memory)
+    if budget == 0:
+        raise ValueError("memory must be positive, not 0")
+    return budget
 
 
 def total_of(iterables: Sequence[Iterable[Any]]) -> int | None:

@@ -506,7 +506,7 @@ class Dispatcher:
                 if good:
                     self.conclude(job, task, value, None)
                     continue
-                raised = decode_exception(value)
+                raised = decode_exception(value, self.policy.broken)
                 self.conclude(job, task, None, raised if good is False else self.policy.broken(raised))
 
     def run_later(self, batch: Batch, payload: Any, error: BaseException | None) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from shmengine.engine.blocks import AsIs, Cut
 from shmengine.errors import ArrayError, BlockError
 
-__all__ = ["Labels", "RowCut", "cut_of"]
+__all__ = ["Labels", "RowCut", "check_is_no_frame", "cut_of"]
 
 VARIABLE_BYTES = 64
 """What a string, a list or an object counts as: edges must not depend on contents."""
@@ -231,6 +231,21 @@ def cut_of(arrays: Sequence[Any], axis: int, block_bytes: int | str) -> Cut:
     """Return the cut of these arrays: by rows if there is a frame among them."""
     by_rows = any(_library(array) is not None for array in arrays)
     return (RowCut if by_rows else Cut)(arrays, axis, block_bytes)
+
+
+def check_is_no_frame(method: str, array: Any) -> None:
+    """Refuse frames, tables and their columns, of which NumPy would make an array without labels, often of objects.
+
+    Raises
+    ------
+    ArrayError
+        It is one.
+    """
+    if _library(array) is not None:
+        raise ArrayError(
+            f"{method} is for arrays, not for a {type(array).__name__}: give it the values of columns of one type, by"
+            " their to_numpy(), and put what comes back into a frame"
+        )
 
 
 # --- xarray --------------------------------------------------------------------------------------

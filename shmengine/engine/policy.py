@@ -12,6 +12,9 @@ __all__ = ["Policy"]
 class Policy:
     """An engine's: it outlives its workers. `shmengine.futures` has a stricter one."""
 
+    workers_name = "workers"
+    """What callers know the number of workers by."""
+
     start: Literal["now", "first task", "on demand"] = "now"
     """When workers start: with the engine, with the first future, or with a future that finds none idle."""
 

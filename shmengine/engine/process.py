@@ -81,7 +81,7 @@ class ProcessBackend:
         most = PLACES - 1
         if workers > most:
             raise ValueError(
-                f"workers must be at most {most}, not {workers}: so many processes can share memory"
+                f"{policy.workers_name} must be at most {most}, not {workers}: so many processes can share memory"
             )
         self.workers = workers
         budget = memory if memory is not None else config.default_budget()

@@ -18,8 +18,17 @@ import pytest
 from distributed import Client
 
 import shmengine as shm
+from shmengine import cli
 from shmengine.engine import courier
-from tests.helpers import descendants, describe_process, poll_until, run_script, start_script
+from tests.helpers import (
+    children,
+    descendants,
+    describe_process,
+    kill_tree,
+    poll_until,
+    run_script,
+    start_script,
+)
 from tests.helpers.cluster import Cluster
 
 SETTINGS = {"memory": "64 MiB"}
@@ -301,7 +310,49 @@ def test_a_cluster_of_one_machine_from_the_command_line():
     assert process.returncode == 0
 
 
+@pytest.mark.parametrize("moment", ["started", "starting"])
+def test_control_c_in_a_terminal_ends_it_without_a_word(moment):
+    command = [sys.executable, "-m", "shmengine", "cluster", "--port", "0", "--workers", "2"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            if moment == "started":
+                assert "Ctrl-C ends it" in process.stdout.readline()
+            else:  # the first worker is there, beside multiprocessing's tracker
+                poll_until(lambda: len(children(process.pid)) > 1)
+            while process.poll() is None:  # once, and again and again
+                os.killpg(process.pid, signal.SIGINT)
+                time.sleep(0.05)
+        finally:
+            if process.poll() is None:
+                kill_tree(process.pid)
+        output, errors = process.communicate()
+    assert errors == ""
+    assert process.returncode == 0
+    assert ("Ctrl-C ends it" in output) == (moment == "starting")
+
+
 # --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("--port", "99999", "argument --port: must be from 0 to 65535, not 99999"),
+        ("--port", "-1", "argument --port: must be from 0 to 65535, not -1"),
+        ("--port", "http", "argument --port: invalid int value: 'http'"),
+        ("--workers", "0", "argument --workers: must be at least 1, not 0"),
+        ("--workers", "-1", "argument --workers: must be at least 1, not -1"),
+        ("--workers", "two", "argument --workers: invalid int value: 'two'"),
+    ],
+)
+def test_bad_options_of_the_command(option, value, text, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_cluster", lambda options: 0)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["cluster", f"{option}={value}"])
+    assert caught.value.code == 2
+    assert text in capsys.readouterr().err
 
 
 def test_bad_clusters(cluster):

@@ -83,11 +83,27 @@ def test_bad_arguments_are_refused(pool, arguments, error, text):
         pool(**arguments)
 
 
-def test_memory_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="lots"):
-        shm.Executor(1, memory="lots")
-    with pytest.raises(shm.MemoryBudgetExceeded, match="1 workers need"):
-        shm.Executor(1, memory="1 MiB")
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"max_workers": 256}, ValueError, "max_workers must be at most 255, not 256"),
+        ({"memory": "lots"}, ValueError, "lots"),
+        ({"memory": 0}, ValueError, "memory must be positive, not 0"),
+        ({"memory": "1 MiB"}, shm.MemoryBudgetExceeded, "1 workers need"),
+        ({"threads_per_worker": 0}, ValueError, "threads_per_worker must be an integer of at least 1, not 0"),
+        (
+            {"threads_per_worker": "a"},
+            ValueError,
+            "threads_per_worker must be an integer of at least 1, not 'a'",
+        ),
+        ({"check": "payloads"}, ValueError, "check must be one of 'frame', 'payload', not 'payloads'"),
+        ({"check": None}, ValueError, "check must be one of 'frame', 'payload', not None"),
+        ({"writable": "shared"}, ValueError, "writable must be False or 'private', not 'shared'"),
+    ],
+)
+def test_bad_arguments_of_ours_are_refused(arguments, error, text):
+    with pytest.raises(error, match=text):
+        shm.Executor(**{"max_workers": 1, "memory": "64 MiB", **arguments})
 
 
 def test_the_default_start_method_follows_max_tasks_per_child(ours):
@@ -298,19 +314,68 @@ def test_a_result_that_cannot_be_pickled_is_the_future_s_error(pool):
         assert executor.submit(square, 2).result() == 4
 
 
-@pytest.mark.parametrize(("fn", "argument"), [(id, Unreadable()), (return_it, Unreadable)])
+class Odd(Exception):
+    """As people write them: it pickles, and its constructor then misses an argument."""
+
+    def __init__(self, a, b):
+        super().__init__(a)
+
+
+class OfOneProcess(Exception):
+    """Can be unpickled where it was raised only."""
+
+    def __reduce__(self):
+        return unless_elsewhere, (os.getpid(),)
+
+
+def unless_elsewhere(pid):
+    if os.getpid() != pid:
+        raise LookupError("not here")
+    return OfOneProcess("here")
+
+
+class NoMoreAnError(Exception):
+    def __reduce__(self):
+        return int, ("3",)
+
+
+ODD_ERRORS = [Odd, OfOneProcess, NoMoreAnError]
+
+
+def raise_odd(cls):
+    raise cls(*["odd", "one"][: 2 if cls is Odd else 1])  # as it was written
+
+
+UNREADABLE = [(id, Unreadable()), (return_it, Unreadable)]
+
+
+@pytest.mark.parametrize(("fn", "argument"), UNREADABLE + [(raise_odd, cls) for cls in ODD_ERRORS])
 def test_what_cannot_be_unpickled_is_a_broken_process_pool(pool, fn, argument, capfd):
     with pool(1) as executor:
         assert isinstance(executor.submit(fn, argument).exception(60), BrokenProcessPool)
     capfd.readouterr()  # the standard's worker has died of it
 
 
-@pytest.mark.parametrize(("fn", "argument"), [(id, Unreadable()), (return_it, Unreadable)])
+@pytest.mark.parametrize(("fn", "argument"), UNREADABLE)
 def test_which_harms_no_other_of_ours(ours, fn, argument):
     executor = ours(1)
     error = executor.submit(fn, argument).exception(60)
     assert "LookupError: not here" in str(error)
     assert isinstance(error.__cause__, SerializationError)
+    assert executor.submit(square, 2).result() == 4
+
+
+@pytest.mark.parametrize("cls", ODD_ERRORS)
+def test_nor_does_an_exception_of_that_kind_which_says_what_it_was(ours, cls):
+    executor = ours(1)
+    error = executor.submit(raise_odd, cls).exception(60)
+    assert isinstance(error, RemoteError)
+    assert error.type_name.endswith(cls.__name__)
+    assert str(error).startswith("it cannot be unpickled: ")
+    assert f"{cls.__name__}: odd" in str(error)
+    assert type(error.__cause__) is _RemoteTraceback
+    assert "raise cls(" in str(error.__cause__)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert executor.submit(square, 2).result() == 4
 
 

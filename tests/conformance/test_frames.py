@@ -295,6 +295,25 @@ def test_what_makes_no_sense_with_frames(engine, arguments, error, text):
         engine.map_blocks(len, pandas_frame(), **arguments)
 
 
+@pytest.mark.parametrize(
+    "frame",
+    [
+        PANDAS["range"],
+        PANDAS["range"]["x"],
+        polars_frame(5),
+        polars_frame(5)["x"],
+        arrow_table(5),
+        arrow_table(5).to_batches()[0],
+    ],
+    ids=lambda frame: f"{type(frame).__module__.partition('.')[0]}-{type(frame).__name__}",
+)
+def test_ghost_cells_are_for_arrays(engine, frame):
+    with pytest.raises(
+        ArrayError, match=f"map_overlap is for arrays, not for a {type(frame).__name__}: .*to_numpy"
+    ):
+        engine.map_overlap(np.copy, frame, 1)
+
+
 def test_lengths_must_agree(engine):
     with pytest.raises(BlockError, match="array 0 has 1000, array 1 has 5"):
         engine.map_blocks(len, pandas_frame(), pandas_frame(5))

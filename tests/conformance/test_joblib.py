@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -19,11 +20,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky.process_executor import BrokenProcessPool as LokyBrokenProcessPool
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 import shmengine
-from shmengine.errors import RemoteTraceback, WorkerDied
-from tests.helpers import poll_until, run_script
+from shmengine.errors import RemoteError, RemoteTraceback, WorkerDied
+from tests.helpers import children, poll_until, run_script
 from tests.helpers.scripts import start_script
 
 SETTINGS = {"backend": "shmengine", "n_jobs": 2, "memory": "256 MiB"}
@@ -136,6 +138,44 @@ def test_workers_are_kept_until_others_are_wanted():
         shmengine.joblib.shutdown()
         os.kill(others.pop(), 0)
     assert pids(**SETTINGS) == ours
+
+
+def pids_of(**settings):
+    return {*Parallel(**{**OTHERS, **settings})(delayed(pid_after)(0.02) for _ in range(20))}
+
+
+def is_gone(pids):
+    return not pids & set(children())
+
+
+@pytest.mark.parametrize("seconds", [0, 0.05, np.float64(0.01)])
+def test_idle_workers_end_by_themselves(seconds):
+    pids = pids_of(idle_worker_timeout=seconds)  # while those of `kept` have five minutes
+    poll_until(lambda: is_gone(pids))
+
+
+@pytest.mark.parametrize(("first", "then"), [(None, 0), (1e10, 0), (1e308, 0.05), (float("inf"), 0)])
+def test_the_latest_timeout_counts(first, then):
+    pids = pids_of(idle_worker_timeout=first)
+    assert pids_of(idle_worker_timeout=then) == pids
+    poll_until(lambda: is_gone(pids))
+
+
+def test_each_pool_has_a_timeout_of_its_own():
+    with Parallel(idle_worker_timeout=0, **OTHERS) as parallel:
+        staying = pids_of(idle_worker_timeout=float("inf"), memory="64 MiB")
+        ending = {*parallel(delayed(pid_after)(0.02) for _ in range(20))}
+    poll_until(lambda: is_gone(ending))
+    assert staying <= set(children())
+    assert pids_of(idle_worker_timeout=0, memory="64 MiB") == staying
+    poll_until(lambda: is_gone(staying))
+
+
+def test_workers_of_a_call_that_was_forgotten_end_too():
+    parallel = Parallel(idle_worker_timeout=0, **OTHERS).__enter__()
+    pids = {*parallel(delayed(pid_after)(0.02) for _ in range(20))}
+    del parallel
+    poll_until(lambda: gc.collect() is not None and is_gone(pids))
 
 
 def test_calls_in_each_other_through_one_instance():
@@ -305,9 +345,23 @@ class Unreadable:
         return int, ("no number",)
 
 
-def test_what_cannot_be_unpickled():
-    with pytest.raises(BrokenProcessPool, match="no number"):
-        Parallel(**OTHERS)(delayed(id)(Unreadable()) for _ in range(2))
+class Odd(Exception):
+    def __init__(self, a, b):
+        super().__init__(a)
+
+
+def raise_odd():
+    raise Odd("what it", "was")
+
+
+@pytest.mark.parametrize(
+    ("task", "text"), [(delayed(id)(Unreadable()), "no number"), (delayed(raise_odd)(), "Odd: what it")]
+)
+def test_what_cannot_be_unpickled(task, text):
+    with pytest.raises(LokyBrokenProcessPool, match=text) as caught:
+        Parallel(**OTHERS)([task] * 2)
+    assert isinstance(caught.value, BrokenProcessPool)
+    assert isinstance(caught.value, RemoteError)
     assert Parallel(**OTHERS)([delayed(neg)(1)]) == [-1]
 
 
@@ -404,14 +458,34 @@ def fail():
         ({"retries": -1}, ValueError, "retries must be an integer of at least 0"),
         ({"check": "all"}, ValueError, "check must be one of"),
         ({"memory": "much"}, ValueError, "much"),
+        ({"memory": 0}, ValueError, "memory must be positive, not 0"),
+        (
+            {"idle_worker_timeout": -1},
+            ValueError,
+            "idle_worker_timeout must be at least 0 .* or None, not -1",
+        ),
+        ({"idle_worker_timeout": float("nan")}, ValueError, "idle_worker_timeout must be .* not nan"),
+        ({"idle_worker_timeout": "1"}, TypeError, "idle_worker_timeout must be a number of seconds"),
+        ({"idle_worker_timeout": True}, TypeError, "idle_worker_timeout must be a number of seconds"),
         ({"initializer": 3}, TypeError, "initializer must be callable"),
-        ({"n_jobs": 300}, ValueError, "workers must be at most 255"),
+        ({"n_jobs": 300}, ValueError, "n_jobs must be at most 255, not 300"),
         ({"require": "sharedmem"}, ValueError, "does not support shared memory"),
     ],
 )
 def test_bad_input(options, error, text):
     with pytest.raises(error, match=text):
         Parallel(**{**SETTINGS, **options})([delayed(neg)(1)])
+
+
+@pytest.mark.parametrize("threads", ["x", -1, 0, 1.5, True])
+def test_bad_numbers_of_threads(threads):
+    with (
+        parallel_config(**SETTINGS, inner_max_num_threads=threads),
+        pytest.raises(
+            ValueError, match=f"inner_max_num_threads must be an integer of at least 1, not {threads!r}"
+        ),
+    ):
+        Parallel()([delayed(neg)(1)])
 
 
 # --- programs -------------------------------------------------------------------------------------
@@ -445,6 +519,23 @@ def test_a_program_without_a_guard_and_a_forked_child():
         """
     result = run_script(PROGRAM + source.replace("\n    ", "\n"), check=True)
     assert result.stdout.count("[0, 0, 0, 0]") == 3
+
+
+def test_workers_that_end_at_once_keep_nobody_busy_before():
+    source = """
+        import threading
+        seen = set()
+        with joblib.Parallel(backend="shmengine", n_jobs=2, idle_worker_timeout=0) as parallel:
+            parallel(joblib.delayed(abs)(i) for i in range(4))
+            before = time.process_time()
+            for _ in range(100):
+                seen.update(threading.enumerate())
+                time.sleep(0.01)
+            print(len(seen), time.process_time() - before)
+        """
+    threads, seconds = run_script(PROGRAM + source.replace("\n    ", "\n"), check=True).stdout.split()
+    assert int(threads) <= 4  # the program's, two of the workers', one that ends them
+    assert float(seconds) < 0.5  # of processor
 
 
 def test_control_c():
