@@ -108,7 +108,7 @@ def _reduce_frame(pl: Any, frame: Any) -> Any:
         return NotImplemented
     try:
         table = frame.to_arrow(compat_level=pl.CompatLevel.newest())
-        if _is_part(min(table.nbytes, frame.estimated_size()), table.get_total_buffer_size()):
+        if _is_view_of_more(table, frame.estimated_size()):
             # Views of strings would bring along the strings of all other rows.
             table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
         # What Arrow has no word for would arrive as something else.
@@ -118,6 +118,13 @@ def _reduce_frame(pl: Any, frame: Any) -> Any:
         return NotImplemented
     flags = {name: flags for name, flags in frame.flags.items() if any(flags.values())}
     return _polars_frame, (table, flags)
+
+
+def _is_view_of_more(table: Any, nbytes: int) -> bool:
+    try:
+        return _is_part(min(table.nbytes, nbytes), table.get_total_buffer_size())
+    except TypeError:  # views of strings, of which older ones of pyarrow know nothing
+        return True
 
 
 def _reduce_series(pl: Any, series: Any) -> Any:

@@ -380,7 +380,7 @@ class Courier:
 
     async def _meet(self) -> None:
         """Look who is there: hosts that have gone are lost, hosts that have come are started."""
-        info = await self._client.scheduler.identity(n_workers=-1)
+        info = await self._client.scheduler.identity()
         present = info["workers"]
         for name in [name for name, host in self._hosts.items() if host.address not in present]:
             self.deaths += 1

@@ -552,26 +552,58 @@ def test_control_c():
 # --- scikit-learn ---------------------------------------------------------------------------------
 
 
-def test_scikit_learn_unchanged():
+@pytest.fixture(scope="module")
+def labelled():
     from sklearn.datasets import make_classification
-    from sklearn.ensemble import RandomForestClassifier
-    from sklearn.linear_model import RidgeClassifier
-    from sklearn.model_selection import GridSearchCV, cross_val_score
 
-    samples, labels = make_classification(4000, 100, random_state=0)  # 3.2 MB
-    grid = {"alpha": [0.1, 1.0, 10.0]}
+    return make_classification(4000, 100, random_state=0)  # 3.2 MB
+
+
+def grid_search(samples, labels):
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.model_selection import GridSearchCV
+
+    search = GridSearchCV(RidgeClassifier(), {"alpha": [0.1, 1.0, 10.0]}, cv=3).fit(samples, labels)
+    return search.cv_results_["mean_test_score"]
+
+
+def cross_validation(samples, labels):
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.model_selection import cross_val_score
+
+    return cross_val_score(RidgeClassifier(), samples, labels, cv=3)
+
+
+def forest_of_classifiers(samples, labels):
+    from sklearn.ensemble import RandomForestClassifier
+
     forest = RandomForestClassifier(10, max_depth=4, random_state=0)
-    expected = GridSearchCV(RidgeClassifier(), grid, cv=3).fit(samples, labels)
-    scores = cross_val_score(RidgeClassifier(), samples, labels, cv=3)
-    trees = forest.fit(samples, labels).predict_proba(samples)
-    with parallel_config("shmengine", n_jobs=2, memory="256 MiB"):
-        with copied() as bytes_copied:
-            found = GridSearchCV(RidgeClassifier(), grid, cv=3).fit(samples, labels)
-        np.testing.assert_array_equal(
-            found.cv_results_["mean_test_score"], expected.cv_results_["mean_test_score"]
-        )
-        np.testing.assert_array_equal(cross_val_score(RidgeClassifier(), samples, labels, cv=3), scores)
-        # (Threads add the trees up, in any order.)
-        np.testing.assert_allclose(forest.fit(samples, labels).predict_proba(samples), trees)
-    indices = len(grid["alpha"]) * 3 * (labels.nbytes + samples.shape[0] * 8)  # small: they go with each task
-    assert samples.nbytes <= bytes_copied[0] <= samples.nbytes + indices + 200_000
+    return forest.fit(samples, labels).predict_proba(samples)
+
+
+def forest_of_regressors(samples, labels):
+    from sklearn.ensemble import RandomForestRegressor
+
+    forest = RandomForestRegressor(10, max_depth=4, random_state=0)
+    return forest.fit(samples, labels).predict(samples)
+
+
+@pytest.mark.parametrize(
+    ("run", "itemsize", "tasks", "rtol"),
+    [
+        (grid_search, 8, 9, 0),
+        (cross_validation, 8, 3, 0),
+        # Trees are of single precision, and threads add them up, in any order.
+        (forest_of_classifiers, 4, 10, 1e-7),
+        (forest_of_regressors, 4, 10, 1e-7),
+    ],
+)
+def test_scikit_learn_unchanged_and_the_training_array_crosses_once(labelled, run, itemsize, tasks, rtol):
+    samples, labels = labelled
+    expected = run(samples, labels)
+    with parallel_config("shmengine", n_jobs=2, memory="256 MiB"), copied() as bytes_copied:
+        found = run(samples, labels)
+    np.testing.assert_allclose(found, expected, rtol)
+    array = samples.size * itemsize
+    small = tasks * (labels.nbytes + samples.shape[0] * 8)  # labels and indices go with each task
+    assert array <= bytes_copied[0] <= array + small + 200_000
