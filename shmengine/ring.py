@@ -177,7 +177,8 @@ class Ring(Attached):
         self._handle()  # who has the end's own `claim` may come after `close`
         try:
             spec = ArraySpec(np.dtype(dtype), _shape(shape))
-            need = math.prod(max(1, n) for n in spec.shape) * spec.dtype.itemsize  # NumPy counts like this
+            # As NumPy counts. No generator, here and below: without memory for one Python 3.12 and 3.13 crash.
+            need = math.prod([max(1, n) for n in spec.shape]) * spec.dtype.itemsize
             if need > MOST_BYTES:
                 self._refuse_size(need)
             raw = encode_spec(spec)
@@ -504,7 +505,7 @@ class _Nothing(Exception):
 
 def _shape(shape: Any) -> tuple[int, ...]:
     sizes = tuple(map(operator.index, shape)) if np.iterable(shape) else (operator.index(shape),)
-    if any(n < 0 for n in sizes):
+    if min(sizes, default=0) < 0:
         raise ArrayError(f"a shape has no negative dimensions: {shape!r}")
     return sizes
 

@@ -157,18 +157,10 @@ def _run_suite(options: argparse.Namespace) -> Any:
         raise ValueError(f"--suite needs the source tree with its benches, and {root} is none")
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "promises.json")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "benches",
-            "-q",
-            "-k",
-            options.suite,
-            "--save-promises",
-            str(path),
-        ]
-        status = subprocess.run(command, cwd=root, stdout=2, check=False).returncode
+        command = [sys.executable, "-m", "pytest", "benches", "-q", "-p", "no:xdist"]
+        command += ["-k", options.suite, "--save-promises", str(path)]
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        status = subprocess.run(command, cwd=root, env=env, stdout=2, check=False).returncode
         if status or not path.exists():
             raise ValueError(f"pytest ended with status {status}; what it says is above")
         return Report.from_json(path.read_text())

@@ -19,6 +19,7 @@ from shmengine.errors import UseAfterFork
 from tests.helpers import ROOT, run_script
 
 SECONDS = 30  # a watchdog
+FORKS = ("-W", "ignore:This process:DeprecationWarning")  # is multi-threaded, says Python 3.12
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +418,7 @@ def test_a_forked_child_that_exits_as_a_program_does():
         assert [r[-1] for r in results] == list(range(5))
         assert engine.stats().worker_deaths == 0
     """
-    result = run_script(source, check=True, timeout=SECONDS)
+    result = run_script(source, check=True, timeout=SECONDS, flags=FORKS)
     assert result.stderr == ""
 
 
@@ -446,7 +447,7 @@ def test_the_default_engine_after_a_fork():
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert list(shm.map(abs, range(3))) == [0, 1, 2]
     """
-    result = run_script(source, check=True, timeout=SECONDS)
+    result = run_script(source, check=True, timeout=SECONDS, flags=FORKS)
     assert result.stderr == ""
 
 
