@@ -61,6 +61,9 @@ class Compressor:
     method : {"lz4", "zstd", "auto"}
         With ``"auto"`` the method is chosen by how fast messages have been going out, and by what a sample of the
         data gains; none as long as none would be faster.
+    measure : callable, optional
+        For ``"auto"``: returns how many seconds a byte takes, or None while that is not known. Without it messages have
+        gone when they are `written`.
 
     Raises
     ------
@@ -68,9 +71,15 @@ class Compressor:
         blosc2 is not installed.
     """
 
-    def __init__(self, method: str, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        method: str,
+        clock: Callable[[], float] = time.perf_counter,
+        measure: Callable[[], float | None] | None = None,
+    ) -> None:
         self._library = _blosc2()
         self._clock = clock
+        self._measure = measure or self._seconds_per_byte
         self._auto = method == "auto"
         self.method = None if self._auto else method
         self._looked = -LOOK_SECONDS
@@ -108,6 +117,10 @@ class Compressor:
             if self._bytes_written > MEASURE_BYTES << 6:  # what was long ago counts less
                 self._bytes_written >>= 1
                 self._seconds /= 2
+
+    def _seconds_per_byte(self) -> float | None:
+        """Return it as `written` has seen it."""
+        return self._seconds / self._bytes_written if self._bytes_written >= MEASURE_BYTES else None
 
     def _compress(
         self, method: str, pieces: list[Any], nbytes: int, item_bytes: Mapping[int, int]
@@ -154,7 +167,11 @@ class Compressor:
     def _choose(self, pieces: list[Any], item_bytes: Mapping[int, int]) -> None:
         """Now and then: choose the method by a sample of the largest piece."""
         now = self._clock()
-        if now - self._looked < LOOK_SECONDS or self._bytes_written < MEASURE_BYTES:
+        if now - self._looked < LOOK_SECONDS:
+            return
+        per_byte = self._measure()
+        if per_byte is None:  # not so far, or not any more
+            self.method = None
             return
         self._looked = now
         starts = np.cumsum([0, *map(len, pieces)])
@@ -162,7 +179,6 @@ class Compressor:
         piece, size = pieces[most], item_bytes.get(int(starts[most]), 1)
         middle = (len(piece) // 2) // size * size
         sample = piece[middle : middle + SAMPLE_BYTES] if len(piece) > SAMPLE_BYTES else piece
-        per_byte = self._seconds / self._bytes_written
         self.method, best = None, GAIN * per_byte
         for method in LEVELS:
             began = self._clock()

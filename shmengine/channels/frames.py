@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -26,12 +27,19 @@ class FrameLink(Link):
 
     A frame's header has its number among those of its sender and priority, from 0: the receiver sees a gap, a
     repetition, another order.
+
+    Parameters
+    ----------
+    options : Options
+    measure : callable, optional
+        For compression, as `Compressor` has it, where `write` does not wait until a message has gone.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, measure: Callable[[], float | None] | None = None) -> None:
         self.options = options
         self.counts = Counts()
-        self._compressor = Compressor(options.compression) if options.compression else None
+        method = options.compression
+        self._compressor = Compressor(method, measure=measure) if method else None
         self._expected: defaultdict[int, int] = defaultdict(int)  # the next number, by priority
         # The object that was received and is not settled; its priority, and the number that is expected then.
         self._current: tuple[Any, int, int] | None = None

@@ -1,4 +1,4 @@
-"""What is behind an ``ipc://`` address: a Unix socket of this machine, and its file."""
+"""What is behind ZeroMQ's connections and ``ipc://`` addresses: sockets of this machine, and their files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,31 @@ import socket as unix
 import stat
 import struct
 
-__all__ = ["SocketFile", "check_free", "user_behind"]
+__all__ = ["SocketFile", "check_free", "connection_of", "user_behind"]
 
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
+
+
+def connection_of(fd: int) -> unix.socket:
+    """Return a copy of a connection whose descriptor is ZeroMQ's: that may have closed it, and it be any file by now.
+
+    Raises
+    ------
+    OSError
+        It is no socket.
+    """
+    copy = os.dup(fd)
+    try:
+        return unix.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
 
 
 def user_behind(fd: int) -> int:
     """Return the user of the process that listens at the other side of a Unix connection; -1: it has ended."""
     try:
-        with unix.socket(fileno=os.dup(fd)) as connection:
+        with connection_of(fd) as connection:
             return int(_CREDENTIALS.unpack(connection.getsockopt(unix.SOL_SOCKET, unix.SO_PEERCRED, 12))[1])
     except OSError:
         return -1

@@ -72,6 +72,7 @@ class Port:
         self.closed = False
         self.denied = ""
         self.raw: deque[Part] = deque()
+        self.is_local = address.startswith("ipc:")
         self._alone = alone  # whose all parts are
         self.hub = hub.enter(self)
         with contextlib.ExitStack() as undo:
@@ -137,6 +138,8 @@ class Port:
     def _hand_over(self, session: Session) -> None:
         peer = session.peer
         if peer is not None:
+            if session.meter is not None:
+                session.meter.look(session.fd)
             for number, part in session.to_hand_over():
                 if not self.post(peer, part):
                     session.disconnected()
@@ -278,7 +281,6 @@ class DialPort(Port):
         self, kind: int, address: str, session: Session, proof: Proof, peer_timeout: float, auth: Keys | None
     ) -> None:
         super().__init__(kind, address, peer_timeout, auth, serves=False, alone=session)
-        self._is_local = address.startswith("ipc:")
         self._session = session
         self._proof = proof
         self._nonce = b""
@@ -300,7 +302,7 @@ class DialPort(Port):
         elif event == zmq.Event.DISCONNECTED:
             self._nonce = b""
             self.cut_off(session)
-            if not self._is_local:
+            if not self.is_local:
                 self._drop_unsent()
         elif event == zmq.Event.HANDSHAKE_FAILED_AUTH and session.missed_since == 0:
             session.refusal = "it does not know the key of this end"
@@ -356,7 +358,7 @@ class DialPort(Port):
             return
         if not self._proof.holds(Kind(kind), greeting):
             return
-        user = user_behind(part.source) if self._is_local else os.geteuid()
+        user = user_behind(part.source) if self.is_local else os.geteuid()
         if user < 0:  # this connection has ended; who is there the next one will show
             return
         self._nonce, self.greeting_until = b"", 0.0
@@ -365,7 +367,7 @@ class DialPort(Port):
         elif kind == Kind.REFUSAL:
             session.refusal = greeting.text
         else:
-            session.connected(b"", part, greeting)
+            session.connected(b"", part, greeting, part.source)
             self._hand_over(session)
         self.answered.set()
         self.wake_all()
@@ -406,14 +408,14 @@ class ListenPort(Port):
         )
         if alone is None:
             self._socket.router_mandatory = True
-        if address.startswith("ipc:"):
+        if self.is_local:
             self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
         self._socket.ipv6 = "[" in address
         try:
             if alone is not None:
                 self.add(alone)
             self._socket.bind(address)
-            if address.startswith("ipc://") and not address.startswith("ipc://@"):
+            if self.is_local and not address.startswith("ipc://@"):
                 self._file = SocketFile(address.removeprefix("ipc://"))
         except (zmq.ZMQError, OSError):
             self.close()
@@ -570,7 +572,7 @@ class ListenPort(Port):
         self._peers[peer] = session
         answer = self._proof.greeting(Kind.WELCOME, greeting.key, greeting.nonce, window=session.window)
         self.post(peer, session.greet(Kind.WELCOME, answer))
-        session.connected(peer, part, greeting)
+        session.connected(peer, part, greeting, part.source)
         self._hand_over(session)
         self.wake_all()
 

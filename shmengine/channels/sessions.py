@@ -26,6 +26,7 @@ from typing import Any
 from shmengine import config
 from shmengine._native._handles import Stream
 from shmengine.channels.link import Counts
+from shmengine.channels.meter import Meter
 from shmengine.tokens import start_time
 
 __all__ = [
@@ -109,6 +110,10 @@ class Session(Stream):
         Why this session does not go on; empty: it does.
     other : str
         The process of the other end, from its greeting.
+    fd : int
+        The descriptor of the last connection. It is ZeroMQ's, which may have closed it.
+    meter : Meter or None
+        Who is to see how fast that is.
     """
 
     def __init__(
@@ -123,6 +128,8 @@ class Session(Stream):
         self.missed_since = 0
         self.refusal = ""
         self.other = ""
+        self.fd = -1
+        self.meter: Meter | None = None
         self.goodbye = False  # of the other end has come
         self._accepted = accepted  # somebody takes what comes
         self._most_waiting = 2 * window + part_bytes  # who keeps to the window stays far below
@@ -378,7 +385,7 @@ class Session(Stream):
         self._asked = self.received
         self.misses = False
 
-    def connected(self, peer: bytes, part: Any, greeting: Greeting) -> None:
+    def connected(self, peer: bytes, part: Any, greeting: Greeting, fd: int = -1) -> None:
         """Go on over a new connection, from where the other end's greeting says."""
         _, received, taken = PREFIX.unpack_from(part)
         self.window_there = min(self.window, greeting.window)
@@ -387,6 +394,9 @@ class Session(Stream):
         self._handed_over = max(self._acknowledged, min(received, self.next_number))
         if self.missed_since:
             self.counts.reconnects += 1
+        self.fd = fd
+        if self.meter is not None:
+            self.meter.begin()
         self.peer, self.missed_since, self.other = peer, 0, greeting.text
 
     def disconnected(self) -> None:

@@ -17,6 +17,7 @@ from shmengine.arrays import Bytes, address_of
 from shmengine.channels.end import End
 from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
 from shmengine.channels.link import NOTHING, Capabilities, Link, Options
+from shmengine.channels.meter import Meter
 from shmengine.channels.ports import DialPort, ListenPort, Port
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.sessions import (
@@ -65,7 +66,9 @@ class SocketLink(FrameLink):
     capabilities: ClassVar[Capabilities] = _CAPABILITIES
 
     def __init__(self, options: Options) -> None:
-        super().__init__(options)
+        # What `write` takes says nothing of the link. Within a machine nothing does, and compression stays off.
+        self._meter = Meter()
+        super().__init__(options, self._meter.seconds_per_byte)
         self._checks_all = options.check == "payload"
         self._known = (KIND_ARRAY, KIND_PICKLE) if options.allow_pickle else (KIND_ARRAY,)
         self._pid = 0
@@ -82,6 +85,8 @@ class SocketLink(FrameLink):
         self._reader, self._writer = port.add(session)
         self.read_fd, self.write_fd = self._reader.fd, self._writer.fd
         self._expected[0] = 0
+        if self.options.compression == "auto" and not port.is_local:
+            session.meter = self._meter
         session.use(
             port.wire,
             port.lock,

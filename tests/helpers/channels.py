@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from shmengine import Engine, channel
+from shmengine.channels.hub import THREAD
 from shmengine.channels.open import MECHANISMS
 from tests.helpers.arrays import same
 
@@ -29,6 +30,7 @@ __all__ = [
     "is_message",
     "make_pair",
     "message",
+    "nobody_serves",
     "number_of",
     "sending",
     "trip",
@@ -75,6 +77,11 @@ def number_of(obj: Any) -> int:
 def is_message(obj: Any, *, large: bool = True) -> bool:
     """Whether every byte of a message is that of its number."""
     return same(obj, message(number_of(obj), large=large))
+
+
+def nobody_serves() -> bool:
+    """Whether all socket channels of this process are done with."""
+    return not any(thread.name == THREAD for thread in threading.enumerate())
 
 
 def fill(end: Any, block: Any, limit: int = 1 << 16) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import struct
 import threading
@@ -19,12 +20,15 @@ class Proxy:
         ``"tcp://host:port"``.
     delay : float, optional
         Seconds that everything takes on its way to the target.
+    bytes_per_second : float, optional
+        That pass in each direction; can be changed.
     """
 
-    def __init__(self, target: str, *, delay: float = 0.0) -> None:
+    def __init__(self, target: str, *, delay: float = 0.0, bytes_per_second: float = math.inf) -> None:
         host, _, port = target.removeprefix("tcp://").rpartition(":")
         self.target = host, int(port)
         self.delay = delay
+        self.bytes_per_second = bytes_per_second
         self.connections = 0
         self.bytes_passed = 0
         self._flowing = threading.Event()
@@ -44,11 +48,17 @@ class Proxy:
         """Let in connections, again at the same port."""
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._narrow(listener)
         listener.bind(("127.0.0.1", self._port))
         listener.listen()
         self._port = listener.getsockname()[1]
         self._listener = listener
         self._start(self._accept, listener)
+
+    def _narrow(self, end: socket.socket) -> None:
+        """Have little wait here, if not all passes at once: it would seem to have passed."""
+        if self.bytes_per_second < math.inf:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
 
     def shut(self) -> None:
         """Refuse new connections."""
@@ -105,6 +115,7 @@ class Proxy:
             except OSError:
                 near.close()
                 continue
+            self._narrow(far)
             with self._lock:
                 self._pairs.append((near, far))
             self.connections += 1
@@ -115,8 +126,8 @@ class Proxy:
     def _pass(self, source: socket.socket, target: socket.socket, delay: float, left: list[int]) -> None:
         try:
             while data := source.recv(1 << 16):
-                if delay:
-                    time.sleep(delay)
+                if pause := delay + len(data) / self.bytes_per_second:
+                    time.sleep(pause)
                 self._flowing.wait()
                 target.sendall(data)
                 self.bytes_passed += len(data)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import threading
 
 import pytest
 
 import shmengine as shm
-from shmengine.channels import hub
 from tests.helpers import poll_until, run_script
-
-
-def nobody_serves():
-    return not [thread for thread in threading.enumerate() if thread.name == hub.THREAD]
+from tests.helpers.channels import nobody_serves
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ import pytest
 
 import shmengine as shm
 from shmengine.channels import hub, ports
-from shmengine.channels.hub import THREAD
 from shmengine.channels.link import Counts
 from shmengine.channels.sessions import (
     PREFIX,
@@ -36,6 +35,7 @@ from shmengine.channels.sessions import (
 from shmengine.codec import encode
 from shmengine.tokens import start_time
 from tests.helpers import open_fds, poll_until, run_script
+from tests.helpers.channels import nobody_serves
 from tests.helpers.proxy import Proxy
 
 STARTS = ["fork", "spawn"]
@@ -428,10 +428,6 @@ def test_a_forked_child_does_not_harm_its_parents_end(ends):
     assert right.receive(20) == 3
     right.send(4)
     assert left.receive(20) == 4
-
-
-def nobody_serves():
-    return not any(thread.name == THREAD for thread in threading.enumerate())
 
 
 def test_nothing_stays_when_all_are_closed(server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import numpy as np
@@ -284,6 +285,25 @@ def test_auto_stays_off_for_what_cannot_be_compressed_and_looks_again():
     assert go(compressor, clock, NUMBERS, 1e6)
     clock.now += 2
     assert not go(compressor, clock, NOISE, 1e6)
+
+
+def test_auto_goes_by_what_was_measured_and_stops_when_nothing_is():
+    clock = Clock()
+    clock.thinking = 1e-3
+    speeds = []
+    compressor = Compressor("auto", clock, speeds.pop)
+    for pause, speed, compresses in [
+        (0, None, False),
+        (0, 1e-6, True),
+        (0, 1e-10, True),  # it looks once a second
+        (2, 1e-10, False),
+        (2, 1e-6, True),
+        (2, None, False),
+        (0, 1e-6, True),  # at once: nothing was known, so it has not looked
+    ]:
+        clock.now += pause
+        speeds[:] = [speed]
+        assert go(compressor, clock, NUMBERS, math.inf) is compresses
 
 
 # --- through channels -----------------------------------------------------------------------------------
