@@ -147,6 +147,11 @@ def test_who_asks_for_all_again_and_goes_harms_no_other(stranger):
 def test_a_server_that_went_right_after_its_answer_is_no_other_users(tmp_path):
     """Nobody can say any more whose process it was; the next connection shows."""
     address = f"ipc://{tmp_path}/server"
+
+    def sockets():
+        return {fd for fd, what in open_fds().items() if what.startswith("socket:")}
+
+    others = sockets()
     with zmq.Context() as context, ThreadPoolExecutor(1) as pool:
 
         def serve():
@@ -166,7 +171,7 @@ def test_a_server_that_went_right_after_its_answer_is_no_other_users(tmp_path):
         with port.lock:
             answer(socket, who, hello)
             socket.close(1000)
-            assert port.monitor.poll(20_000)  # it has gone, and its answer was not looked at
+            poll_until(lambda: sockets() == others)  # it has gone, and its answer was not looked at
         socket, who, hello = serve()
         answer(socket, who, hello)
         with connecting.result() as end:
