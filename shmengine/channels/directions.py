@@ -287,6 +287,7 @@ class Receiver(_Direction):
         except BaseException as error:
             self.corrupt += isinstance(error, Corrupt)
             if self._blame.is_the_messages(error):
+                self._blame.clear()
                 inbox.drop()
             raise
         self._blame.clear()

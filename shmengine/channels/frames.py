@@ -125,6 +125,7 @@ class FrameLink(Link):
         except BaseException as error:
             if self._blame.is_the_messages(error) and self._current is None:
                 self._number_unknown = self._number_unknown or not isinstance(error, ShmError)
+                self._blame.clear()
                 self.taken()
             raise
 

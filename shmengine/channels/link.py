@@ -75,8 +75,8 @@ class Counts:
 class Blame:
     """Who is to blame for a message that cannot be opened: itself, and it is dropped, or a signal's handler, and not.
 
-    What unpickling raises is `SerializationError`, but for `SystemExit` and its like. These may come from either, and
-    are the message's when it fails again.
+    What unpickling raises is `SerializationError`, but for `SystemExit`: that comes from either, and is the message's
+    when it comes again. Whatever else is no error of ours is a handler's.
     """
 
     def __init__(self) -> None:
@@ -84,11 +84,10 @@ class Blame:
 
     def is_the_messages(self, error: BaseException) -> bool:
         """Tell whether this error is the message's."""
-        if not self._failed and not isinstance(error, (ShmError, MemoryError, ImportError)):
+        if isinstance(error, SystemExit) and not self._failed:
             self._failed = True
             return False
-        self._failed = False
-        return True
+        return isinstance(error, (SystemExit, ShmError, MemoryError, ImportError))
 
     def clear(self) -> None:
         """It could be opened."""

@@ -283,6 +283,39 @@ def test_what_ends_the_program_when_it_is_unpickled_is_in_nobodys_way(ends):
     assert right.receive(FOREVER) == 3
 
 
+class Interrupts:
+    """What a signal's handler may do, again and again."""
+
+    left = 3
+
+    def __reduce__(self):
+        return _interrupt, ()
+
+
+class Alarmed(BaseException):
+    pass
+
+
+def _interrupt():
+    Interrupts.left -= 1
+    if Interrupts.left >= 0:
+        raise Alarmed
+    return "at last"
+
+
+def test_whatever_else_is_raised_keeps_the_message(ends):
+    left, right = ends
+    Interrupts.left = 3
+    left.send_many([1, Interrupts(), 2])
+    assert right.receive(FOREVER) == 1
+    for _ in range(3):
+        with pytest.raises(Alarmed):
+            right.receive(FOREVER)
+    assert right.receive(FOREVER) == "at last"
+    assert right.receive(FOREVER) == 2
+    assert right.stats().gaps == right.stats().corrupt == 0
+
+
 def send_three(end, size):
     for number in range(3):
         end.send(np.full(size, number, "u1"), FOREVER)

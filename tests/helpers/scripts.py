@@ -63,7 +63,7 @@ def kill_tree(pid: int, *, stacks: bool = False) -> str:
 
 
 def _environment(extra: Mapping[str, str | None] | None) -> dict[str, str]:
-    environment = dict(os.environ)
+    environment = {**os.environ, "PYTHON_COLORS": "0"}  # tracebacks on a terminal, since Python 3.13
     try:
         importlib.metadata.version("shmengine")
     except importlib.metadata.PackageNotFoundError:
