@@ -69,7 +69,7 @@ def test_this_test_sees(tmp_path):
 
 
 def test_a_brief_table_is_of_few_sizes(tmp_path):
-    whole = ROOT / "docs" / "results" / "xeon-2-cores.json"
+    whole = ROOT / "docs" / "results" / "epyc-2-cores.json"
     (tmp_path / "run.json").write_text(whole.read_text())
     made = renewed(DOCUMENT.format("").replace("bench run -->\n", "bench run brief -->\n", 1), tmp_path)
     assert "| | 64 B | 4 KiB | 64 KiB | 1 MiB | 16 MiB |\n" in made
