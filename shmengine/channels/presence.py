@@ -1,12 +1,15 @@
 """Who is at the two ends of a channel between processes of one machine: the living, the closed and the dead.
 
-Two bytes of an anonymous file say that an end was used, and that it was closed; locks on it, which the kernel takes
+Bytes of an anonymous file say that an end was used, and that it was closed; locks on them, which the kernel takes
 back whatever becomes of their holder, say by whom::
 
-    byte 0, 1   the process that uses the left, the right end (exclusive: one process at a time)
-    byte 2, 3   everybody who could come to use it: each copy of the end, forked and pickled ones too
+    byte 0, 1   the left, the right end was used, or closed; locked by the process that uses it (one at a time)
+    byte 2, 3   an unused copy of it was closed; locked by each copy that could come to be used, forked and pickled ones
 
 Locks of open file descriptions (``F_OFD_SETLK``) are used, so that two ends in one process see each other.
+
+A forked child has copies of both ends. When it uses one, its copy of the other holds that open no more: it would wait
+for itself if its parent closed that, or died, without having used it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import fcntl
 import os
 import struct
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from shmengine.descriptors import Descriptor
@@ -70,6 +74,12 @@ class Presence:
         self._beginning = False
         self._user = 0
         self._passed_on = False
+        self._inherited = False
+        self._holds = True  # keeps the end open
+        self._other: Callable[[], Presence | None] = lambda: (
+            None
+        )  # that of the other end, where both were made
+        self._let_other_go = False
         _lock(fd, fcntl.F_RDLCK, _HOLDERS + side)
         _all.add(self)
 
@@ -78,13 +88,15 @@ class Presence:
         """Return both ends of a new channel."""
         fd = os.memfd_create("shmengine-channel", os.MFD_CLOEXEC)
         try:
-            os.truncate(fd, _HOLDERS)
+            os.truncate(fd, 2 * _HOLDERS)
             left = cls(0, _reopen(fd))
             try:
-                return left, cls(1, _reopen(fd))
+                right = cls(1, _reopen(fd))
             except BaseException:
                 left.close()
                 raise
+            left._other, right._other = weakref.ref(right), weakref.ref(left)
+            return left, right
         finally:
             os.close(fd)
 
@@ -121,6 +133,12 @@ class Presence:
         if self._using is None:
             self._using = Descriptor(_reopen(self._open()), _WHAT)
         fd = self._using.number
+        if not self._holds and not self._hold_again():
+            self._stop_using()
+            raise UseAfterFork(
+                "no other process has a copy of this end of a channel any more, and this one, which is forked, uses the"
+                " other end: for that it is closed. Use both ends of a channel before its parent closes one"
+            )
         try:
             _lock(fd, fcntl.F_WRLCK, self.side)
             before = os.pread(fd, 1, self.side)[0]
@@ -137,6 +155,29 @@ class Presence:
         self._beginning = True
         os.pwrite(fd, bytes([_USED]), self.side)
         self._user = os.getpid()
+        other = self._other()
+        self._let_other_go = other is not None and other._let_go()
+
+    def _let_go(self) -> bool:
+        """Keep the end open no more, if this copy was inherited, and not used so far."""
+        if self._inherited and self._holds and not self._user and self._holding.is_ours():
+            try:
+                bare = Descriptor(_reopen(self._holding.number), _WHAT)
+            except OSError:  # no descriptor is free
+                return False
+            self._holding, held = bare, self._holding
+            self._holds = False
+            held.close()
+        return not self._holds
+
+    def _hold_again(self) -> bool:
+        """Keep the end open again if somebody else does, too; else its end may have been seen."""
+        fd, byte = self._holding.number, _HOLDERS + self.side
+        _lock(fd, fcntl.F_RDLCK, byte)
+        self._holds = _is_locked(fd, byte)
+        if not self._holds:
+            _lock(fd, fcntl.F_UNLCK, byte)
+        return self._holds
 
     def close(self) -> None:
         """Use this copy no more; if it was in use, or is the last one, then the other end sees an orderly end."""
@@ -147,14 +188,14 @@ class Presence:
             number = self._holding.number
             if self.in_use:
                 os.pwrite(number, bytes([_CLOSED]), self.side)
-            elif not self._user and not self._passed_on:
+            elif not self._user and not self._passed_on and self._holds:
                 self._close_unused(number)
         self._stop_using()
         self._holding.close()
         self.closed = True
 
     def _close_unused(self, number: int) -> None:
-        """Say that nobody will use this end, if this is the last copy of it."""
+        """Say that this copy will not be used; that nobody will use this end, if it is the last one."""
         try:
             fd = _reopen(number)
         except (
@@ -163,8 +204,8 @@ class Presence:
             return
         try:
             self._holding.close()
-            if not _is_locked(fd, _HOLDERS + self.side):
-                os.pwrite(fd, bytes([_CLOSED]), self.side)
+            alone = not _is_locked(fd, _HOLDERS + self.side)
+            os.pwrite(fd, bytes([_CLOSED]), self.side if alone else _HOLDERS + self.side)
         finally:
             os.close(fd)
 
@@ -211,7 +252,12 @@ class Presence:
 
     def _unheld(self) -> Fate:
         """Nobody has a copy of the other end: unless that has changed meanwhile, it is closed or lost."""
-        state = os.pread(self._open(), 1, 1 - self.side)[0]
+        side = 1 - self.side
+        state = os.pread(self._open(), 1, side)[0]
+        if (
+            state == 0 and self._let_other_go
+        ):  # else the one that was closed was passed on to somebody who has died
+            state = os.pread(self._open(), 1, _HOLDERS + side)[0]
         return {0: Fate.LOST, _CLOSED: Fate.CLOSED}.get(state) or self.fate()
 
 
@@ -220,6 +266,7 @@ _all: weakref.WeakSet[Presence] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for presence in list(_all):
+        presence._inherited = True
         presence._stop_using()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -105,6 +106,115 @@ def test_an_end_that_was_never_used_is_lost_when_nobody_has_a_copy(ends):
     reap(pid)
     assert left.fate() is Fate.LOST
     for fd in hold:
+        os.close(fd)
+
+
+def ask(answers):
+    """Wait until a child has written down what it sees."""
+    with os.fdopen(answers, closefd=False) as file:
+        return file.readline().strip()
+
+
+def look_until_it_ends(presence, answers):
+    presence.use()
+    with contextlib.suppress(AssertionError):
+        poll_until(lambda: presence.fate() is not Fate.UNUSED, timeout=30)
+    os.write(answers, f"{presence.fate().name}\n".encode())
+
+
+@pytest.mark.parametrize("begun", ["before", "after"])
+def test_a_forked_child_does_not_keep_open_what_its_parent_closes_unused(ends, begun):
+    """It has inherited both ends, uses one, and cannot close the other one, for which it has no name."""
+    left, right = ends
+    hold, answers = os.pipe(), os.pipe()
+
+    def work():
+        if begun == "before":
+            right.use()
+            os.write(answers[1], b"used\n")
+        os.read(hold[0], 1)
+        look_until_it_ends(right, answers[1])
+
+    pid = in_child(work)
+    if begun == "before":
+        assert ask(answers[0]) == "used"
+    left.close()
+    os.write(hold[1], b".")
+    assert ask(answers[0]) == "CLOSED"
+    reap(pid)
+    for fd in (*hold, *answers):
+        os.close(fd)
+
+
+def test_a_forked_child_sees_the_death_of_a_parent_that_has_not_used_its_end():
+    hold, answers = os.pipe(), os.pipe()
+
+    def work():
+        left, right = Presence.pair()
+        pid = in_child(lambda: look_until_it_ends(right, answers[1]))
+        os.write(answers[1], f"{pid}\n".encode())
+        os.read(hold[0], 1)
+        poll_until(lambda: left.fate() is Fate.ALIVE)
+
+    pid = in_child(work)
+    grandchild = int(ask(answers[0]))
+    os.write(hold[1], b".")
+    reap(pid)
+    assert ask(answers[0]) == "LOST"
+    os.waitpid(grandchild, 0)  # the tests' process adopts orphans
+    for fd in (*hold, *answers):
+        os.close(fd)
+
+
+def test_a_forked_child_cannot_use_an_end_that_it_has_seen_closed(ends):
+    left, right = ends
+    hold, answers = os.pipe(), os.pipe()
+
+    def work():
+        right.use()
+        os.write(answers[1], b"used\n")
+        os.read(hold[0], 1)
+        os.write(answers[1], f"{right.fate().name}\n".encode())
+        os.read(hold[0], 1)
+        with pytest.raises(UseAfterFork):
+            left.use()
+        os.write(answers[1], f"{right.fate().name}\n".encode())
+
+    pid = in_child(work)
+    assert ask(answers[0]) == "used"
+    copy = os.fork()  # the last one, which dies
+    if copy == 0:
+        signal.pause()
+    left.close()
+    os.kill(copy, signal.SIGKILL)
+    reap(copy)
+    os.write(hold[1], b".")
+    assert ask(answers[0]) == "CLOSED"
+    os.write(hold[1], b".")
+    assert ask(answers[0]) == "CLOSED"
+    reap(pid)
+    for fd in (*hold, *answers):
+        os.close(fd)
+
+
+def test_a_forked_child_may_use_both_ends(ends):
+    left, right = ends
+    answers = os.pipe()
+
+    def work():
+        right.use()
+        fates = [right.fate()]  # the parent has a copy of the other one
+        left.use()
+        fates += [left.fate(), right.fate()]
+        left.close()
+        fates += [right.fate()]
+        os.write(answers[1], " ".join(fate.name for fate in fates).encode() + b"\n")
+
+    pid = in_child(work)
+    assert ask(answers[0]) == "UNUSED ALIVE ALIVE CLOSED"
+    reap(pid)
+    assert left.fate() is Fate.LOST
+    for fd in answers:
         os.close(fd)
 
 
