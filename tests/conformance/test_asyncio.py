@@ -175,9 +175,10 @@ def test_what_nobody_has_begun_never_runs(processes, gate, tmp_path):
 
 
 async def until_busy(engine):
-    """Wait until a worker runs a task."""
+    """Wait until a worker runs a task whose result is not here."""
     await asyncio.to_thread(
-        poll_until, lambda: any(stall.function != "start" for stall in engine.stalls(after=0))
+        poll_until,
+        lambda: any(stall.function.startswith(("asubmit", "amap")) for stall in engine.stalls(after=0)),
     )
 
 
