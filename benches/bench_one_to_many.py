@@ -1,8 +1,8 @@
-"""One producer, three consumers: whoever is free takes the next message.
+"""One producer, three consumers: whoever is free takes the next message; with channels, three of these, each his own.
 
-                                    ┌──► consumer
-    producer ── 0 1 2 3 ... ──► [ ] ┼──► consumer
-                                    └──► consumer
+                                    ┌──► consumer               ┌── 0 3 6 ... ──► [ ] ──► consumer
+    producer ── 0 1 2 3 ... ──► [ ] ┼──► consumer     producer ─┼── 1 4 7 ... ──► [ ] ──► consumer
+                                    └──► consumer               └── 2 5 8 ... ──► [ ] ──► consumer
 
 Four processes; where there are fewer cores the kernel lets them take turns. Expected: all consumers together get each
 number once, and each of them gets rising numbers.
@@ -12,31 +12,33 @@ from __future__ import annotations
 
 import itertools
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
 
-from benches.flows import STOP, Flow, contestants
+from benches.flows import STOP, Flow, contestants, note_ratios
 
 CONSUMERS = 3
 
 
 def parts(flow: Flow) -> list[Any]:
     def produce(count: int) -> int:
+        send = flow.sender(0)
         for number in range(count):
-            flow.send(number)
+            send(number)
         for _ in range(CONSUMERS):
-            flow.send(STOP)
+            send(STOP)
         return count
 
-    def consume(_: int) -> list[int]:
-        got = []
-        while (number := flow.receive()) != STOP:
+    def consume(consumer: int, _: int) -> list[int]:
+        receive, got = flow.receiver(consumer), []
+        while (number := receive()) != STOP:
             got.append(number)
         assert got == sorted(set(got)), "out of order, or double"
         return got
 
-    return [produce, *[consume] * CONSUMERS]
+    return [produce, *(partial(consume, consumer) for consumer in range(CONSUMERS))]
 
 
 def complete(count: int, replies: list[Any]) -> None:
@@ -45,11 +47,14 @@ def complete(count: int, replies: list[Any]) -> None:
     assert sorted(itertools.chain(*got)) == list(range(count)), "lost or double"
 
 
-@pytest.mark.parametrize(("nbytes", "count"), [(4 << 10, 4_000), (1 << 20, 300)], ids=["4KiB", "1MiB"])
-def test_one_to_many(nbytes: int, count: int, compare: Any, targets: Any) -> None:
-    """Rings and queues of many consumers."""
+@pytest.mark.parametrize(
+    ("nbytes", "count", "rivals_count"),
+    [(4 << 10, 4_000, 4_000), (1 << 20, 300, 60)],
+    ids=["4KiB", "1MiB"],
+)
+def test_one_to_many(nbytes: int, count: int, rivals_count: int, compare: Any, targets: Any) -> None:
+    """Rings and queues of many consumers, and the four channels."""
     with ExitStack() as stack:
-        result = compare(
-            contestants(stack, 1, nbytes, parts, complete, count), unit="a message", bytes_each=nbytes
-        )
-    targets.note("Ring to multiprocessing.Queue", f"{result.ratio('Ring', 'multiprocessing.Queue'):.3g}x")
+        made = contestants(stack, [(1, CONSUMERS)], nbytes, parts, complete, count, rivals_count)
+        result = compare(made, unit="a message", bytes_each=nbytes)
+    note_ratios(result, targets)

@@ -24,6 +24,7 @@ from benches.measure import cpu_seconds
 from benches.rivals import PATIENCE, PipeOfBytes, compiled, fork, known, round_trips
 from shmengine.bench.compare import Each
 from shmengine.bench.crew import Crew, cores
+from shmengine.bench.registry import MECHANISMS
 
 IDLE_SECONDS = 2.0
 PAUSE_NS = 200_000  # four times as long as anybody of ours spins
@@ -47,6 +48,19 @@ def test_ping_pong(compare: Any, targets: Any) -> None:
     if "kickmsg (spinning)" in spinning:
         ratio = result.ratio("shm", "kickmsg (spinning)")
         targets.at_least("ping-pong, shm to kickmsg spinning", ratio, 1.0)
+
+
+def test_ping_pong_of_arrays(compare: Any, targets: Any) -> None:
+    """The four channels, arrays that exist, against `multiprocessing.Pipe().send` and bare pyzmq."""
+    links = known(*MECHANISMS, "multiprocessing.Pipe", "pyzmq")
+    with ExitStack() as stack:
+        result = compare(
+            {name: round_trips(stack, link, 64, "copy", 2_000) for name, link in links.items()},
+            unit="a round trip",
+        )
+    for name in MECHANISMS:
+        ratio = result.ratio(name, "multiprocessing.Pipe")
+        targets.note(f"ping-pong, {name} to multiprocessing.Pipe, send(array)", f"{ratio:.3g}x")
 
 
 def test_ping_pong_asleep(compare: Any, targets: Any) -> None:

@@ -12,22 +12,25 @@ from typing import Any
 
 import pytest
 
-from benches.flows import Flow, contestants
+from benches.flows import Flow, contestants, note_ratios
 
 
 def parts(first: Flow, second: Flow) -> list[Any]:
     def source(count: int) -> int:
+        send = first.sender(0)
         for number in range(count):
-            first.send(number)
+            send(number)
         return count
 
     def double(count: int) -> int:
+        receive, send = first.receiver(0), second.sender(0)
         for _ in range(count):
-            second.send(2 * first.receive())
+            send(2 * receive())
         return count
 
     def sink(count: int) -> list[int]:
-        return [second.receive() for _ in range(count)]
+        receive = second.receiver(0)
+        return [receive() for _ in range(count)]
 
     return [source, double, sink]
 
@@ -36,11 +39,14 @@ def complete(count: int, replies: list[Any]) -> None:
     assert replies == [count, count, list(range(0, 2 * count, 2))], "lost, double, or out of order"
 
 
-@pytest.mark.parametrize(("nbytes", "count"), [(4 << 10, 4_000), (1 << 20, 300)], ids=["4KiB", "1MiB"])
-def test_pipeline(nbytes: int, count: int, compare: Any, targets: Any) -> None:
-    """Two rings, or two queues."""
+@pytest.mark.parametrize(
+    ("nbytes", "count", "rivals_count"),
+    [(4 << 10, 4_000, 4_000), (1 << 20, 300, 60)],
+    ids=["4KiB", "1MiB"],
+)
+def test_pipeline(nbytes: int, count: int, rivals_count: int, compare: Any, targets: Any) -> None:
+    """Two rings, two queues, or two channels."""
     with ExitStack() as stack:
-        result = compare(
-            contestants(stack, 2, nbytes, parts, complete, count), unit="a message", bytes_each=nbytes
-        )
-    targets.note("Ring to multiprocessing.Queue", f"{result.ratio('Ring', 'multiprocessing.Queue'):.3g}x")
+        made = contestants(stack, [(1, 1), (1, 1)], nbytes, parts, complete, count, rivals_count)
+        result = compare(made, unit="a message", bytes_each=nbytes)
+    note_ratios(result, targets)
