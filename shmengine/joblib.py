@@ -59,6 +59,7 @@ from shmengine.engine.process import ProcessBackend
 from shmengine.errors import Closed, MemoryBudgetExceeded, SerializationError, WorkerDied
 from shmengine.futures import BrokenExecutor, broken_by
 from shmengine.pickling import goes_by_reference
+from shmengine.workers.joblib_calls import Runner, own_copy
 
 if TYPE_CHECKING:
     from shmengine.stats import EngineStats
@@ -95,10 +96,6 @@ def register() -> None:
 # --- arrays ---------------------------------------------------------------------------------------
 
 
-def _own(array: np.ndarray) -> np.ndarray:
-    return array.copy("K")
-
-
 class _Arrays:
     """The large arrays of one call of Parallel: each has one copy in shared memory for as long as the array lives.
 
@@ -108,7 +105,7 @@ class _Arrays:
     def __init__(self, backend: ProcessBackend, least: int, *, own: bool) -> None:
         self._backend = backend
         self._least = least
-        self._arrive = _own if own else None
+        self._arrive = own_copy if own else None
         self._lock = threading.Lock()
         self._copies: dict[Any, tuple[weakref.ref[np.ndarray], np.ndarray]] = {}
 
@@ -290,35 +287,6 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 # --- one call of Parallel -------------------------------------------------------------------------
 
 
-class _Runner:
-    """A `BatchedCalls` without its calls, which is the same for all batches of one call of Parallel.
-
-    Parameters
-    ----------
-    fn : function, optional
-        What is called, if that is the same for all calls, and goes by reference: others are pickled anew with each
-        batch, like their arguments, because they may have a state.
-    """
-
-    def __init__(self, batch: BatchedCalls, fn: Callable[..., Any] | None) -> None:
-        self._batch = copy.copy(batch)
-        self._batch.items = []
-        self._fn = fn
-
-    def __call__(self, *calls: Any) -> Any:
-        """Make the calls of a batch in a worker; return their results, or the only one."""
-        batch = self._batch
-        batch.items = [
-            (fn, args, kwargs or {})
-            for fn, args, kwargs in (calls if self._fn is None else ((self._fn, *call) for call in calls))
-        ]
-        try:
-            results = batch()
-        finally:
-            batch.items = []
-        return results if len(results) > 1 else results[0]
-
-
 class _Call:
     """What one call of Parallel, or several in one ``with`` block, has at the workers."""
 
@@ -364,7 +332,7 @@ class _Call:
                 place=self._arrays,
                 label="Parallel" if fn is None else f"Parallel({function_name(fn)})",
             )
-            known = fn, self._backend.submitter(_Runner(batch, fn), options)
+            known = fn, self._backend.submitter(Runner(batch, fn), options)
             self._submits[0 if fn is None else id(fn)] = known
         return known[1](tuple(calls), {})
 

@@ -327,6 +327,24 @@ def test_results_are_the_callers_own(x):
 # --- what goes wrong ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", ["r", "c"])
+def test_workers_import_nothing_of_the_backend(mode):
+    """It is main's, and would take memory and time in each of them."""
+    script = f"""
+    import numpy as np
+    from joblib import Parallel, delayed
+    import shmengine.joblib
+
+    def loaded(_):
+        import sys
+        return {{name for name in sys.modules if name.startswith(("shmengine.engine", "shmengine.joblib"))}}
+
+    array = np.ones(1 << 20)
+    print(set().union(*Parallel(2, backend="shmengine", mmap_mode={mode!r})(delayed(loaded)(array) for _ in range(4))))
+    """
+    assert run_script(script, check=True).stdout == "set()\n"
+
+
 def test_an_error_says_where_it_was_raised():
     with pytest.raises(ZeroDivisionError) as caught:
         Parallel(**OTHERS)(delayed(lambda d: 1 / d)(i) for i in (1, 0, 2))
