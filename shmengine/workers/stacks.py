@@ -1,8 +1,10 @@
 """The Python stack of a worker, from itself, whatever it is in the middle of.
 
-A signal makes `faulthandler` write it to a pipe: in C, without the GIL, so a worker answers that sleeps, computes
-in Python, or holds the interpreter in somebody's C code. Its system calls are restarted (SA_RESTART); those that
-never are (`sleep`, `poll`) end early with EINTR, which Python's own retry.
+A first signal makes it write its stack to a pipe as soon as the interpreter is between two of its steps. A worker that
+has the signal and does not answer is in C, asleep or computing: a second one makes `faulthandler` write the stack there
+and then, without the GIL. (At the first signal it could be in a step of the interpreter that makes a frame, or clears
+one, and there that crashes.) System calls are restarted (SA_RESTART); those that never are (`sleep`, `poll`) end early
+with EINTR, which Python's own retry.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from shmengine.descriptors import Descriptor
 __all__ = ["Question", "answer", "answers", "await_standstill", "thread_stack"]
 
 ANSWER_SECONDS = 2.0  # a worker that can answer takes milliseconds
-SLICE_MS = 50
+SLICE_MS = 5
+# So long it computes without an answer if it is in C: the interpreter answers at the next call, or turn of a loop.
+MOST_CPU_TICKS = 3
 
 # All of the dump: it ends with where every worker begins (or, of a very deep stack, with dots).
 _END = re.compile(
@@ -45,13 +49,21 @@ NO_ANSWER = "(no answer)"
 
 
 # Signals that have no use of their own, away from both ends, where others begin.
-_TELL = int(signal.SIGRTMAX) - 9
-_TELL_AND_DIE = _TELL + 1
+_ASK = int(signal.SIGRTMAX) - 10
+_TELL = _ASK + 1
+_TELL_AND_DIE = _ASK + 2
 
 
 def answer(pipe: int) -> None:
     """From now on this worker says what its main thread is doing, when it is asked."""
     os.set_inheritable(pipe, False)
+
+    def _tell(*_: object) -> None:
+        with contextlib.suppress(RecursionError):
+            faulthandler.dump_traceback(pipe, all_threads=False)
+
+    signal.signal(_ASK, _tell)
+    signal.siginterrupt(_ASK, False)
     faulthandler.register(_TELL, file=pipe, all_threads=False)
     # What the handler then goes on to is what the signal does without one: it ends the process.
     faulthandler.register(_TELL_AND_DIE, file=pipe, all_threads=False, chain=True)
@@ -82,7 +94,9 @@ class Question:
         while _read(pipe):  # of an earlier answer that came too late
             pass
         self.why = "" if last else _at_rest(pid)  # it says no more
-        self.why = self.why or self._send(_TELL_AND_DIE if last else _TELL)
+        self.why = self.why or self._send(_TELL_AND_DIE if last else _ASK)
+        self._insisted = last
+        self._ticks: int | None = None  # of the processor, that it had used when it got the signal
         if last and not self.why:
             lib.shmr_signal_main_thread(pid, signal.SIGCONT)
 
@@ -109,6 +123,27 @@ class Question:
             return self.pipe.is_ours() and (end.st_dev, end.st_ino) == self.pipe.identity
         return False
 
+    def insist(self) -> None:
+        """If it has the signal and does not answer, because it is in C: let it answer from there."""
+        if not self._insisted and self._is_in_c():
+            self._insisted = True
+            self.why = self._send(_TELL)
+
+    def _is_in_c(self) -> bool:
+        task = f"/proc/{self.pid}/task/{self.pid}/"
+        try:
+            status = Path(task, "status").read_text()
+            state, *fields = Path(task, "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return False
+        pending = re.search(r"^SigPnd:\s*(\w+)", status, re.MULTILINE)
+        if pending is None or int(pending[1], 16) & (1 << (_ASK - 1)):
+            return False
+        ticks = int(fields[10]) + int(fields[11])
+        if self._ticks is None:
+            self._ticks = ticks
+        return state in "SD" or ticks - self._ticks >= MOST_CPU_TICKS
+
     def read(self) -> bool:
         """Take in what there is; tell whether that is all."""
         while piece := _read(self.pipe):
@@ -131,10 +166,12 @@ def answers(questions: list[Question]) -> list[str]:
     while waiting and time.monotonic() < deadline:
         poll.poll(SLICE_MS)
         for question in list(waiting):
-            question.why = _at_rest(question.pid)  # before the last look at what it has said
+            question.why = question.why or _at_rest(question.pid)  # before the last look at what it has said
             if question.read() or question.why:
                 poll.unregister(question.pipe.number)
                 waiting.remove(question)
+            else:
+                question.insist()
     return [question.answer() for question in questions]
 
 
@@ -169,7 +206,8 @@ def frames_of(dump: str) -> list[traceback.FrameSummary]:
     frames = []
     for name, line, function in _FRAME.findall(dump):
         filename = _ESCAPED.sub(lambda m: chr(int(m[m.lastindex or 0], 16)), name) or "?"
-        frames.append(traceback.FrameSummary(filename, int(line) if line.isdigit() else None, function))
+        if filename != __file__:  # the handler's own
+            frames.append(traceback.FrameSummary(filename, int(line) if line.isdigit() else None, function))
     return frames[::-1]
 
 

@@ -201,6 +201,22 @@ def wait_for_stack(engine, function, text):
     )
 
 
+def be_called_by_c():
+    """Frames come and go between Python and C, at every moment of a question."""
+    while True:
+        max(range(1000), key=lambda number: -number)
+
+
+def test_a_thousand_questions_harm_no_worker():
+    with Engine(1, memory="64 MiB", retries=0) as engine:
+        engine.submit(be_called_by_c)
+        wait_for_stack(engine, be_called_by_c, "in be_called_by_c")
+        for _ in range(1000):
+            (stall,) = engine.stalls(0)
+            assert "in be_called_by_c" in stall.stack
+        engine.close(wait=False)
+
+
 def test_a_worker_that_starves_waits_for_memory(gate):
     with Engine(2, memory="16 MiB") as engine:
         busy = engine.submit(gate.wait)  # somebody who could give memory back
