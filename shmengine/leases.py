@@ -30,19 +30,32 @@ connect(
     ),
 )
 
-_watched: dict[int, weakref.ref[Any]] = {}  # by id: arrays cannot be hashed
+
+class _Watched(weakref.ref[Any]):
+    """The last view of a leased block, which is released when that is gone."""
+
+    __slots__ = ("block", "region", "then")
+    block: Any
+    region: Region
+    then: Callable[[], None] | None
+
+
+_watched: dict[int, _Watched] = {}  # by id: arrays cannot be hashed
+
+
+# A plain function: CPython 3.13.0 frees the code of an inner one that it has no memory for (python/cpython#122752).
+def _release(reference: _Watched) -> None:
+    del _watched[id(reference)]
+    if reference.then is not None:
+        reference.then()
+    # A stale one was released by force, or is the parent's.
+    lib.shmr_release(reference.region.handle, reference.block)
 
 
 def release_with(root: Any, region: Region, block: Any, then: Callable[[], None] | None = None) -> None:
     """Release a leased block when `root`, and so every view derived from it, is gone; `then` call `then`."""
-
-    def release(reference: weakref.ref[Any]) -> None:
-        del _watched[id(reference)]
-        if then is not None:
-            then()
-        lib.shmr_release(region.handle, block)  # a stale one was released by force, or is the parent's
-
-    reference = weakref.ref(root, release)
+    reference = _Watched(root, _release)
+    reference.region, reference.block, reference.then = region, block, then
     _watched[id(reference)] = reference
 
 
