@@ -15,6 +15,7 @@ from multiprocessing import resource_sharer
 import numpy as np
 import pytest
 
+from shmengine import config
 from shmengine.engine import Engine
 from shmengine.errors import Closed, Full, SerializationError, ShmError
 from shmengine.queues import JoinableQueue, Queue
@@ -22,6 +23,13 @@ from tests.helpers.memory import assert_memory_is_whole
 
 METHODS = ["fork", "spawn", "forkserver"]
 FOREVER = 30
+
+
+@pytest.fixture(autouse=True)
+def only_threads_of_the_test(monkeypatch):
+    """Those of who runs the tests could take a message, for all that a queue knows: it would hope for them."""
+    names = {thread.name for thread in threading.enumerate() if thread is not threading.current_thread()}
+    monkeypatch.setattr(config, "SERVICE_THREADS", frozenset(config.SERVICE_THREADS) | names)
 
 
 @pytest.fixture(params=METHODS)
