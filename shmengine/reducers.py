@@ -170,7 +170,12 @@ def _reduce_tensor(torch: Any, tensor: Any) -> Any:
                 alone = tensor.detach().clone()
             tensor = alone.requires_grad_() if tensor.requires_grad else alone
     # Asked for here, and not left to pickle: torch's reducers for multiprocessing would come first.
-    return tensor.__reduce_ex__(PROTOCOL)
+    make, args, *rest = tensor.__reduce_ex__(PROTOCOL)
+    if make is getattr(torch._utils, "_rebuild_tensor_v3", None):
+        # Of its newer dtypes (float8, uint16, ...) torch gives an untyped storage, and expects a typed one back.
+        typed = torch.storage.TypedStorage(wrap_storage=args[0], dtype=torch.uint8, _internal=True)
+        args = (typed, *args[1:])
+    return make, args, *rest
 
 
 def _reduce_typed_storage(storage: Any) -> Any:

@@ -315,7 +315,11 @@ def tensor_data(tensor: Any) -> np.ndarray:
 def same_tensor(a: Any, b: Any) -> bool:
     import torch
 
-    return a.dtype == b.dtype and a.requires_grad == b.requires_grad and torch.equal(a, b)
+    if a.dtype != b.dtype or a.requires_grad != b.requires_grad:
+        return False
+    if a.element_size() == 1:  # not all of these can be compared
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    return torch.equal(a, b)
 
 
 def same_layer(a: Any, b: Any) -> bool:
@@ -327,6 +331,9 @@ TORCH = {
         "torch", tensor(), tensor_data, "every dtype, layout and stride", same=same_tensor
     ),
     "torch, `bfloat16`": Kind("torch", tensor("bfloat16"), tensor_data, same=same_tensor),
+    "torch, `float8_e4m3fn`, `uint16`, ...": Kind(
+        "torch", tensor("float8_e4m3fn"), tensor_data, "dtypes that plain pickle refuses", same=same_tensor
+    ),
     "torch, an eighth of a tensor": Kind(
         "torch", tensor_part, tensor_data, "the part alone travels", same=same_tensor
     ),
