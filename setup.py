@@ -33,9 +33,12 @@ setup(
     ext_modules=[
         Extension(
             "shmengine._native._handles",
-            [f"csrc/{name}.c" for name in ("handles", "message", "directions", "wire", "small")],
+            [
+                f"csrc/{name}.c"
+                for name in ("handles", "claims", "leases", "message", "directions", "wire", "small")
+            ],
             include_dirs=["csrc", np.get_include()],
-            depends=["csrc/handles.h", "csrc/wire.h", "csrc/shmr.h", "csrc/shmr_status.h"],
+            depends=["csrc/handles.h", "csrc/ends.h", "csrc/wire.h", "csrc/shmr.h", "csrc/shmr_status.h"],
             extra_compile_args=compile_args,
             extra_link_args=link_args,
         )

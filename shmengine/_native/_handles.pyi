@@ -1,4 +1,4 @@
-# Types of csrc/handles.c, message.c, wire.c and small.c.
+# Types of csrc/handles.c and its siblings.
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
