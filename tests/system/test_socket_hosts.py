@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import sys
 import pytest
 
 from tests.helpers import start_script
+from tests.helpers.scripts import ROOT
 
 SERVER = """
     import sys
@@ -57,22 +59,11 @@ def ip(*args):
     subprocess.run(["ip", *args], check=True, capture_output=True)
 
 
-def netem(*args):
-    command = [
-        "ip",
-        "netns",
-        "exec",
-        namespaces()[0],
-        "tc",
-        "qdisc",
-        "replace",
-        "dev",
-        "near",
-        "root",
-        "netem",
-        *args,
-    ]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+def packets(namespace, device, way):
+    shown = subprocess.run(
+        ["ip", "-n", namespace, "-j", "-s", "link", "show", device], check=True, capture_output=True
+    ).stdout
+    return json.loads(shown)[0]["stats64"][way]["packets"]
 
 
 def namespaces():
@@ -174,12 +165,31 @@ def test_a_key_of_another_host_is_refused(hosts, key):
         assert finish(server) == ["50", "end"]
 
 
-def test_over_a_slow_link_that_loses_packets(hosts, key):
-    if not netem("delay", "10ms", "5ms", "loss", "3%"):
-        pytest.skip("this kernel has no netem; test_channel_socket.py has a proxy that delays")
-    with both(hosts, key, 200, "30") as (server, client):
+@pytest.fixture
+def hosts_far_apart():
+    """As `hosts`, with a wire between them that delays, reorders and loses packets."""
+    a, b = namespaces()
+    with contextlib.ExitStack() as stack:
+        for name, device, address in ((a, "near", "10.77.0.1/24"), (b, "far", "10.77.0.2/24")):
+            ip("netns", "add", name)
+            stack.callback(ip, "netns", "del", name)
+            ip("-n", name, "tuntap", "add", device, "mode", "tun")
+            ip("-n", name, "addr", "add", address, "dev", device)
+            ip("-n", name, "link", "set", device, "up")
+        wire = stack.enter_context(
+            start_script(ROOT / "tests/helpers/lossy_wire.py", args=[a, "near", b, "far"])
+        )
+        assert wire.stdout.readline() == "carrying\n", wire.stderr.read()
+        yield ["ip", "netns", "exec", a], ["ip", "netns", "exec", b]
+
+
+def test_over_a_slow_link_that_loses_packets(hosts_far_apart, key):
+    with both(hosts_far_apart, key, 200, "30") as (server, client):
         assert finish(client)[-1] == "end"
         assert finish(server)[-2:] == ["200", "end"]
+    a, b = namespaces()
+    assert packets(a, "near", "tx") > packets(b, "far", "rx")
+    assert packets(b, "far", "tx") > packets(a, "near", "rx")
 
 
 @pytest.mark.watchdog(200)
