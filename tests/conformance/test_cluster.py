@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from distributed import Client
+from distributed.security import Security
 
 import shmengine as shm
 from shmengine import cli
@@ -420,3 +421,32 @@ def test_frames_and_progress(cluster):
     pd.testing.assert_frame_equal(found, frame * 2)
     assert told[-1] == (20, 20)
     assert later[-1] == (2, 2)
+
+
+def test_over_tls(tmp_path):
+    """All that crosses goes by the client, with its certificates."""
+    security = Security.temporary()
+    settings = {}
+    for name, text in (
+        ("ca", security.tls_ca_file),
+        ("key", security.tls_client_key),
+        ("cert", security.tls_client_cert),
+    ):
+        (tmp_path / name).write_text(text)
+    for role in ("SCHEDULER", "WORKER"):
+        settings[f"DASK_DISTRIBUTED__COMM__TLS__{role}__KEY"] = str(tmp_path / "key")
+        settings[f"DASK_DISTRIBUTED__COMM__TLS__{role}__CERT"] = str(tmp_path / "cert")
+    settings["DASK_DISTRIBUTED__COMM__TLS__CA_FILE"] = str(tmp_path / "ca")
+    cluster = Cluster(0, protocol="tls", settings=settings)
+    try:
+        cluster.add_worker()
+        x = np.random.default_rng(5).random((20_000, 50))
+        assert cluster.address.startswith("tls://")
+        with (
+            Client(cluster.address, security=security) as client,
+            shm.Engine(1, cluster=client, **SETTINGS) as engine,
+        ):
+            assert np.array_equal(engine.map_blocks(np.sqrt, x), np.sqrt(x))
+            assert engine.submit(np.sum, engine.put(x)).result() == x.sum()
+    finally:
+        cluster.close()

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.helpers.sources import ROOT
 
 QUIET = "error"
-COMMON = ["--no-dashboard", "--dashboard-address", ":0", "--protocol", "tcp"]
+COMMON = ["--no-dashboard", "--dashboard-address", ":0"]
 
 
 class Cluster:
@@ -29,6 +29,10 @@ class Cluster:
         Prefixes of the commands: of the scheduler, then of each worker (for network namespaces).
     addresses : sequence of str
         Of the scheduler, then of each worker.
+    protocol : str
+        ``"tcp"``, or ``"tls"``.
+    settings : dict of str
+        Of dask, as variables of the environment.
     """
 
     def __init__(
@@ -36,9 +40,13 @@ class Cluster:
         hosts: int,
         at: Sequence[list[str]] = (),
         addresses: Sequence[str] = (),
+        protocol: str = "tcp",
+        settings: Mapping[str, str] = {},  # not changed
     ) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="shmengine-cluster-")
         self._file = Path(self._directory.name) / "scheduler.json"
+        self._settings = settings
+        self._protocol = protocol
         self._at = at or [[]] * 30
         self._addresses = addresses or [f"127.0.0.{number}" for number in range(1, 30)]
         self.workers: list[subprocess.Popen[bytes]] = []
@@ -52,9 +60,19 @@ class Cluster:
             "PYTHONPATH": str(ROOT),
             "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": QUIET,
             "DASK_TEMPORARY_DIRECTORY": self._directory.name,
+            **self._settings,
         }
         return subprocess.Popen(
-            [*self._at[number], sys.executable, "-m", "dask", *command, *COMMON],
+            [
+                *self._at[number],
+                sys.executable,
+                "-m",
+                "dask",
+                *command,
+                *COMMON,
+                "--protocol",
+                self._protocol,
+            ],
             env=environment,
             cwd=ROOT,
             start_new_session=True,

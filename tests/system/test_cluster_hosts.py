@@ -43,12 +43,15 @@ def cluster():
             ip("netns", "add", name)
             stack.callback(ip, "netns", "del", name)
             ip("link", "add", device, "type", "veth", "peer", "name", "eth0", "netns", name)
+            stack.callback(ip, "link", "del", device)
             ip("link", "set", device, "master", bridge, "up")
             ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
             ip("-n", name, "link", "set", "lo", "up")
             ip("-n", name, "link", "set", "eth0", "up")
             names.append(["ip", "netns", "exec", name])
-        made = Cluster(2, at=[[], *names], addresses=[MAIN, *HOSTS])
+        # A host that is silent for so long is lost; dask waits for minutes.
+        silence = {"DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "3s"}
+        made = Cluster(2, at=[[], *names], addresses=[MAIN, *HOSTS], settings=silence)
         stack.callback(made.close)
         made.wait(2)
         yield made
@@ -69,3 +72,16 @@ def test_two_hosts_one_of_which_is_killed_meanwhile(cluster):
         assert head + list(results) == list(range(200))
         assert engine.stats().retries > 0
         assert engine.workers == 1
+
+
+def test_the_cable_of_one_of_two_hosts_is_cut_meanwhile(cluster):
+    with shm.Engine(1, cluster=cluster.address, memory="64 MiB") as engine:
+        results = engine.map(lambda i: time.sleep(0.02) or i, range(400))
+        head = [next(results) for _ in range(10)]
+        assert engine.workers == 2
+        ip("-n", f"shmengine-{os.getpid()}-host0", "link", "set", "eth0", "down")
+        assert head + list(results) == list(range(400))
+        assert engine.workers == 1
+        assert engine.stats().retries > 0
+        x = np.random.default_rng(2).random((40_000, 50))
+        assert np.array_equal(engine.map_blocks(np.sqrt, x), np.sqrt(x))
