@@ -7,7 +7,8 @@ import functools
 import pytest
 
 from shmengine.engine import Engine
-from tests.helpers.channels import MECHANISMS, STARTS, Partners, make_pair
+from tests.helpers.channels import MECHANISMS, make_pair
+from tests.helpers.partners import STARTS, Partners
 
 BACKENDS = ["serial", "thread", "process"]
 
@@ -83,14 +84,49 @@ def how(request):
 @pytest.fixture(scope="module")
 def partners():
     """Those who have the other ends; a module's tests share their processes."""
-    shared = Partners()
+    shared = Partners(ready=True)
     yield shared
     shared.close()
 
 
 @pytest.fixture
-def make_channel(mechanism):
-    """Makes channels, and closes in the end what is still open."""
+def take(partners, how):
+    """Gives an end to a partner, and returns it as one that is there; closes it in the end."""
+    taken = []
+
+    def take(end, **options):
+        taken.append(partners.take(how, end, **options))
+        return taken[-1]
+
+    yield take
+    for end in taken:
+        end.leave()
+
+
+@pytest.fixture
+def make_channel(mechanism, take):
+    """Makes channels whose right end a partner has, and closes in the end what is still open."""
+    made = []
+
+    def make(**options):
+        left, right = make_pair(mechanism, **options)
+        made.append(left)
+        return left, take(right)
+
+    yield make
+    for end in made:
+        end.close()
+
+
+@pytest.fixture
+def ends(make_channel):
+    """Both of a channel: the left one is here, the right one with a partner."""
+    return make_channel()
+
+
+@pytest.fixture
+def make_channel_here(mechanism):
+    """Makes channels both of whose ends are the test's own."""
     made = []
 
     def make(**options):
@@ -104,5 +140,5 @@ def make_channel(mechanism):
 
 
 @pytest.fixture
-def ends(make_channel):
-    return make_channel()
+def ends_here(make_channel_here):
+    return make_channel_here()

@@ -11,15 +11,16 @@ import pytest
 
 from shmengine import Closed, EndOfStream, PeerLost, Timeout, WouldBlock
 from tests.helpers import poll_until
-from tests.helpers.channels import FOREVER, Child, drain, fill, is_message, message, number_of, sending
+from tests.helpers.channels import FOREVER, drain, fill, is_message, message, number_of, sending
+from tests.helpers.partners import Child, in_thread
 
 BLOCK = (np.arange(20_000) % 251).astype("u1")
 MANY = {"mqueue": 3}  # all queues of a user have to fit into a few hundred KiB of the kernel's
 COUNT = 60
 
 
-def test_there_and_back(ends):
-    left, right = ends
+def test_there_and_back(ends_here):
+    left, right = ends_here
 
     async def talk(end):
         async def send():
@@ -45,9 +46,9 @@ def echo(end):
         end.send(obj)
 
 
-def test_with_another_process(ends, partners, how):
+def test_with_another_process(ends_here, partners, how):
     """Whose calls are the usual ones."""
-    left, right = ends
+    left, right = ends_here
     job = partners.start(how, echo, right)
 
     async def main():
@@ -64,7 +65,7 @@ def threads():
     return len(os.listdir("/proc/self/task"))
 
 
-def test_many_channels_in_one_loop(mechanism, make_channel):
+def test_many_channels_in_one_loop(mechanism, make_channel_here):
     count = MANY.get(mechanism, 25)
 
     async def serve(end):
@@ -86,14 +87,16 @@ def test_many_channels_in_one_loop(mechanism, make_channel):
         await asyncio.gather(*servers)
         return added
 
-    held, _ = make_channel()
+    held, _ = make_channel_here()
     held.send(1)  # what a process has once for all channels is there from here on
-    few = asyncio.run(main([make_channel()]))
-    assert asyncio.run(main([make_channel() for _ in range(count)])) <= few + 3  # the process's own may begin
+    few = asyncio.run(main([make_channel_here()]))
+    assert (
+        asyncio.run(main([make_channel_here() for _ in range(count)])) <= few + 3
+    )  # the process's own may begin
 
 
-def test_timeouts(ends):
-    left, _ = ends
+def test_timeouts(ends_here):
+    left, _ = ends_here
 
     async def main():
         for call in (left.areceive, lambda timeout: left.asend(BLOCK, timeout)):
@@ -109,8 +112,8 @@ def test_timeouts(ends):
     asyncio.run(main())
 
 
-def test_others_go_on_while_one_waits(ends):
-    left, right = ends
+def test_others_go_on_while_one_waits(ends_here):
+    left, right = ends_here
 
     async def main():
         waiting = asyncio.create_task(right.areceive())
@@ -125,8 +128,8 @@ def test_others_go_on_while_one_waits(ends):
     asyncio.run(main())
 
 
-def test_a_cancelled_receive_takes_nothing(ends):
-    left, right = ends
+def test_a_cancelled_receive_takes_nothing(ends_here):
+    left, right = ends_here
 
     async def main():
         for number in range(30):
@@ -146,8 +149,8 @@ def test_a_cancelled_receive_takes_nothing(ends):
     asyncio.run(main())
 
 
-def test_a_cancelled_send_has_sent_nothing(ends):
-    left, right = ends
+def test_a_cancelled_send_has_sent_nothing(ends_here):
+    left, right = ends_here
     sent = fill(left, BLOCK)
 
     async def main():
@@ -167,9 +170,9 @@ def test_a_cancelled_send_has_sent_nothing(ends):
     assert right.stats().gaps == 0
 
 
-def test_a_way_out_gather(ends):
+def test_a_way_out_gather(ends_here):
     """Both send more than the buffers hold; whoever also receives gets through."""
-    left, right = ends
+    left, right = ends_here
 
     async def send(end):
         for _ in range(600):
@@ -185,8 +188,8 @@ def test_a_way_out_gather(ends):
     asyncio.run(main())
 
 
-def test_several_coroutines_share_an_end(ends):
-    left, right = ends
+def test_several_coroutines_share_an_end(ends_here):
+    left, right = ends_here
 
     async def main():
         async def send(who):
@@ -202,8 +205,8 @@ def test_several_coroutines_share_an_end(ends):
     asyncio.run(main())
 
 
-def test_iteration_and_the_end(ends):
-    left, right = ends
+def test_iteration_and_the_end(ends_here):
+    left, right = ends_here
 
     async def main():
         for number in range(5):
@@ -220,8 +223,8 @@ def test_iteration_and_the_end(ends):
     asyncio.run(main())
 
 
-def test_closed_while_a_coroutine_waits(ends):
-    left, right = ends
+def test_closed_while_a_coroutine_waits(ends_here):
+    left, right = ends_here
     fill(left, BLOCK)
 
     async def main():
@@ -236,8 +239,8 @@ def test_closed_while_a_coroutine_waits(ends):
     drain(right, 1)
 
 
-def test_the_other_process_dies(ends):
-    left, right = ends
+def test_the_other_process_dies(ends_here):
+    left, right = ends_here
     child = Child(lambda end: [end.send(1), end.receive()], right)
     right.close()
 
@@ -255,8 +258,8 @@ def test_the_other_process_dies(ends):
     child.end()
 
 
-def test_a_waiting_coroutine_uses_no_cpu(ends):
-    left, _ = ends
+def test_a_waiting_coroutine_uses_no_cpu(ends_here):
+    left, _ = ends_here
     fill(left, BLOCK)
 
     async def wait(call):
@@ -271,11 +274,11 @@ def test_a_waiting_coroutine_uses_no_cpu(ends):
     assert time.thread_time() - start < 0.2
 
 
-def test_a_thread_and_a_coroutine_at_one_end(ends, partners):
-    left, right = ends
+def test_a_thread_and_a_coroutine_at_one_end(ends_here, partners):
+    left, right = ends_here
 
     async def main():
-        job = partners.start("thread", lambda end: [end.receive(FOREVER) for _ in range(20)], right)
+        job = in_thread(lambda end: [end.receive(FOREVER) for _ in range(20)], right)
         mine = [await right.areceive(FOREVER) for _ in range(20)]
         return mine + job.result()
 

@@ -15,17 +15,8 @@ import pytest
 
 from shmengine import Closed, EndOfStream, PeerLost, SerializationError, Timeout, UseAfterFork, WouldBlock
 from tests.helpers import poll_until
-from tests.helpers.channels import (
-    FOREVER,
-    Child,
-    drain,
-    fill,
-    is_message,
-    make_pair,
-    message,
-    number_of,
-    trip,
-)
+from tests.helpers.channels import FOREVER, drain, fill, is_message, make_pair, message, number_of, trip
+from tests.helpers.partners import Child, in_thread
 
 BLOCK = (np.arange(20_000) % 251).astype("u1")
 
@@ -65,15 +56,15 @@ def assert_closed(end):
 # --- whoever closes, whenever ----------------------------------------------------------------------
 
 
-def test_before_any_use(ends):
-    left, right = ends
+def test_before_any_use(ends_here):
+    left, right = ends_here
     left.close()
     assert_closed(left)
     assert_ended(right)
 
 
-def test_after_sending(ends):
-    left, right = ends
+def test_after_sending(ends_here):
+    left, right = ends_here
     for number in range(22):
         trip(left, right, message(number))
     left.send_many(message(number) for number in range(22, 25))
@@ -86,8 +77,8 @@ def test_after_sending(ends):
     assert_closed(left)
 
 
-def test_when_the_other_end_was_never_used(ends):
-    left, right = ends
+def test_when_the_other_end_was_never_used(ends_here):
+    left, right = ends_here
     left.send_many([1, BLOCK, 2], FOREVER)
     left.close()
     assert right.receive(FOREVER) == 1
@@ -96,8 +87,8 @@ def test_when_the_other_end_was_never_used(ends):
     assert_ended(right)
 
 
-def test_with_messages_waiting_for_who_closes(ends):
-    left, right = ends
+def test_with_messages_waiting_for_who_closes(ends_here):
+    left, right = ends_here
     right.send_many([1, 2, 3])
     assert left.receive(FOREVER) == 1
     left.close()
@@ -105,9 +96,9 @@ def test_with_messages_waiting_for_who_closes(ends):
     assert_ended(right)
 
 
-def test_a_full_channel(ends):
+def test_a_full_channel(ends_here):
     """A goodbye needs no room."""
-    left, right = ends
+    left, right = ends_here
     sent = fill(left, BLOCK)
     with pytest.raises(Timeout):
         left.send(np.ones(3_000_000, "u1"), 0.02)
@@ -117,8 +108,8 @@ def test_a_full_channel(ends):
     assert_ended(right)
 
 
-def test_both_ends(ends):
-    left, right = ends
+def test_both_ends(ends_here):
+    left, right = ends_here
     left.send(1)
     right.send(2)
     left.close()
@@ -127,32 +118,32 @@ def test_both_ends(ends):
     assert_closed(right)
 
 
-def test_the_end_is_seen_while_receiving(ends, partners):
-    left, right = ends
-    job = partners.start("thread", list, right)
+def test_the_end_is_seen_while_receiving(ends_here, partners):
+    left, right = ends_here
+    job = in_thread(list, right)
     left.send_many(range(10))
     poll_until(lambda: right.stats().messages_received == 10)
     left.close()
     assert job.result() == list(range(10))
 
 
-def test_the_end_is_seen_while_sending(ends, partners):
-    left, right = ends
+def test_the_end_is_seen_while_sending(ends_here, partners):
+    left, right = ends_here
     fill(left, BLOCK)
-    job = partners.start("thread", lambda end: end.send(BLOCK), left)
+    job = in_thread(lambda end: end.send(BLOCK), left)
     right.close()
     with pytest.raises(EndOfStream, match="nobody would receive"):
         job.result()
 
 
 @pytest.mark.parametrize("timeout", [None, FOREVER])
-def test_while_another_thread_waits(ends, partners, timeout):
-    left, right = ends
+def test_while_another_thread_waits(ends_here, partners, timeout):
+    left, right = ends_here
     sent = fill(left, BLOCK)
     jobs = [
-        partners.start("thread", lambda end: end.receive(timeout), left),
-        partners.start("thread", lambda end: end.send(BLOCK, timeout), left),
-        partners.start("thread", lambda end: end.receive(timeout), left),
+        in_thread(lambda end: end.receive(timeout), left),
+        in_thread(lambda end: end.send(BLOCK, timeout), left),
+        in_thread(lambda end: end.receive(timeout), left),
     ]
     left.close()
     for job in jobs:
@@ -163,8 +154,8 @@ def test_while_another_thread_waits(ends, partners, timeout):
     assert_ended(right)
 
 
-def test_leaving_a_with_block(ends):
-    left, right = ends
+def test_leaving_a_with_block(ends_here):
+    left, right = ends_here
     with left as same:
         assert same is left
         left.send(1)
@@ -209,8 +200,8 @@ def leave(end, way, count):
 
 
 @pytest.mark.parametrize("way", ["return", "sys.exit"])
-def test_the_normal_end_of_a_process_closes(ends, way):
-    left, right = ends
+def test_the_normal_end_of_a_process_closes(ends_here, way):
+    left, right = ends_here
     child = Child(leave, right, way, 7)
     right.close()
     got = list(left)
@@ -219,8 +210,8 @@ def test_the_normal_end_of_a_process_closes(ends, way):
     child.end()
 
 
-def test_os_exit_is_a_death(ends):
-    left, right = ends
+def test_os_exit_is_a_death(ends_here):
+    left, right = ends_here
     child = Child(leave, right, "os._exit", 7)
     right.close()
     if left.capabilities.outlives_sender:
@@ -237,8 +228,8 @@ def test_os_exit_is_a_death(ends):
 
 
 @pytest.mark.parametrize("start", ["spawn", "worker"])
-def test_a_process_that_lets_go_of_its_end(ends, partners, start):
-    left, right = ends
+def test_a_process_that_lets_go_of_its_end(ends_here, partners, start):
+    left, right = ends_here
     job = partners.start(start, collected, right)
     assert left.receive(FOREVER) == 1
     assert np.array_equal(left.receive(FOREVER), BLOCK)
@@ -260,8 +251,8 @@ def try_out(end):
     return said
 
 
-def test_the_parents_end_in_a_forked_child(ends):
-    left, right = ends
+def test_the_parents_end_in_a_forked_child(ends_here):
+    left, right = ends_here
     left.send("first")
     child = Child(try_out, left)
     assert child.outcome() == (True, ["not here"] * 3)
@@ -284,8 +275,8 @@ def collect_copies(holder):
     gc.collect()
 
 
-def test_closing_copies_of_ends_in_use_harms_nobody(ends):
-    left, right = ends
+def test_closing_copies_of_ends_in_use_harms_nobody(ends_here):
+    left, right = ends_here
     left.send(1)
     right.send(2)
     for _ in range(2):
@@ -301,8 +292,8 @@ def test_closing_copies_of_ends_in_use_harms_nobody(ends):
         right.try_receive()
 
 
-def test_closing_a_copy_of_an_unused_end_harms_nobody(ends):
-    left, right = ends
+def test_closing_a_copy_of_an_unused_end_harms_nobody(ends_here):
+    left, right = ends_here
     assert Child(close_copies, left, right).outcome()[0]
     left.send(1)
     assert right.receive(FOREVER) == 1
@@ -310,9 +301,9 @@ def test_closing_a_copy_of_an_unused_end_harms_nobody(ends):
     assert_ended(left)
 
 
-def test_a_child_that_outlives_an_end_of_its_parents(ends):
+def test_a_child_that_outlives_an_end_of_its_parents(ends_here):
     """What the child has inherited keeps nothing open."""
-    left, right = ends
+    left, right = ends_here
     left.send(1)
     gate, opened = os.pipe()
     child = Child(lambda: os.read(gate, 1) and None)
@@ -332,8 +323,8 @@ def hold(end, ready, gate):
     end.send("still mine")
 
 
-def test_two_processes_that_want_one_end(ends):
-    left, right = ends
+def test_two_processes_that_want_one_end(ends_here):
+    left, right = ends_here
     gate, opened = os.pipe()
     heard, ready = os.pipe()
     child = Child(hold, right, ready, gate)
@@ -350,8 +341,8 @@ def test_two_processes_that_want_one_end(ends):
         os.close(fd)
 
 
-def test_an_end_in_use_is_not_passed_on(ends):
-    left, right = ends
+def test_an_end_in_use_is_not_passed_on(ends_here):
+    left, right = ends_here
     left.send(1)
     with pytest.raises(SerializationError, match="before its first use"):
         pickle.dumps(left)
@@ -362,9 +353,9 @@ def test_an_end_in_use_is_not_passed_on(ends):
     assert_ended(left)
 
 
-def test_threads_that_begin_at_the_same_time(make_channel):
+def test_threads_that_begin_at_the_same_time(make_channel_here):
     for _ in range(20):
-        left, right = make_channel()
+        left, right = make_channel_here()
         barrier = threading.Barrier(4)
         errors = []
 
@@ -388,8 +379,8 @@ def test_threads_that_begin_at_the_same_time(make_channel):
         right.close()
 
 
-def test_close_needs_no_free_descriptor(ends):
-    left, right = ends
+def test_close_needs_no_free_descriptor(ends_here):
+    left, right = ends_here
     trip(left, right, BLOCK)
     taken = []
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -407,8 +398,8 @@ def test_close_needs_no_free_descriptor(ends):
     assert_ended(right)
 
 
-def test_a_forked_child_closes_what_its_parent_is_just_closing(ends):
-    left, right = ends
+def test_a_forked_child_closes_what_its_parent_is_just_closing(ends_here):
+    left, right = ends_here
     trip(left, right, BLOCK)
     held, done = threading.Event(), threading.Event()
 

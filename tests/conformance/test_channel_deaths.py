@@ -13,9 +13,10 @@ import pytest
 
 from shmengine import PeerLost, Timeout
 from tests.helpers import poll_until
-from tests.helpers.channels import FOREVER, Child, drain, fill, is_message, make_pair, message, number_of
+from tests.helpers.channels import FOREVER, drain, fill, is_message, make_pair, message, number_of
 from tests.helpers.fault_points import SEED
 from tests.helpers.leftovers import state_of
+from tests.helpers.partners import Child, in_thread
 from tests.helpers.scripts import soak_seconds
 
 BLOCK = (np.arange(20_000) % 251).astype("u1")
@@ -45,8 +46,8 @@ class Note:
         return int(self._number[0])
 
 
-def test_before_its_first_use(ends):
-    left, right = ends
+def test_before_its_first_use(ends_here):
+    left, right = ends_here
     child = Child(signal.pause)
     right.close()
     left.send("unread")
@@ -57,8 +58,8 @@ def test_before_its_first_use(ends):
     assert_lost(left)
 
 
-def test_while_it_waits_for_a_message(ends):
-    left, right = ends
+def test_while_it_waits_for_a_message(ends_here):
+    left, right = ends_here
     child = Child(lambda end: end.receive(), right)
     right.close()
     poll_until(lambda: state_of(child.pid) == "S", what="it waits")
@@ -73,9 +74,9 @@ def send_and_wait(end, block, note):
         note.write(number + 1)
 
 
-def test_while_it_waits_for_room(ends):
+def test_while_it_waits_for_room(ends_here):
     """What it had sent is there; of what it was sending nothing."""
-    left, right = ends
+    left, right = ends_here
     note = Note()
     child = Child(send_and_wait, right, BLOCK, note)
     right.close()
@@ -92,12 +93,12 @@ def test_while_it_waits_for_room(ends):
     assert_lost(left)
 
 
-def test_the_receiver_dies_while_one_waits_for_room(ends, partners):
-    left, right = ends
+def test_the_receiver_dies_while_one_waits_for_room(ends_here, partners):
+    left, right = ends_here
     fill(left, BLOCK)
     child = Child(lambda end: (end.receive(), signal.pause()), right)
     right.close()
-    job = partners.start("thread", lambda end: send_and_wait(end, BLOCK, Note()), left)
+    job = in_thread(lambda end: send_and_wait(end, BLOCK, Note()), left)
     poll_until(lambda: state_of(child.pid) == "S", what="it sleeps")
     child.kill()
     child.end()
@@ -180,7 +181,7 @@ def count_up_for_ever(end):
 @pytest.mark.parametrize("how", ["spawn", "worker"])
 def test_other_processes_that_die(mechanism, how):
     """Ends that came as tokens."""
-    from tests.helpers.channels import Partners
+    from tests.helpers.partners import Partners
 
     partners = Partners()
     try:

@@ -55,9 +55,9 @@ def mechanism(request):
 
 
 @pytest.fixture(params=["small", "large"])
-def arrive(ends, request):
+def arrive(ends_here, request):
     """A function: messages of these numbers arrive, and what so many calls of receive say is returned."""
-    left, right = ends
+    left, right = ends_here
     size = 1 if request.param == "small" else 600
 
     def arrive(numbers, count):
@@ -68,34 +68,34 @@ def arrive(ends, request):
     return arrive
 
 
-def test_in_order(ends, arrive):
+def test_in_order(ends_here, arrive):
     assert arrive(range(6), 6) == list(range(6))
-    assert ends[1].stats().messages_received == 6
+    assert ends_here[1].stats().messages_received == 6
 
 
-def test_a_gap(ends, arrive):
+def test_a_gap(ends_here, arrive):
     said = arrive([0, 1, 4, 5], 5)
     assert said[:2] + said[3:] == [0, 1, 4, 5]
     assert "messages 2 to 3" in said[2]
     assert "missing" in said[2]
-    stats = ends[1].stats()
+    stats = ends_here[1].stats()
     assert (stats.gaps, stats.duplicates, stats.corrupt, stats.messages_received) == (2, 0, 0, 4)
 
 
-def test_a_repetition(ends, arrive):
+def test_a_repetition(ends_here, arrive):
     said = arrive([0, 1, 1, 2, 3], 5)
     assert said[:2] + said[3:] == [0, 1, 2, 3]
     assert "message 1 came again" in said[2]
-    stats = ends[1].stats()
+    stats = ends_here[1].stats()
     assert (stats.gaps, stats.duplicates, stats.corrupt, stats.messages_received) == (0, 1, 0, 4)
 
 
-def test_another_order(ends, arrive):
+def test_another_order(ends_here, arrive):
     said = arrive([0, 2, 1, 3], 5)
     assert [each for each in said if isinstance(each, int)] == [0, 2, 3]
     assert "missing" in said[1]
     assert "late" in said[3]
-    assert (ends[1].stats().gaps, ends[1].stats().duplicates) == (1, 1)
+    assert (ends_here[1].stats().gaps, ends_here[1].stats().duplicates) == (1, 1)
 
 
 def test_a_missing_first_one(arrive):
@@ -106,9 +106,9 @@ def test_a_missing_first_one(arrive):
 
 @pytest.mark.parametrize("check", ["frame", "payload"])
 @pytest.mark.parametrize("what", ["array", "object", "bytes", "large array"])
-def test_a_damaged_byte_anywhere(make_channel, check, what):
+def test_a_damaged_byte_anywhere(make_channel_here, check, what):
     """Every byte that is checked, one after the other; with check="frame" the data of arrays is not."""
-    left, right = make_channel(check=check)
+    left, right = make_channel_here(check=check)
     array = np.arange(40, dtype="u2")
     objects = {
         "array": array,
@@ -140,8 +140,8 @@ def test_a_damaged_byte_anywhere(make_channel, check, what):
     assert right.receive(FOREVER) == "afterwards"
 
 
-def test_a_truncated_message(ends):
-    left, right = ends
+def test_a_truncated_message(ends_here):
+    left, right = ends_here
     whole = frame(np.arange(100.0), 0)
     for raw in (whole[:-1], whole[:63], whole[:1]):
         put(left, raw)
@@ -152,8 +152,8 @@ def test_a_truncated_message(ends):
     assert right.stats().corrupt == 3
 
 
-def test_damage_does_not_hide_the_end(ends):
-    left, right = ends
+def test_damage_does_not_hide_the_end(ends_here):
+    left, right = ends_here
     put(left, frame(1, 0))
     put(left, damaged(frame(2, 1), 5))
     left.close()
@@ -167,9 +167,9 @@ def test_damage_does_not_hide_the_end(ends):
 SEEDS = seeds()
 
 
-def test_any_bytes_for_a_message(ends):
+def test_any_bytes_for_a_message(ends_here):
     """A value or one of the errors that are documented, and then the next message."""
-    left, right = ends
+    left, right = ends_here
     later = [LATER]
 
     @example(0, 0)

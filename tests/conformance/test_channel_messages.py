@@ -16,7 +16,7 @@ import pytest
 from shmengine import Closed, SerializationError, WouldBlock, channel
 from shmengine.channels import Capabilities, End
 from tests.helpers.arrays import DTYPES, LAYOUTS, NO_DTYPES, same, same_bytes
-from tests.helpers.channels import FOREVER, drain, is_message, message, number_of, sending, trip
+from tests.helpers.channels import FOREVER, drain, is_message, message, number_of, there_and_back, trip
 
 COUNT = 41
 NO_PICKLE = [None, True, 3, 2.5, 1j, "text", b"bytes", [1, [2]], (3, "x"), {"a": np.arange(3), 2: None}]
@@ -36,9 +36,9 @@ def converse(end, count):
     return got
 
 
-def test_all_arrive_in_order_in_both_directions_at_once(ends, partners, how):
+def test_all_arrive_in_order_in_both_directions_at_once(ends):
     left, right = ends
-    job = partners.start(how, converse, right, COUNT)
+    job = right.start(converse, COUNT)
     assert converse(left, COUNT) == list(range(COUNT))
     assert job.result() == list(range(COUNT))
 
@@ -66,23 +66,29 @@ OBJECTS = [
 ]
 
 
+def receive_and_rename(end):
+    got = end.receive(FOREVER)
+    array = got[0] if isinstance(got, list) else got
+    names = array.dtype.names
+    array.dtype.names = ("mine",)
+    return names
+
+
 def test_whoever_renames_fields_renames_those_of_one_array(ends):
     """NumPy renames them in place, in a dtype that several arrays may have."""
     left, right = ends
     sent = np.zeros(3, [("x", "f8")])
     for number, container in enumerate([lambda array: array, lambda array: [array]] * 2):
         for _ in range(3):
-            got = trip(left, right, container(sent))
-            got = got[0] if isinstance(got, list) else got
-            assert got.dtype == sent.dtype
-            got.dtype.names = ("mine",)
+            left.send(container(sent))
+            assert right.run(receive_and_rename) == sent.dtype.names
         sent.dtype.names = (f"x{number}",)
 
 
 def test_any_picklable_object(ends):
     left, right = ends
     for obj in OBJECTS:
-        got = trip(left, right, obj)
+        got = there_and_back(left, right, obj)
         assert type(got) is type(obj)
         if isinstance(obj, (ValueError, np.ma.MaskedArray)):
             assert repr(got) == repr(obj)
@@ -103,8 +109,8 @@ def test_arrays_of_every_kind_and_layout(make_channel, check):
     for dtype in DTYPES:
         for name, make in LAYOUTS.items():
             array = make(dtype)
-            left.send(array, FOREVER)
-            got = right.receive(FOREVER)
+            got = there_and_back(left, right, array)
+            assert got.dtype == array.dtype
             assert same_bytes(got, array), (dtype, name)
 
 
@@ -112,38 +118,43 @@ def test_what_no_fast_path_carries(ends):
     left, right = ends
     for dtype in NO_DTYPES:
         array = np.zeros(3, dtype)
-        left.send(array)
-        assert right.receive(FOREVER).tolist() == array.tolist()
+        assert there_and_back(left, right, array).tolist() == array.tolist()
 
 
 @pytest.mark.parametrize("nbytes", [100, 3_000_000])
 def test_what_was_sent_may_be_changed(ends, nbytes):
     left, right = ends
     array, many = np.ones(nbytes, "u1"), [np.ones(nbytes, "u1")]
-    receiver = []
-    thread = threading.Thread(target=lambda: receiver.extend(drain(right, 2)))
-    thread.start()
+    job = right.start(drain, 2)
     left.send(array, FOREVER)
     array[:] = 2
     left.send(many, FOREVER)
     many[0][:] = 3
-    thread.join()
-    assert (receiver[0] == 1).all()
-    assert (receiver[1][0] == 1).all()
+    one, (other,) = job.result()
+    assert (one == 1).all()
+    assert (other == 1).all()
+
+
+def keep(end):
+    kept = []
+    for _ in range(40):
+        kept.append(end.receive(FOREVER))
+        array = end.receive(FOREVER)
+        assert array.flags.writeable == end.capabilities.writable
+        if array.flags.writeable:
+            array[:] = -1
+    assert all(is_message(obj, large=False) for obj in kept)
+    return [number_of(obj) for obj in kept]
 
 
 def test_what_was_received_is_the_receivers(ends):
     """It stays what it is while others come, and can be written to unless it lies in shared memory."""
     left, right = ends
-    kept = []
+    job = right.start(keep)
     for number in range(40):
-        kept.append(trip(left, right, message(number, large=False)))
-        array = trip(left, right, np.full(20_000, number))
-        assert array.flags.writeable == left.capabilities.writable
-        if array.flags.writeable:
-            array[:] = -1
-    assert all(is_message(obj, large=False) for obj in kept)
-    assert [number_of(obj) for obj in kept] == list(range(40))
+        left.send(message(number, large=False), FOREVER)
+        left.send(np.full(20_000, number), FOREVER)
+    assert job.result() == list(range(40))
 
 
 def test_many_at_once_and_iteration(ends):
@@ -151,8 +162,10 @@ def test_many_at_once_and_iteration(ends):
     assert left.send_many(range(5)) == 5
     assert left.send_many([]) == 0
     assert drain(right, 5) == list(range(5))
-    with sending(left, (message(number, large=False) for number in range(50)), close=True):
-        got = list(right)
+    job = right.start(list)
+    left.send_many((message(number, large=False) for number in range(50)), FOREVER)
+    left.close()
+    got = job.result()
     assert [number_of(obj) for obj in got] == list(range(50))
     assert all(is_message(obj, large=False) for obj in got)
     assert list(right) == []
@@ -209,9 +222,9 @@ def count_up(end, count):
     return end.send_many(range(count), FOREVER)
 
 
-def test_one_way_out_of_a_process(make_channel, partners, how):
-    left, right = make_channel(duplex=False)
-    job = partners.start(how, count_up, left, 100)
+def test_one_way_out_of_a_partner(make_channel_here, take):
+    left, right = make_channel_here(duplex=False)
+    job = take(left).start(count_up, 100)
     assert drain(right, 100) == list(range(100))
     assert job.result() == 100
 
@@ -303,9 +316,13 @@ def _interrupt():
     return "at last"
 
 
+def three_times(end):
+    Interrupts.left = 3
+
+
 def test_whatever_else_is_raised_keeps_the_message(ends):
     left, right = ends
-    Interrupts.left = 3
+    right.run(three_times)
     left.send_many([1, Interrupts(), 2])
     assert right.receive(FOREVER) == 1
     for _ in range(3):
@@ -316,48 +333,49 @@ def test_whatever_else_is_raised_keeps_the_message(ends):
     assert right.stats().gaps == right.stats().corrupt == 0
 
 
-def send_three(end, size):
-    for number in range(3):
-        end.send(np.full(size, number, "u1"), FOREVER)
-    end.close()
+def iterate(end):
+    seen = []
+    for array in end:
+        seen.append((len(array), int(array[-1])))
+        array = None  # or the caller has it
+    return seen
 
 
 def test_a_loop_keeps_nothing_while_it_waits(make_channel):
     """So a message may be larger than half of the buffer."""
     left, right = make_channel(buffer_bytes="16 MiB")
     size = 12 << 20
-    thread = threading.Thread(target=send_three, args=(left, size))
-    thread.start()
-    seen = []
-    for array in right:
-        seen.append((len(array), int(array[-1])))
-        array = None  # or the caller has it
-    assert seen == [(size, 0), (size, 1), (size, 2)]
-    thread.join()
+    job = right.start(iterate)
+    for number in range(3):
+        left.send(np.full(size, number, "u1"), FOREVER)
+    left.close()
+    assert job.result() == [(size, 0), (size, 1), (size, 2)]
 
 
-def test_a_coroutines_loop_keeps_nothing_while_it_waits(make_channel):
-    left, right = make_channel(buffer_bytes="16 MiB")
-    size = 12 << 20
-    thread = threading.Thread(target=send_three, args=(left, size))
-    thread.start()
-
+def iterate_in_a_coroutine(end):
     async def take():
         seen = []
-        async for array in right:
+        async for array in end:
             seen.append(int(array[-1]))
             array = None
         return seen
 
-    assert asyncio.run(take()) == [0, 1, 2]
-    thread.join()
+    return asyncio.run(take())
+
+
+def test_a_coroutines_loop_keeps_nothing_while_it_waits(make_channel):
+    left, right = make_channel(buffer_bytes="16 MiB")
+    job = right.start(iterate_in_a_coroutine)
+    for number in range(3):
+        left.send(np.full(12 << 20, number, "u1"), FOREVER)
+    left.close()
+    assert job.result() == [0, 1, 2]
 
 
 def test_no_pickles(make_channel):
     left, right = make_channel(allow_pickle=False)
     for obj in NO_PICKLE:
-        left.send(obj)
-        assert same(right.receive(FOREVER), obj)
+        assert same(there_and_back(left, right, obj), obj)
     for obj in ({1}, ValueError(), len, np.zeros(1, "O"), [bytearray()]):
         with pytest.raises(SerializationError):
             left.send(obj)
@@ -378,6 +396,10 @@ def _count_unpickling():
     Loud.unpickled += 1
 
 
+def unpickled(end):
+    return Loud.unpickled
+
+
 def test_who_allows_no_pickles_unpickles_none(make_channel):
     """Whatever the other one sends."""
     left, right = make_channel(allow_pickle=False)
@@ -389,7 +411,7 @@ def test_who_allows_no_pickles_unpickles_none(make_channel):
     with pytest.raises(SerializationError, match="allow_pickle"):
         right.receive(FOREVER)
     assert right.receive(FOREVER).size == 2
-    assert Loud.unpickled == 0
+    assert right.run(unpickled) == 0
 
 
 # --- arguments -----------------------------------------------------------------------------------
@@ -412,8 +434,8 @@ def test_priorities(ends):
 
 
 @pytest.mark.parametrize("timeout", [-1, math.nan])
-def test_impossible_timeouts(ends, timeout):
-    left, _ = ends
+def test_impossible_timeouts(ends_here, timeout):
+    left, _ = ends_here
     for call in (left.receive, lambda timeout: left.send(1, timeout)):
         with pytest.raises(ValueError, match="timeout must be"):
             call(timeout)
@@ -460,9 +482,10 @@ def test_the_best_mechanism(options, chosen):
 def test_what_an_end_says_of_itself(ends, mechanism):
     left, right = ends
     assert isinstance(left, End)
-    assert left.capabilities.mechanism == mechanism
-    assert mechanism in repr(left)
-    assert not left.closed
+    for end in ends:
+        assert end.capabilities.mechanism == mechanism
+        assert mechanism in repr(end)
+        assert not end.closed
     left.close()
     assert left.closed
     assert "closed" in repr(left)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from shmengine import Timeout, WouldBlock
-from tests.helpers.channels import FOREVER, Child, drain, fill, is_message, message, number_of
+from tests.helpers.channels import FOREVER, drain, fill, is_message, message, number_of
+from tests.helpers.partners import Child
 from tests.helpers.scripts import soak_seconds
 
 pytestmark = [
@@ -87,8 +88,8 @@ def receive_all(end):
     return numbers
 
 
-def test_receive_is_interrupted(ends, alarm):
-    left, right = ends
+def test_receive_is_interrupted(ends_here, alarm):
+    left, right = ends_here
     child = Child(send_all, right, MESSAGES)
     right.close()
     for number in range(MESSAGES):
@@ -103,9 +104,9 @@ def test_receive_is_interrupted(ends, alarm):
     assert_sound(left)
 
 
-def test_send_is_interrupted(ends, alarm):
+def test_send_is_interrupted(ends_here, alarm):
     """What was interrupted has been sent or not, but never in part or twice; what was not, has."""
-    left, right = ends
+    left, right = ends_here
     child = Child(receive_all, right)
     right.close()
     sure = [number for number in range(MESSAGES) if alarm.attempt(left.send, message(number))[0]]
@@ -117,8 +118,8 @@ def test_send_is_interrupted(ends, alarm):
     assert alarm.hits
 
 
-def test_what_an_interrupt_left_in_the_last_step_does_not_keep_an_end_open(ends):
-    left, right = ends
+def test_what_an_interrupt_left_in_the_last_step_does_not_keep_an_end_open(ends_here):
+    left, right = ends_here
     left.send(1, FOREVER)
     left._sending.take(0)  # as of a handler that has raised when the call was just about to give up its turn
     left._receiving.take(0)
@@ -126,8 +127,8 @@ def test_what_an_interrupt_left_in_the_last_step_does_not_keep_an_end_open(ends)
     assert list(right) == [1]
 
 
-def test_a_handler_may_close_what_it_has_interrupted(ends):
-    left, right = ends
+def test_a_handler_may_close_what_it_has_interrupted(ends_here):
+    left, right = ends_here
     left.send(1, FOREVER)
     turn = left._receiving
     assert turn.take(0)
@@ -145,8 +146,8 @@ def echo(end):
         end.send(obj)
 
 
-def test_both_are_interrupted(ends, alarm):
-    left, right = ends
+def test_both_are_interrupted(ends_here, alarm):
+    left, right = ends_here
     child = Child(echo, right)
     right.close()
     got = []
@@ -174,9 +175,9 @@ def ctrl_c():
         signal.signal(number, handler)
 
 
-def test_ctrl_c_ends_a_wait(ends, ctrl_c):
+def test_ctrl_c_ends_a_wait(ends_here, ctrl_c):
     """And the channel goes on."""
-    left, right = ends
+    left, right = ends_here
     for timeout in (None, FOREVER):
         ctrl_c()
         with pytest.raises(KeyboardInterrupt):
@@ -215,9 +216,9 @@ def storm(end, count, *, begins):
     return got, len(handled)
 
 
-def test_a_thousand_signals_a_second(ends, alarm):
+def test_a_thousand_signals_a_second(ends_here, alarm):
     """Every system call may be interrupted, at both ends: nothing comes of it."""
-    left, right = ends
+    left, right = ends_here
     child = Child(lambda: storm(right, MESSAGES // 3, begins=False))
     right.close()
     numbers, handled = storm(left, MESSAGES // 3, begins=True)
@@ -228,8 +229,8 @@ def test_a_thousand_signals_a_second(ends, alarm):
     assert others_handled > 10
 
 
-def test_signals_shorten_no_timeout(ends, alarm):
-    left, _ = ends
+def test_signals_shorten_no_timeout(ends_here, alarm):
+    left, _ = ends_here
     signal.signal(signal.SIGALRM, lambda number, frame: None)
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
     fill(left, BLOCK)

@@ -29,8 +29,8 @@ def converse(end):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_as_an_argument_of_a_process(ends, method):
-    left, right = ends
+def test_as_an_argument_of_a_process(ends_here, method):
+    left, right = ends_here
     process = multiprocessing.get_context(method).Process(target=echo, args=(right,))
     process.start()
     right.close()
@@ -68,9 +68,9 @@ def relay(carrier):
     end.close()
 
 
-def test_through_another_channel(make_channel, partners):
-    left, right = make_channel()
-    carrier, other = make_channel()
+def test_through_another_channel(make_channel_here, partners):
+    left, right = make_channel_here()
+    carrier, other = make_channel_here()
     job = partners.start("fork", relay, other)
     carrier.send(right)
     assert carrier.receive(FOREVER) == "got it"
@@ -82,9 +82,9 @@ def test_through_another_channel(make_channel, partners):
     job.result()
 
 
-def test_both_ends_elsewhere(ends, partners):
+def test_both_ends_elsewhere(ends_here, partners):
     """Who made the channel uses none of them."""
-    left, right = ends
+    left, right = ends_here
     one = partners.start("fork", echo, right)
     other = partners.start("fork", converse, left)
     one.result()

@@ -12,6 +12,7 @@ import pytest
 from shmengine import MemoryBudgetExceeded, Timeout, WouldBlock
 from tests.helpers import poll_until
 from tests.helpers.channels import FOREVER, drain, fill, is_message, message, number_of
+from tests.helpers.partners import in_thread
 
 BLOCK = (np.arange(20_000) % 251).astype("u1")
 BUFFERS_BYTES = 64 << 20  # more than any channel here may hold
@@ -38,8 +39,8 @@ def run(*calls):
 # --- timeouts ------------------------------------------------------------------------------------
 
 
-def test_receive_with_nothing_there(ends):
-    _, right = ends
+def test_receive_with_nothing_there(ends_here):
+    _, right = ends_here
     for call in (right.try_receive, lambda: right.receive(0)):
         with pytest.raises(WouldBlock):
             call()
@@ -52,9 +53,9 @@ def test_receive_with_nothing_there(ends):
         assert isinstance(caught.value, TimeoutError)
 
 
-def test_send_when_full(ends):
+def test_send_when_full(ends_here):
     """Then nothing was sent, and the channel is as good as before."""
-    left, right = ends
+    left, right = ends_here
     sent = fill(left, BLOCK)
     assert 0 < sent * BLOCK.nbytes < BUFFERS_BYTES
     for seconds in (0.01, 0.12):
@@ -75,17 +76,17 @@ def test_send_when_full(ends):
     assert right.stats().gaps == 0
 
 
-def test_small_messages_fill_a_channel_too(make_channel):
-    left, right = make_channel(buffer_bytes="1 MiB")
+def test_small_messages_fill_a_channel_too(make_channel_here):
+    left, right = make_channel_here(buffer_bytes="1 MiB")
     sent = fill(left, b"x" * 500, limit=200_000)
     assert drain(right, sent) == [b"x" * 500] * sent
     with pytest.raises(WouldBlock):
         right.try_receive()
 
 
-def test_of_what_was_given_up_nothing_arrives(ends):
+def test_of_what_was_given_up_nothing_arrives(ends_here):
     """Also when a part of it had already gone, again and again, between others."""
-    left, right = ends
+    left, right = ends_here
     expected, got, given_up = [], [], 0
     for number in range(60):
         big = np.full(3_000_000, number, "u1")
@@ -112,9 +113,9 @@ def test_of_what_was_given_up_nothing_arrives(ends):
     assert right.stats().gaps == right.stats().corrupt == 0
 
 
-def test_larger_than_all_buffers(make_channel):
+def test_larger_than_all_buffers(make_channel_here):
     """Goes through in parts; where it has to lie in one piece, the error comes at once, and says how much there is."""
-    left, right = make_channel(buffer_bytes="4 MiB")
+    left, right = make_channel_here(buffer_bytes="4 MiB")
     big = (np.arange(24 << 20) % 251).astype("u1")
     if left.capabilities.in_place:
         with pytest.raises(MemoryBudgetExceeded):
@@ -133,8 +134,8 @@ def receive_and_answer(end):
     end.send(end.receive(FOREVER), FOREVER)
 
 
-def test_a_waiting_receiver_is_woken(ends, partners, how):
-    left, right = ends
+def test_a_waiting_receiver_is_woken(ends_here, partners, how):
+    left, right = ends_here
     job = partners.start(how, receive_and_answer, right)
     time.sleep(0.02)  # it is likely to wait by now; right in any case
     left.send("wake up")
@@ -142,10 +143,10 @@ def test_a_waiting_receiver_is_woken(ends, partners, how):
     job.result()
 
 
-def test_a_waiting_sender_is_woken(ends, partners, how):
-    left, right = ends
+def test_a_waiting_sender_is_woken(ends_here, partners, how):
+    left, right = ends_here
     sent = fill(left, BLOCK)
-    job = partners.start("thread", lambda end: end.send(BLOCK, FOREVER), left)
+    job = in_thread(lambda end: end.send(BLOCK, FOREVER), left)
     other = partners.start(how, drain_all, right, sent + 1)
     job.result()
     assert other.result() == sent + 1
@@ -157,8 +158,8 @@ def drain_all(end, count):
     return count
 
 
-def test_who_waits_uses_no_cpu(ends):
-    left, right = ends
+def test_who_waits_uses_no_cpu(ends_here):
+    left, right = ends_here
     sent = fill(left, BLOCK)
 
     def wait(call):
@@ -178,8 +179,8 @@ def test_who_waits_uses_no_cpu(ends):
 # --- threads -------------------------------------------------------------------------------------
 
 
-def test_threads_share_the_ends(make_channel):
-    left, right = make_channel(
+def test_threads_share_the_ends(make_channel_here):
+    left, right = make_channel_here(
         buffer_bytes="32 MiB"
     )  # each receiver keeps what it has until the next one comes
     senders, receivers, count = 3, 3, 60
@@ -210,8 +211,8 @@ def test_threads_share_the_ends(make_channel):
             assert numbers == sorted(numbers)
 
 
-def test_a_timeout_holds_while_another_thread_waits(ends):
-    left, right = ends
+def test_a_timeout_holds_while_another_thread_waits(ends_here):
+    left, right = ends_here
     job = threading.Thread(target=left.receive)
     job.start()
     poll_until(lambda: not left._receiving.take_idle() or left._receiving.leave(), what="it waits")
@@ -237,9 +238,9 @@ def send_until_full(end, limit=10_000):
     raise AssertionError("never full")
 
 
-def test_a_way_out_timeouts(ends):
+def test_a_way_out_timeouts(ends_here):
     """Both get `Timeout`, of what they could not send nothing arrives, and after receiving they go on."""
-    left, right = ends
+    left, right = ends_here
     to_right, to_left = run(lambda: send_until_full(left), lambda: send_until_full(right))
     for end, count in ((right, to_right), (left, to_left)):
         for _ in range(count):
@@ -251,8 +252,8 @@ def test_a_way_out_timeouts(ends):
         assert receiver.receive(FOREVER) == "on"
 
 
-def test_a_way_out_a_thread_for_each_direction(ends):
-    left, right = ends
+def test_a_way_out_a_thread_for_each_direction(ends_here):
+    left, right = ends_here
     count = collections.Counter()
 
     def send(end):
@@ -289,8 +290,8 @@ def talk_at_once(end):
     return sent, received
 
 
-def test_a_way_out_between_processes(ends, partners):
-    left, right = ends
+def test_a_way_out_between_processes(ends_here, partners):
+    left, right = ends_here
     job = partners.start("fork", talk_at_once, right)
     assert talk_at_once(left) == (600, 600)
     assert job.result() == (600, 600)

@@ -1,19 +1,15 @@
-"""Two ends of a channel at work: what they say to each other, and who has the other one, however he was started."""
+"""Two ends of a channel at work: what they say to each other."""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
-import signal
 import threading
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from shmengine import Engine, channel
+from shmengine import EndOfStream, channel
 from shmengine.channels.hub import THREAD
 from shmengine.channels.open import MECHANISMS
 from tests.helpers.arrays import same
@@ -21,11 +17,8 @@ from tests.helpers.arrays import same
 __all__ = [
     "FOREVER",
     "MECHANISMS",
-    "STARTS",
-    "Child",
-    "Job",
-    "Partners",
     "drain",
+    "echo",
     "fill",
     "is_message",
     "make_pair",
@@ -33,11 +26,11 @@ __all__ = [
     "nobody_serves",
     "number_of",
     "sending",
+    "there_and_back",
     "trip",
 ]
 
 FOREVER = 30  # no test waits so long unless it has failed
-STARTS = ("thread", "fork", "spawn", "worker")
 
 SIZES = (0, 1, 63, 64, 65, 1000, 4032, 4096, 4097, 65_536, 70_001)
 LARGE = (300_001, 1 << 20, 3_000_000)
@@ -131,138 +124,24 @@ def trip(left: Any, right: Any, obj: Any) -> Any:
         return right.receive(FOREVER)
 
 
-class Job:
-    """Something at work elsewhere: ``result()`` returns what came of it, or raises what it raised."""
-
-    def __init__(self, wait: Callable[[], tuple[bool, Any]], pid: int) -> None:
-        self._wait = wait
-        self.pid = pid
-
-    def result(self) -> Any:
-        good, value = self._wait()
-        if good:
-            return value
-        raise value
-
-
-def _outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
-    try:
-        return True, function(*args)
-    except BaseException as error:
-        return False, error
-
-
-class Partners:
-    """Starts functions that get an end of a channel, which is theirs from then on; many share a process."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._spawned = context.Process(target=_serve, args=(theirs,))
-        self._spawned.start()
-        theirs.close()
-        self._engine = Engine(1, memory="64 MiB")
-        self._engine.submit(os.getpid).result(FOREVER)
-
-    def start(self, how: str, function: Callable[..., Any], end: Any, *args: Any) -> Job:
-        """Call ``function(end, *args)`` in a thread, a forked child, a spawned one or a worker of an engine."""
-        return getattr(self, f"_{how}")(function, end, args)
-
-    def close(self) -> None:
-        """End all of them."""
-        self._engine.close()
-        self._pipe.close()
-        self._spawned.join()
-        self._spawned.close()
-
-    def _thread(self, function, end, args) -> Job:
-        outcome: list[Any] = []
-        thread = threading.Thread(target=lambda: outcome.append(_outcome(function, (end, *args))))
-        thread.start()
-
-        def wait():
-            thread.join()
-            return outcome[0]
-
-        return Job(wait, os.getpid())
-
-    def _fork(self, function, end, args) -> Job:
-        child = Child(function, end, *args)
-        end.close()
-        return Job(child.outcome, child.pid)
-
-    def _spawn(self, function, end, args) -> Job:
-        self._pipe.send((function, end, args))
-        assert self._pipe.recv() == "here"
-        end.close()
-        return Job(self._pipe.recv, self._spawned.pid)
-
-    def _worker(self, function, end, args) -> Job:
-        future = self._engine.submit(_outcome, function, (end, *args))
-
-        def wait():
-            try:
-                return future.result(2 * FOREVER)
-            finally:
-                end.close()
-
-        return Job(wait, self._engine._backend.pids[0])
-
-
-def _serve(pipe: Any) -> None:
-    with contextlib.suppress(EOFError):
-        while True:
-            function, end, args = pipe.recv()
-            pipe.send("here")
-            outcome = _outcome(function, (end, *args))
-            end.close()
-            del function, end, args
-            pipe.send(outcome)
-            del outcome
-
-
-class Child:
-    """A forked child that ends as a program does; what it was called with is its own.
-
-    Its ends of a channel are closed by its end, and not before.
-    """
-
-    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
-        context = multiprocessing.get_context("fork")
-        self._pipe, theirs = context.Pipe(duplex=False)
-
-        def run() -> None:
-            self._pipe.close()
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            outcome = _outcome(function, args)
-            try:
-                theirs.send(outcome)
-            except Exception:
-                traceback.print_exc()
-
-        self._process = context.Process(target=run)
-        self._process.start()
-        self.pid = self._process.pid
-        theirs.close()
-
-    def kill(self) -> None:
-        """End it at once."""
-        os.kill(self.pid, signal.SIGKILL)
-        self._process.join()
-
-    def outcome(self) -> tuple[bool, Any]:
-        """Wait for its end, and return what became of the call."""
+def echo(end: Any, count: int | None = None) -> None:
+    """Send back what comes, so often, or until the other end is closed."""
+    received = 0
+    while received != count:
         try:
-            outcome = self._pipe.recv()
-        except EOFError:
-            outcome = (False, AssertionError("the child ended without an answer"))
-        self.end()
-        return outcome
+            obj = end.receive(FOREVER)
+        except EndOfStream:
+            return
+        end.send(obj, FOREVER)
+        del obj  # over shared memory it takes room
+        received += 1
 
-    def end(self) -> int:
-        """Wait for its end, and return its exit code."""
-        self._process.join()
-        code = self._process.exitcode
-        self._process.close()
-        self._pipe.close()
-        return code
+
+def there_and_back(left: Any, right: Any, obj: Any) -> Any:
+    """Send an object to a partner's end, and return what comes back from there."""
+    job = right.start(echo, 1)
+    left.send(obj, FOREVER)
+    try:
+        return left.receive(FOREVER)
+    finally:
+        job.result()
