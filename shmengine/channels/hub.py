@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from shmengine.channels.zeromq import zmq
+from shmengine.channels.zeromq import uninterrupted, zmq
 from shmengine.region import call_at_process_end
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Hub:
         self._waking = threading.RLock()  # a finalizer may call `wake` in the middle of it
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._zap = self.context.socket(zmq.REP)
-        self._zap.bind(ZAP)
+        uninterrupted(self._zap.bind, ZAP)
         self._zap_fd = int(self._zap.fd)
         self._epoll = select.epoll()
         self._epoll.register(self._event, select.EPOLLIN)

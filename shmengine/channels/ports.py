@@ -22,7 +22,7 @@ from shmengine.channels.keys import Keys
 from shmengine.channels.local import SocketFile, check_free, user_behind
 from shmengine.channels.sessions import PREFIX_BYTES, Greeting, Kind, Proof, Session, most_part_bytes, refusal
 from shmengine.channels.waiter import Waiter
-from shmengine.channels.zeromq import wire_of, zmq
+from shmengine.channels.zeromq import monitor_of, uninterrupted, wire_of, zmq
 from shmengine.descriptors import Descriptor
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Port:
             socket.reconnect_ivl, socket.reconnect_ivl_max = RECONNECT_MS
             if auth is not None:
                 auth.apply(socket, serves=serves, allow=self.hub.allow)
-            self.monitor = socket.get_monitor_socket(int(_EVENTS))
+            self.monitor = monitor_of(socket, int(_EVENTS))
             undo.callback(self.monitor.close, 0)
             undo.callback(socket.disable_monitor)
             self.fd = int(socket.fd)
@@ -289,7 +289,7 @@ class DialPort(Port):
         self._address = address
         try:
             self.add(session)
-            self._socket.connect(address)
+            uninterrupted(self._socket.connect, address)
         except (zmq.ZMQError, OSError):
             self.close()
             raise
@@ -316,9 +316,9 @@ class DialPort(Port):
         connection only where there is one (``IMMEDIATE``) is no way: it drops also what has come and was not read.
         """
         self._socket.linger = 0
-        self._socket.disconnect(self._address)
+        uninterrupted(self._socket.disconnect, self._address)
         self._socket.linger = LINGER_MS
-        self._socket.connect(self._address)
+        uninterrupted(self._socket.connect, self._address)
 
     def serve(self) -> None:
         super().serve()
@@ -414,7 +414,7 @@ class ListenPort(Port):
         try:
             if alone is not None:
                 self.add(alone)
-            self._socket.bind(address)
+            uninterrupted(self._socket.bind, address)
             if self.is_local and not address.startswith("ipc://@"):
                 self._file = SocketFile(address.removeprefix("ipc://"))
         except (zmq.ZMQError, OSError):

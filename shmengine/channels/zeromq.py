@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import Any
 
 from shmengine._native import ffi, lib
 from shmengine._native._handles import Wire, connect_zeromq
@@ -14,7 +16,7 @@ except ModuleNotFoundError as error:
         "channels over sockets need pyzmq: pip install 'shmengine[socket]'", name=error.name
     ) from None
 
-__all__ = ["wire_of", "zmq"]
+__all__ = ["monitor_of", "uninterrupted", "wire_of", "zmq"]
 
 _FUNCTIONS = (
     "zmq_msg_init",
@@ -48,3 +50,30 @@ _connect()
 def wire_of(socket: zmq.Socket[bytes]) -> Wire:
     """Return a second way to use a socket, without pyzmq's steps."""
     return Wire(int(socket.underlying))
+
+
+def uninterrupted(call: Callable[..., Any], *args: Any) -> None:
+    """Bind, connect or disconnect a socket, again if a signal came: pyzmq does so only for what sends and receives.
+
+    These look for what other threads want of the socket before they do anything; that is where signals interrupt them.
+    """
+    while True:
+        try:
+            call(*args)
+            return
+        except InterruptedError:
+            continue  # its handler has been called, and has not raised
+
+
+def monitor_of(socket: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
+    """Return a new socket that says what becomes of this one's connections."""
+    address = f"inproc://shmengine-monitor-{int(socket.fd)}"
+    uninterrupted(socket.monitor, address, events)
+    monitor: zmq.Socket[bytes] = socket.context.socket(zmq.PAIR)
+    try:
+        uninterrupted(monitor.connect, address)
+    except BaseException:
+        monitor.close(0)
+        socket.disable_monitor()
+        raise
+    return monitor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
+import threading
 import time
 
 import numpy as np
@@ -239,3 +240,30 @@ def test_signals_shorten_no_timeout(ends_here, alarm):
         with pytest.raises(Timeout):
             call(0.1)
         assert time.monotonic() - start >= 0.1
+
+
+def begin_in_a_storm(end):
+    """Use an end for the first time while signals come as fast as they can."""
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None) if in_main_thread() else None
+    if before is not None:
+        signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
+    try:
+        end.send("begun")
+    finally:
+        if before is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def in_main_thread():
+    return threading.current_thread() is threading.main_thread()
+
+
+def test_ends_begin_in_a_storm(make_channel):
+    for _ in range(6):
+        left, right = make_channel()
+        job = right.start(begin_in_a_storm)
+        begin_in_a_storm(left)
+        job.result()
+        assert left.receive(FOREVER) == right.receive(FOREVER) == "begun"
+        left.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -201,7 +202,8 @@ class _Host:
         self.pid, self.tid = pid, tid
         self._line = line
         self._stop = stop
-        self._ends = 0
+        self.ends = 0
+        self._numbers = itertools.count(1)
         self._pending: Job | None = None
         self.gone = False
 
@@ -221,10 +223,12 @@ class _Host:
         except (EOFError, OSError):
             return False, AssertionError("he has ended without an answer")
 
-    def number(self) -> int:
-        """The number of one more end."""
-        self._ends += 1
-        return self._ends
+    def take(self, end: Any) -> int:
+        """Give him an end by a pickle, and return the number that he has for it."""
+        number = next(self._numbers)
+        self.ask(_take, number, end).result()
+        end.close()
+        return number
 
     def end(self) -> None:
         """Let him end as soon as he has done what he was asked."""
@@ -256,6 +260,7 @@ class Remote:
 
     def __init__(self, host: _Host, number: int, *, shared: bool) -> None:
         self._host, self._number, self._shared = host, number, shared
+        host.ends += 1
         self.pid, self.tid = host.pid, host.tid
 
     def start(self, function: Callable[..., Any], *args: Any) -> Job:
@@ -295,7 +300,8 @@ class Remote:
         """Let him close the end, and what was started for it alone end."""
         if not self._host.gone:
             self._host.ask(_close, self._number).result()
-            if not self._shared:
+            self._host.ends -= 1
+            if not self._host.ends and not self._shared:
                 self._host.end()
 
 
@@ -326,6 +332,7 @@ class Partners:
     def __init__(self, *, ready: bool = False) -> None:
         self._processes: dict[str, _Host] = {}
         self._engine: Engine | None = None
+        self._task: _Host | None = None
         if ready:
             self._process("fork")
             self._process("spawn")
@@ -377,6 +384,8 @@ class Partners:
         return Remote(host, 0, shared=False)
 
     def _worker(self, end: Any) -> Remote:
+        if self._task is not None and not self._task.gone:  # the only worker is busy
+            return Remote(self._task, self._task.take(end), shared=False)
         with multiprocessing.connection.Listener(family="AF_UNIX") as listener:
             future = self._workers().submit(_serve_as_task, listener.address, end)
             line = _Line(listener.accept())
@@ -387,7 +396,8 @@ class Partners:
             error = future.exception(FOREVER)
             assert error is None or isinstance(error, WorkerDied), error
 
-        return Remote(_Host(line, pid, pid, stop), 0, shared=False)
+        self._task = _Host(line, pid, pid, stop)
+        return Remote(self._task, 0, shared=False)
 
     def _workers(self) -> Engine:
         if self._engine is None:
@@ -397,10 +407,7 @@ class Partners:
 
     def _pass_on(self, how: str, end: Any) -> Remote:
         host = self._process(how)
-        number = host.number()
-        host.ask(_take, number, end).result()
-        end.close()
-        return Remote(host, number, shared=True)
+        return Remote(host, host.take(end), shared=True)
 
     def _process(self, how: str) -> _Host:
         host = self._processes.get(how)

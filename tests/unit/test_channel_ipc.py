@@ -1,11 +1,13 @@
-"""The file of a server at ``ipc://path``: there while somebody may need it, and gone afterwards."""
+"""Sockets of one machine: the file of a server at ``ipc://path``, there while somebody may need it; signals."""
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import signal
 
 import pytest
+import zmq
 
 import shmengine as shm
 from tests.helpers import poll_until, run_script
@@ -142,3 +144,21 @@ def test_after_a_kill_the_file_is_in_nobodys_way(path):
     with shm.listen(f"ipc://{path}") as server:
         assert_it_works(server)
     poll_until(lambda: not path.exists(), what="the file is gone")
+
+
+@pytest.mark.parametrize("name", ["bind", "connect", "monitor"])
+def test_a_signal_while_an_end_begins(monkeypatch, name):
+    """ZeroMQ's call is made again, which pyzmq leaves to us; a signal interrupts it before it has done anything."""
+    plain, signals = getattr(zmq.Socket, name), [zmq.error.InterruptedSystemCall] * 60
+
+    def interrupted(socket, *args):
+        if args[0] is not None and signals:
+            raise signals.pop()(errno.EINTR)
+        return plain(socket, *args)
+
+    monkeypatch.setattr(zmq.Socket, name, interrupted)
+    left, right = shm.channel("socket")
+    with left, right:
+        left.send(1)
+        assert right.receive(60) == 1
+    assert not signals
