@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import multiprocessing
 import os
 import pickle
 import resource
@@ -13,10 +14,18 @@ import threading
 import numpy as np
 import pytest
 
-from shmengine import Closed, EndOfStream, PeerLost, SerializationError, Timeout, UseAfterFork, WouldBlock
-from tests.helpers import poll_until
+from shmengine import (
+    Closed,
+    EndOfStream,
+    Engine,
+    PeerLost,
+    SerializationError,
+    Timeout,
+    UseAfterFork,
+    WouldBlock,
+)
 from tests.helpers.channels import FOREVER, drain, fill, is_message, make_pair, message, number_of, trip
-from tests.helpers.partners import Child, in_thread
+from tests.helpers.partners import STARTS, Child, in_thread
 
 BLOCK = (np.arange(20_000) % 251).astype("u1")
 
@@ -56,15 +65,22 @@ def assert_closed(end):
 # --- whoever closes, whenever ----------------------------------------------------------------------
 
 
-def test_before_any_use(ends_here):
-    left, right = ends_here
+def test_before_any_use(ends):
+    left, right = ends
     left.close()
     assert_closed(left)
-    assert_ended(right)
+    right.run(assert_ended)
 
 
-def test_after_sending(ends_here):
-    left, right = ends_here
+def test_before_any_use_there(ends):
+    left, right = ends
+    right.close()
+    right.run(assert_closed)
+    assert_ended(left)
+
+
+def test_after_sending(ends):
+    left, right = ends
     for number in range(22):
         trip(left, right, message(number))
     left.send_many(message(number) for number in range(22, 25))
@@ -73,77 +89,109 @@ def test_after_sending(ends_here):
         obj = right.receive(FOREVER)
         assert is_message(obj)
         assert number_of(obj) == number
-    assert_ended(right)
+    right.run(assert_ended)
     assert_closed(left)
 
 
-def test_when_the_other_end_was_never_used(ends_here):
-    left, right = ends_here
+def send_and_close(end, count):
+    for number in range(count):
+        end.send(message(number), FOREVER)
+    end.close()
+
+
+def test_after_a_partner_has_sent(ends):
+    left, right = ends
+    job = right.start(send_and_close, 25)
+    got = list(left)
+    assert [number_of(obj) for obj in got] == list(range(25))
+    assert all(map(is_message, got))
+    job.result()
+    assert_ended(left)
+    right.run(assert_closed)
+
+
+def test_when_the_other_end_was_never_used(ends):
+    left, right = ends
     left.send_many([1, BLOCK, 2], FOREVER)
     left.close()
     assert right.receive(FOREVER) == 1
     assert np.array_equal(right.receive(FOREVER), BLOCK)
     assert right.receive(FOREVER) == 2
-    assert_ended(right)
+    right.run(assert_ended)
 
 
-def test_with_messages_waiting_for_who_closes(ends_here):
-    left, right = ends_here
+def test_with_messages_waiting_for_who_closes(ends):
+    left, right = ends
     right.send_many([1, 2, 3])
     assert left.receive(FOREVER) == 1
     left.close()
     assert_closed(left)
-    assert_ended(right)
+    right.run(assert_ended)
 
 
-def test_a_full_channel(ends_here):
+def test_a_full_channel(ends):
     """A goodbye needs no room."""
-    left, right = ends_here
+    left, right = ends
     sent = fill(left, BLOCK)
     with pytest.raises(Timeout):
         left.send(np.ones(3_000_000, "u1"), 0.02)
     left.close()
-    for _ in range(sent):
-        assert np.array_equal(right.receive(FOREVER), BLOCK)
-    assert_ended(right)
+    got = right.run(list)
+    assert len(got) == sent
+    assert all(np.array_equal(obj, BLOCK) for obj in got)
+    right.run(assert_ended)
 
 
-def test_both_ends(ends_here):
-    left, right = ends_here
+def test_both_ends(ends):
+    left, right = ends
     left.send(1)
     right.send(2)
     left.close()
     right.close()
     assert_closed(left)
-    assert_closed(right)
+    right.run(assert_closed)
 
 
-def test_the_end_is_seen_while_receiving(ends_here, partners):
-    left, right = ends_here
-    job = in_thread(list, right)
+def receive_all(end):
+    end.send("ready")
+    return list(end)
+
+
+def test_the_end_is_seen_while_receiving(ends):
+    left, right = ends
+    job = right.start(receive_all)
+    assert left.receive(FOREVER) == "ready"
     left.send_many(range(10))
-    poll_until(lambda: right.stats().messages_received == 10)
     left.close()
     assert job.result() == list(range(10))
 
 
-def test_the_end_is_seen_while_sending(ends_here, partners):
-    left, right = ends_here
+def test_the_end_is_seen_while_sending(ends):
+    left, right = ends
     fill(left, BLOCK)
-    job = in_thread(lambda end: end.send(BLOCK), left)
+    job = in_thread(lambda: left.send(BLOCK))
     right.close()
     with pytest.raises(EndOfStream, match="nobody would receive"):
         job.result()
 
 
+def test_the_end_is_seen_while_a_partner_sends(ends):
+    left, right = ends
+    right.run(fill, BLOCK)
+    job = right.start(lambda end: end.send(BLOCK))
+    left.close()
+    with pytest.raises(EndOfStream, match="nobody would receive"):
+        job.result()
+
+
 @pytest.mark.parametrize("timeout", [None, FOREVER])
-def test_while_another_thread_waits(ends_here, partners, timeout):
-    left, right = ends_here
+def test_while_another_thread_waits(ends, timeout):
+    left, right = ends
     sent = fill(left, BLOCK)
     jobs = [
-        in_thread(lambda end: end.receive(timeout), left),
-        in_thread(lambda end: end.send(BLOCK, timeout), left),
-        in_thread(lambda end: end.receive(timeout), left),
+        in_thread(left.receive, timeout),
+        in_thread(left.send, BLOCK, timeout),
+        in_thread(left.receive, timeout),
     ]
     left.close()
     for job in jobs:
@@ -151,90 +199,126 @@ def test_while_another_thread_waits(ends_here, partners, timeout):
             job.result()
     assert_closed(left)
     assert len(list(right)) == sent
-    assert_ended(right)
+    right.run(assert_ended)
 
 
-def test_leaving_a_with_block(ends_here):
-    left, right = ends_here
+def leave_a_block_by_an_error(end):
+    with pytest.raises(ZeroDivisionError), end:
+        _ = 1 / 0
+    assert end.closed
+
+
+def test_leaving_a_with_block(ends):
+    left, right = ends
     with left as same:
         assert same is left
         left.send(1)
     assert_closed(left)
     assert list(right) == [1]
-    with pytest.raises(ZeroDivisionError), right:
-        _ = 1 / 0
-    assert right.closed
+    right.run(leave_a_block_by_an_error)
 
 
-def test_an_end_that_nobody_has_any_more(mechanism):
-    left, right = make_pair(mechanism)
-    left.send_many([1, 2])
-    del left
-    gc.collect()
-    assert list(right) == [1, 2]
-    assert_ended(right)
-    left, other = make_pair(mechanism)
-    del left
-    gc.collect()
-    assert_ended(other)
-    right.close()
-    other.close()
+def test_leaving_a_with_block_there(ends):
+    left, right = ends
+    right.run(leave_a_block_by_an_error)
+    assert_ended(left)
+
+
+def test_an_end_that_nobody_has_any_more(mechanism, take):
+    for objs in ([1, 2], []):
+        left, right = make_pair(mechanism)
+        left.send_many(objs)
+        right = take(right)
+        del left
+        gc.collect()
+        assert list(right) == objs
+        right.run(assert_ended)
+
+
+def test_an_end_that_a_partner_has_no_more(mechanism, take):
+    """One that was inherited by a fork is kept by whoever had it there."""
+    for objs in ([1, 2], []):
+        left, right = make_pair(mechanism)
+        with left:
+            right = take(right, pickled=True)
+            right.send_many(objs)
+            right.drop()
+            assert list(left) == objs
+            assert_ended(left)
 
 
 # --- ends of processes -----------------------------------------------------------------------------
 
 
-def collected(end):
-    end.send_many([1, BLOCK])
-
-
-def leave(end, way, count):
+def leave(end, way, count, *, keep=True):
     """Use an end, keep it, and end the process in some way."""
-    leave.kept = end
+    if keep:
+        leave.kept = end
     for number in range(count):
         end.send(message(number), FOREVER)
     if way == "os._exit":
         os._exit(3)
     if way == "sys.exit":
         sys.exit(0)
+    if way == "error":
+        raise ArithmeticError
+
+
+@contextlib.contextmanager
+def leaving(how, end, way, count):
+    """Whoever has an end leaves with it; a thread is the last who has it."""
+    if how == "worker":
+        with Engine(1, memory="64 MiB", retries=0) as engine:
+            job = engine.submit(leave, end, way, count)
+            job.exception(FOREVER)  # whatever a task raises, its worker goes on
+            end.close()
+            closing = in_thread(engine.close)
+            yield
+            closing.result()
+    elif how == "thread":
+        job = in_thread(leave_in_a_thread, [end], way, count)
+        del end
+        yield
+        job.result()
+    else:
+        process = multiprocessing.get_context(how).Process(target=leave, args=(end, way, count))
+        process.start()
+        end.close()
+        yield
+        process.join()
+        assert process.exitcode == {"os._exit": 3}.get(way, 0)
+        process.close()
+
+
+def leave_in_a_thread(holder, way, count):
+    with contextlib.suppress(SystemExit):
+        leave(holder.pop(), way, count, keep=False)
+    gc.collect()
 
 
 @pytest.mark.parametrize("way", ["return", "sys.exit"])
-def test_the_normal_end_of_a_process_closes(ends_here, way):
-    left, right = ends_here
-    child = Child(leave, right, way, 7)
-    right.close()
-    got = list(left)
-    assert [number_of(obj) for obj in got] == list(range(7))
-    assert_ended(left)
-    child.end()
+def test_the_normal_end_of_a_process_closes(mechanism, how, way):
+    """And that of a thread, if nothing else has its end."""
+    left, *right = make_pair(mechanism)
+    with left, leaving(how, right.pop(), way, 7):
+        assert [number_of(obj) for obj in left] == list(range(7))
+        assert_ended(left)
 
 
-def test_os_exit_is_a_death(ends_here):
-    left, right = ends_here
-    child = Child(leave, right, "os._exit", 7)
-    right.close()
-    if left.capabilities.outlives_sender:
-        assert [number_of(obj) for obj in drain(left, 7)] == list(range(7))
-    else:
-        with pytest.raises(PeerLost):
-            drain(left, 8)
-    for _ in range(2):
-        with pytest.raises(PeerLost):
-            left.receive(FOREVER)
-        with pytest.raises(PeerLost):
-            left.send(1, FOREVER)
-    child.end()
-
-
-@pytest.mark.parametrize("start", ["spawn", "worker"])
-def test_a_process_that_lets_go_of_its_end(ends_here, partners, start):
-    left, right = ends_here
-    job = partners.start(start, collected, right)
-    assert left.receive(FOREVER) == 1
-    assert np.array_equal(left.receive(FOREVER), BLOCK)
-    job.result()
-    assert_ended(left)
+@pytest.mark.parametrize("how", [how for how, start in STARTS.items() if start.own_process])
+def test_os_exit_is_a_death(mechanism, how):
+    left, right = make_pair(mechanism)
+    with left, leaving(how, right, "os._exit", 7):
+        if left.capabilities.outlives_sender:
+            assert [number_of(obj) for obj in drain(left, 7)] == list(range(7))
+        else:
+            with pytest.raises(PeerLost):
+                drain(left, 8)
+        for _ in range(2):
+            with pytest.raises(PeerLost):
+                left.receive(FOREVER)
+            with pytest.raises(PeerLost):
+                left.send(1, FOREVER)
 
 
 # --- copies in forked children -----------------------------------------------------------------------
@@ -251,14 +335,14 @@ def try_out(end):
     return said
 
 
-def test_the_parents_end_in_a_forked_child(ends_here):
-    left, right = ends_here
+def test_the_parents_end_in_a_forked_child(ends):
+    left, right = ends
     left.send("first")
     child = Child(try_out, left)
     assert child.outcome() == (True, ["not here"] * 3)
     left.send("second")
     right.send("back")
-    assert drain(right, 2) == ["first", "second"]
+    assert right.run(drain, 2) == ["first", "second"]
     assert left.receive(FOREVER) == "back"
 
 
@@ -275,13 +359,14 @@ def collect_copies(holder):
     gc.collect()
 
 
-def test_closing_copies_of_ends_in_use_harms_nobody(ends_here):
-    left, right = ends_here
+def test_closing_copies_of_ends_in_use_harms_nobody(ends):
+    """Neither in the child nor, where the other one is elsewhere, here."""
+    left, right = ends
     left.send(1)
     right.send(2)
     for _ in range(2):
-        assert Child(close_copies, left, right).outcome()[0]
-    holder = [left, right]
+        assert Child(close_copies, left).outcome()[0]
+    holder = [left]
     assert Child(collect_copies, holder).outcome()[0]
     assert right.receive(FOREVER) == 1
     assert left.receive(FOREVER) == 2
@@ -292,96 +377,93 @@ def test_closing_copies_of_ends_in_use_harms_nobody(ends_here):
         right.try_receive()
 
 
-def test_closing_a_copy_of_an_unused_end_harms_nobody(ends_here):
-    left, right = ends_here
-    assert Child(close_copies, left, right).outcome()[0]
-    left.send(1)
-    assert right.receive(FOREVER) == 1
-    right.close()
-    assert_ended(left)
+def test_closing_copies_of_both_ends_harms_nobody(mechanism, take):
+    for used in (True, False):
+        left, right = make_pair(mechanism)
+        with left:
+            if used:
+                left.send(1)
+            assert Child(close_copies, left, right).outcome()[0]
+            assert Child(collect_copies, [left, right]).outcome()[0]
+            right = take(right)
+            if not used:
+                left.send(1)
+            assert right.receive(FOREVER) == 1
+            right.close()
+            assert_ended(left)
 
 
-def test_a_child_that_outlives_an_end_of_its_parents(ends_here):
+def test_a_child_that_outlives_an_end_of_its_parents(ends):
     """What the child has inherited keeps nothing open."""
-    left, right = ends_here
+    left, right = ends
     left.send(1)
     gate, opened = os.pipe()
     child = Child(lambda: os.read(gate, 1) and None)
     left.close()
     assert list(right) == [1]
-    assert_ended(right)
+    right.run(assert_ended)
     os.write(opened, b"x")
     assert child.outcome()[0]
     os.close(gate)
     os.close(opened)
 
 
-def hold(end, ready, gate):
-    end.send("mine")
-    os.write(ready, b"x")
-    os.read(gate, 1)
-    end.send("still mine")
+def test_two_that_want_one_end(mechanism, take, how):
+    """The second process gets an error; threads of one may both use it."""
+    left, right = make_pair(mechanism)
+    with left, right:
+        first = take(pickle.loads(pickle.dumps(right))) if STARTS[how].own_process else take(right)
+        first.send("mine")
+        if STARTS[how].own_process:
+            with pytest.raises(UseAfterFork, match="another process"):
+                right.send(1)
+        other = Child(try_out, right)
+        assert other.outcome() == (True, ["not here"] * 3)
+        first.send("still mine")
+        assert drain(left, 2) == ["mine", "still mine"]
+        first.close()
+        assert_ended(left)
 
 
-def test_two_processes_that_want_one_end(ends_here):
-    left, right = ends_here
-    gate, opened = os.pipe()
-    heard, ready = os.pipe()
-    child = Child(hold, right, ready, gate)
-    assert os.read(heard, 1) == b"x"
-    other = Child(try_out, right)
-    assert other.outcome() == (True, ["not here"] * 3)
-    with pytest.raises(UseAfterFork, match="another process"):
-        right.send(1)
-    os.write(opened, b"x")
-    assert drain(left, 2) == ["mine", "still mine"]
-    assert child.outcome()[0]
-    assert_ended(left)
-    for fd in (gate, opened, heard, ready):
-        os.close(fd)
-
-
-def test_an_end_in_use_is_not_passed_on(ends_here):
-    left, right = ends_here
-    left.send(1)
-    with pytest.raises(SerializationError, match="before its first use"):
-        pickle.dumps(left)
-    copy = pickle.loads(pickle.dumps(right))
-    right.close()
-    assert copy.receive(FOREVER) == 1
-    copy.close()
-    assert_ended(left)
-
-
-def test_threads_that_begin_at_the_same_time(make_channel_here):
-    for _ in range(20):
-        left, right = make_channel_here()
-        barrier = threading.Barrier(4)
-        errors = []
-
-        def use(number, end=left, barrier=barrier, errors=errors):
-            barrier.wait()
-            try:
-                end.send(number)
-                with contextlib.suppress(WouldBlock):
-                    end.try_receive()
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=use, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not errors
-        assert sorted(drain(right, 4)) == [0, 1, 2, 3]
-        left.close()
+def test_an_end_in_use_is_not_passed_on(mechanism, take):
+    left, right = make_pair(mechanism)
+    with left, right:
+        left.send(1)
+        with pytest.raises(SerializationError, match="before its first use"):
+            pickle.dumps(left)
+        copy = take(pickle.loads(pickle.dumps(right)))
         right.close()
+        assert copy.receive(FOREVER) == 1
+        copy.close()
+        assert_ended(left)
 
 
-def test_close_needs_no_free_descriptor(ends_here):
-    left, right = ends_here
-    trip(left, right, BLOCK)
+def begin_in_threads(end):
+    """Four threads use an end for the first time, at the same moment."""
+    barrier = threading.Barrier(4)
+
+    def use(number):
+        barrier.wait()
+        end.send(number)
+        with contextlib.suppress(WouldBlock):
+            end.try_receive()
+
+    for job in [in_thread(use, number) for number in range(4)]:
+        job.result()
+
+
+def test_threads_that_begin_at_the_same_time(make_channel):
+    for _ in range(5):
+        left, right = make_channel()
+        right.run(begin_in_threads)
+        assert sorted(drain(left, 4)) == [0, 1, 2, 3]
+        begin_in_threads(left)
+        assert sorted(right.run(drain, 4)) == [0, 1, 2, 3]
+        left.close()
+        right.leave()
+
+
+def close_without_descriptors(end):
     taken = []
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
@@ -389,17 +471,30 @@ def test_close_needs_no_free_descriptor(ends_here):
         with contextlib.suppress(OSError):
             while True:
                 taken.append(os.open(os.devnull, os.O_RDONLY))
-        left.close()
+        end.close()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
         for fd in taken:
             os.close(fd)
-    assert left.closed
-    assert_ended(right)
+    assert end.closed
 
 
-def test_a_forked_child_closes_what_its_parent_is_just_closing(ends_here):
-    left, right = ends_here
+def test_close_needs_no_free_descriptor(ends):
+    left, right = ends
+    trip(left, right, BLOCK)
+    close_without_descriptors(left)
+    right.run(assert_ended)
+
+
+def test_close_there_needs_no_free_descriptor(ends):
+    left, right = ends
+    trip(left, right, BLOCK)
+    right.run(close_without_descriptors)
+    assert_ended(left)
+
+
+def test_a_forked_child_closes_what_its_parent_is_just_closing(ends):
+    left, right = ends
     trip(left, right, BLOCK)
     held, done = threading.Event(), threading.Event()
 
@@ -408,15 +503,13 @@ def test_a_forked_child_closes_what_its_parent_is_just_closing(ends_here):
             held.set()
             done.wait()
 
-    thread = threading.Thread(target=hold)
-    thread.start()
+    job = in_thread(hold)
     held.wait()
     pid = os.fork()
     if pid == 0:
         left.close()
-        right.close()
         os._exit(0)
     done.set()
-    thread.join()
+    job.result()
     assert os.waitpid(pid, 0)[1] == 0
     trip(left, right, BLOCK)

@@ -77,17 +77,17 @@ def _serve(line: Any, held: dict[int, Any]) -> None:
     held.clear()
 
 
-def _serve_alone(ours: Any, theirs: Any) -> None:
+def _serve_alone(ours: Any, theirs: Any, end: Any = None) -> None:
     ours.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _serve(_Line(theirs), {})
+    _serve(_Line(theirs), {} if end is None else {0: end})
 
 
 def _serve_as_task(address: str, end: Any) -> None:
     with multiprocessing.connection.Client(address) as connection:
         line = _Line(connection)
         line.send(os.getpid())
-        _serve(line, {0: end})
+        _serve(line, {} if end is None else {0: end})
 
 
 def _take(held: dict[int, Any], number: int, end: Any) -> None:
@@ -338,14 +338,24 @@ class Partners:
             self._process("spawn")
             self._workers()
 
-    def take(self, how: str, end: Any, *, inherited: bool = True) -> Remote:
+    def take(self, how: str, end: Any, *, pickled: bool = False) -> Remote:
         """Give an end to a thread, a forked child, a spawned one or a worker of an engine: it is theirs from then on.
 
-        With ``inherited=False`` a forked one gets it as a spawned one does, and has no other copy of it.
+        With ``pickled=True`` each process gets it as a spawned one does, and nothing there but the pickle has had it.
         """
-        if how == "spawn" or (how == "fork" and not inherited):
-            return self._pass_on(how, end)
-        return getattr(self, f"_{how}")(end)
+        if how == "thread":
+            return Remote(_Thread(end), 0, shared=False)
+        if how == "fork" and not pickled:
+            return Remote(self._child(end), 0, shared=False)
+        if how != "worker":
+            host = self._process(how)
+            return Remote(host, host.take(end), shared=True)
+        if self._task is not None and not self._task.gone:  # the only worker is at work
+            return Remote(self._task, self._task.take(end), shared=False)
+        if pickled:
+            host = self._begin_task()
+            return Remote(host, host.take(end), shared=False)
+        return Remote(self._begin_task(end), 0, shared=False)
 
     def start(self, how: str, function: Callable[..., Any], end: Any, *args: Any) -> Job:
         """Give an end to one who calls ``function(end, *args)``, and closes it afterwards."""
@@ -366,48 +376,34 @@ class Partners:
         if self._engine is not None:
             self._engine.close()
 
-    def _thread(self, end: Any) -> Remote:
-        return Remote(_Thread(end), 0, shared=False)
-
-    def _fork(self, end: Any) -> Remote:
+    def _child(self, end: Any) -> _Host:
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe()
-
-        def serve() -> None:
-            ours.close()
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            _serve(_Line(theirs), {0: end})
-
-        host = _started(context.Process(target=serve), ours)
+        host = _started(context.Process(target=_serve_alone, args=(ours, theirs, end)), ours)
         theirs.close()
         end.close()
-        return Remote(host, 0, shared=False)
+        return host
 
-    def _worker(self, end: Any) -> Remote:
-        if self._task is not None and not self._task.gone:  # the only worker is busy
-            return Remote(self._task, self._task.take(end), shared=False)
+    def _begin_task(self, end: Any = None) -> _Host:
         with multiprocessing.connection.Listener(family="AF_UNIX") as listener:
             future = self._workers().submit(_serve_as_task, listener.address, end)
             line = _Line(listener.accept())
         pid = line.receive()
-        end.close()
+        if end is not None:
+            end.close()
 
         def stop() -> None:
             error = future.exception(FOREVER)
             assert error is None or isinstance(error, WorkerDied), error
 
         self._task = _Host(line, pid, pid, stop)
-        return Remote(self._task, 0, shared=False)
+        return self._task
 
     def _workers(self) -> Engine:
         if self._engine is None:
             self._engine = Engine(1, memory="64 MiB", retries=0)
             self._engine.submit(os.getpid).result(FOREVER)
         return self._engine
-
-    def _pass_on(self, how: str, end: Any) -> Remote:
-        host = self._process(how)
-        return Remote(host, host.take(end), shared=True)
 
     def _process(self, how: str) -> _Host:
         host = self._processes.get(how)
