@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from shmengine import Timeout, WouldBlock
-from tests.helpers.channels import FOREVER, drain, fill, is_message, message, number_of
-from tests.helpers.partners import Child
+from tests.helpers.channels import FOREVER, drain, echo, fill, is_message, message, number_of
+from tests.helpers.partners import STARTS
 from tests.helpers.scripts import soak_seconds
 
 pytestmark = [
@@ -21,7 +21,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 BLOCK = (np.arange(20_000) % 251).astype("u1")
-MESSAGES = int(300 * max(1.0, soak_seconds(1, 24)))
+MESSAGES = int(150 * max(1.0, soak_seconds(1, 96)))
+PROCESSES = [how for how, start in STARTS.items() if start.own_process]
 
 
 class Interrupted(BaseException):
@@ -57,13 +58,21 @@ class Alarm:
             raise Interrupted
 
 
-@pytest.fixture
-def alarm():
+@contextlib.contextmanager
+def alarms():
     alarm = Alarm()
     before = signal.signal(signal.SIGALRM, alarm.handle)
-    yield alarm
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+    try:
+        yield alarm
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def alarm():
+    with alarms() as alarm:
+        yield alarm
 
 
 def assert_sound(end):
@@ -74,13 +83,11 @@ def assert_sound(end):
 
 
 def send_all(end, count):
-    signal.signal(signal.SIGALRM, signal.SIG_IGN)
     for number in range(count):
         end.send(message(number), FOREVER)
 
 
 def receive_all(end):
-    signal.signal(signal.SIGALRM, signal.SIG_IGN)
     numbers = []
     for obj in end:
         assert is_message(obj)
@@ -89,38 +96,67 @@ def receive_all(end):
     return numbers
 
 
-def test_receive_is_interrupted(ends_here, alarm):
-    left, right = ends_here
-    child = Child(send_all, right, MESSAGES)
-    right.close()
-    for number in range(MESSAGES):
+def receive_interrupted(end, alarm, count):
+    for number in range(count):
         done = False
         while not done:
-            done, obj = alarm.attempt(left.receive)
+            done, obj = alarm.attempt(end.receive)
         assert number_of(obj) == number
         assert is_message(obj)
         del obj
-    assert child.outcome() == (True, None)
     assert alarm.hits
-    assert_sound(left)
+    assert_sound(end)
 
 
-def test_send_is_interrupted(ends_here, alarm):
+def send_interrupted(end, alarm, count):
+    """Return which messages have been sent for sure."""
+    sure = [number for number in range(count) if alarm.attempt(end.send, message(number))[0]]
+    end.close()
+    assert alarm.hits
+    return sure
+
+
+def with_alarms(end, function, count):
+    with alarms() as alarm:
+        return function(end, alarm, count)
+
+
+def test_receive_is_interrupted(ends, alarm):
+    left, right = ends
+    job = right.start(send_all, MESSAGES)
+    receive_interrupted(left, alarm, MESSAGES)
+    job.result()
+
+
+@pytest.mark.parametrize("how", PROCESSES)
+def test_a_partners_receive_is_interrupted(ends):
+    left, right = ends
+    job = right.start(with_alarms, receive_interrupted, MESSAGES)
+    send_all(left, MESSAGES)
+    job.result()
+
+
+def test_send_is_interrupted(ends, alarm):
     """What was interrupted has been sent or not, but never in part or twice; what was not, has."""
-    left, right = ends_here
-    child = Child(receive_all, right)
-    right.close()
-    sure = [number for number in range(MESSAGES) if alarm.attempt(left.send, message(number))[0]]
-    left.close()
-    good, numbers = child.outcome()
-    assert good, numbers
+    left, right = ends
+    job = right.start(receive_all)
+    sure = send_interrupted(left, alarm, MESSAGES)
+    numbers = job.result()
     assert numbers == sorted(set(numbers))
     assert set(sure) <= set(numbers)
-    assert alarm.hits
 
 
-def test_what_an_interrupt_left_in_the_last_step_does_not_keep_an_end_open(ends_here):
-    left, right = ends_here
+@pytest.mark.parametrize("how", PROCESSES)
+def test_a_partners_send_is_interrupted(ends):
+    left, right = ends
+    job = right.start(with_alarms, send_interrupted, MESSAGES)
+    numbers = receive_all(left)
+    assert numbers == sorted(set(numbers))
+    assert set(job.result()) <= set(numbers)
+
+
+def test_what_an_interrupt_left_in_the_last_step_does_not_keep_an_end_open(ends):
+    left, right = ends
     left.send(1, FOREVER)
     left._sending.take(0)  # as of a handler that has raised when the call was just about to give up its turn
     left._receiving.take(0)
@@ -128,8 +164,8 @@ def test_what_an_interrupt_left_in_the_last_step_does_not_keep_an_end_open(ends_
     assert list(right) == [1]
 
 
-def test_a_handler_may_close_what_it_has_interrupted(ends_here):
-    left, right = ends_here
+def test_a_handler_may_close_what_it_has_interrupted(ends):
+    left, right = ends
     left.send(1, FOREVER)
     turn = left._receiving
     assert turn.take(0)
@@ -141,16 +177,9 @@ def test_a_handler_may_close_what_it_has_interrupted(ends_here):
     assert list(right) == []
 
 
-def echo(end):
-    signal.signal(signal.SIGALRM, signal.SIG_IGN)
-    for obj in end:
-        end.send(obj)
-
-
-def test_both_are_interrupted(ends_here, alarm):
-    left, right = ends_here
-    child = Child(echo, right)
-    right.close()
+def test_both_are_interrupted(ends, alarm):
+    left, right = ends
+    job = right.start(echo)
     got = []
     for number in range(MESSAGES // 4):
         sent, _ = alarm.attempt(left.send, message(number))
@@ -163,7 +192,7 @@ def test_both_are_interrupted(ends_here, alarm):
     assert got == sorted(set(got))
     assert alarm.hits
     left.close()
-    assert child.outcome()[0]
+    job.result()
 
 
 @pytest.fixture
@@ -176,9 +205,9 @@ def ctrl_c():
         signal.signal(number, handler)
 
 
-def test_ctrl_c_ends_a_wait(ends_here, ctrl_c):
+def test_ctrl_c_ends_a_wait(ends, ctrl_c):
     """And the channel goes on."""
-    left, right = ends_here
+    left, right = ends
     for timeout in (None, FOREVER):
         ctrl_c()
         with pytest.raises(KeyboardInterrupt):
@@ -188,7 +217,7 @@ def test_ctrl_c_ends_a_wait(ends_here, ctrl_c):
         ctrl_c()
         with pytest.raises(KeyboardInterrupt):
             left.send(BLOCK, timeout)
-    for obj in drain(right, sent):
+    for obj in right.run(drain, sent):
         assert np.array_equal(obj, BLOCK)
     left.send("on", FOREVER)
     assert right.receive(FOREVER) == "on"
@@ -196,12 +225,25 @@ def test_ctrl_c_ends_a_wait(ends_here, ctrl_c):
     assert left.receive(FOREVER) == "and on"
 
 
-def storm(end, count, *, begins):
-    """Under a thousand signals a second: send and receive; return the numbers that came, and of how many signals."""
+@contextlib.contextmanager
+def storms(every=0.001):
+    """Signals come all the time, and are counted; those of a process reach whoever has its main thread."""
     handled = []
-    signal.signal(signal.SIGALRM, lambda number, frame: handled.append(number))
-    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    if threading.current_thread() is not threading.main_thread():
+        yield handled
+        return
+    before = signal.signal(signal.SIGALRM, lambda number, frame: handled.append(number))
+    signal.setitimer(signal.ITIMER_REAL, every, every)
     try:
+        yield handled
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def storm(end, count, begins):
+    """Under a thousand signals a second: send and receive; return the numbers that came, and of how many signals."""
+    with storms() as handled:
         got = []
         for number in range(count):
             if begins:
@@ -212,51 +254,43 @@ def storm(end, count, *, begins):
             del obj  # over shared memory, messages that are kept fill the channel
             if not begins:
                 end.send(message(number))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
     return got, len(handled)
 
 
-def test_a_thousand_signals_a_second(ends_here, alarm):
+def test_a_thousand_signals_a_second(ends, how):
     """Every system call may be interrupted, at both ends: nothing comes of it."""
-    left, right = ends_here
-    child = Child(lambda: storm(right, MESSAGES // 3, begins=False))
-    right.close()
-    numbers, handled = storm(left, MESSAGES // 3, begins=True)
-    good, (others, others_handled) = child.outcome()
-    assert good
-    assert numbers == others == list(range(MESSAGES // 3))
+    left, right = ends
+    job = right.start(storm, MESSAGES, False)
+    numbers, handled = storm(left, MESSAGES, begins=True)
+    others, others_handled = job.result()
+    assert numbers == others == list(range(MESSAGES))
     assert handled > 10
-    assert others_handled > 10
+    assert others_handled > 10 or not STARTS[how].own_process
 
 
-def test_signals_shorten_no_timeout(ends_here, alarm):
-    left, _ = ends_here
-    signal.signal(signal.SIGALRM, lambda number, frame: None)
-    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-    fill(left, BLOCK)
-    for call in (left.receive, lambda timeout: left.send(BLOCK, timeout)):
-        start = time.monotonic()
-        with pytest.raises(Timeout):
-            call(0.1)
-        assert time.monotonic() - start >= 0.1
+def wait_in_a_storm(end):
+    fill(end, BLOCK)
+    with storms():
+        for call in (end.receive, lambda timeout: end.send(BLOCK, timeout)):
+            start = time.monotonic()
+            with pytest.raises(Timeout):
+                call(0.1)
+            assert time.monotonic() - start >= 0.1
+
+
+def test_signals_shorten_no_timeout(ends):
+    wait_in_a_storm(ends[0])
+
+
+def test_signals_shorten_no_timeout_of_a_partner(ends, how):
+    with storms() if not STARTS[how].own_process else contextlib.nullcontext():
+        ends[1].run(wait_in_a_storm)
 
 
 def begin_in_a_storm(end):
     """Use an end for the first time while signals come as fast as they can."""
-    before = signal.signal(signal.SIGALRM, lambda number, frame: None) if in_main_thread() else None
-    if before is not None:
-        signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
-    try:
+    with storms(0.0001):
         end.send("begun")
-    finally:
-        if before is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-
-
-def in_main_thread():
-    return threading.current_thread() is threading.main_thread()
 
 
 def test_ends_begin_in_a_storm(make_channel):
