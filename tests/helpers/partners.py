@@ -18,7 +18,7 @@ import signal
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -96,6 +96,10 @@ def _take(held: dict[int, Any], number: int, end: Any) -> None:
 
 def _with_end(held: dict[int, Any], number: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     return function(held[number], *args)
+
+
+def _with_ends(held: dict[int, Any], numbers: list[int], function: Callable[..., Any]) -> Any:
+    return function([held[number] for number in numbers])
 
 
 def _close(held: dict[int, Any], number: int) -> None:
@@ -266,6 +270,10 @@ class Remote:
     def start(self, function: Callable[..., Any], *args: Any) -> Job:
         """Let ``function(end, *args)`` be called there."""
         return self._host.ask(_with_end, self._number, function, args)
+
+    def start_with(self, others: Iterable[Remote], function: Callable[..., Any]) -> Job:
+        """Let ``function(ends)`` be called there with this end and others that he has, too."""
+        return self._host.ask(_with_ends, [self._number, *(each._number for each in others)], function)
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return what ``function(end, *args)`` returns there, or raise what it raises."""
