@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.helpers.arrays import DTYPES, LAYOUTS, numpy_scalars, same, same_bytes
-from tests.helpers.channels import MECHANISMS, make_pair, trip
+from tests.helpers.channels import MECHANISMS, make_pair, there_and_back
 from tests.helpers.fault_points import SOAK
 
 SCALARS = st.one_of(
@@ -63,17 +63,17 @@ def check(request):
 
 
 @pytest.fixture
-def travel(mechanism, check):
-    """A function that sends something and returns what comes."""
-    options = {"allow_pickle": False} if check == "no pickle" else {"check": check}
-    left, right = make_pair(mechanism, **options)
-    with left, right:
-        yield lambda obj: trip(left, right, obj)
-        assert right.stats().gaps == right.stats().corrupt == 0
+def travel(make_channel, check):
+    """A function that sends something to a partner, who sends it back, and returns what comes."""
+    left, right = make_channel(**{"allow_pickle": False} if check == "no pickle" else {"check": check})
+    yield lambda obj: there_and_back(left, right, obj)
+    for end in (left, right):
+        stats = end.stats()
+        assert stats.gaps == stats.corrupt == 0
 
 
 def test_nested_objects(travel):
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=15, deadline=None)
     @given(OBJECTS)
     def one(obj):
         assert alike(travel(obj), obj)
@@ -82,7 +82,7 @@ def test_nested_objects(travel):
 
 
 def test_arrays(travel):
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=20, deadline=None)
     @given(ARRAYS)
     def one(array):
         got = travel(array)

@@ -1,4 +1,4 @@
-"""Ends on their way to other processes: under every start method, to workers of an engine, and from hand to hand."""
+"""Ends on their way to others: as arguments of processes and tasks, and from hand to hand."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ import numpy as np
 import pytest
 
 from shmengine import EndOfStream, Engine
-from tests.helpers.channels import FOREVER, is_message, make_pair, message, number_of
+from tests.helpers.channels import FOREVER, echo, is_message, make_pair, message, number_of
+from tests.helpers.partners import Child
 
 METHODS = ["fork", "spawn", "forkserver"]
-
-
-def echo(end):
-    for obj in end:
-        end.send(obj)
 
 
 def converse(end):
@@ -28,10 +24,10 @@ def converse(end):
     end.close()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_as_an_argument_of_a_process(ends_here, method):
+@pytest.mark.parametrize("how", METHODS)
+def test_as_an_argument_of_a_process(ends_here, how):
     left, right = ends_here
-    process = multiprocessing.get_context(method).Process(target=echo, args=(right,))
+    process = multiprocessing.get_context(how).Process(target=echo, args=(right,))
     process.start()
     right.close()
     converse(left)
@@ -68,24 +64,24 @@ def relay(carrier):
     end.close()
 
 
-def test_through_another_channel(make_channel_here, partners):
+def test_through_another_channel(make_channel, make_channel_here):
     left, right = make_channel_here()
-    carrier, other = make_channel_here()
-    job = partners.start("fork", relay, other)
+    carrier, other = make_channel()
+    job = other.start(relay)
     carrier.send(right)
     assert carrier.receive(FOREVER) == "got it"
     right.close()
-    assert left.receive(FOREVER) == job.pid
+    assert left.receive(FOREVER) == other.pid
     assert left.receive(FOREVER).tolist() == list(range(10))
     with pytest.raises(EndOfStream):
         left.receive(FOREVER)
     job.result()
 
 
-def test_both_ends_elsewhere(ends_here, partners):
+def test_both_ends_elsewhere(mechanism, take):
     """Who made the channel uses none of them."""
-    left, right = ends_here
-    one = partners.start("fork", echo, right)
-    other = partners.start("fork", converse, left)
-    one.result()
-    other.result()
+    left, right = make_pair(mechanism)
+    child = Child(converse, left)
+    left.close()
+    take(right).run(echo)
+    assert child.outcome() == (True, None)

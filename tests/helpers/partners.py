@@ -365,18 +365,6 @@ class Partners:
             return Remote(host, host.take(end), shared=False)
         return Remote(self._begin_task(end), 0, shared=False)
 
-    def start(self, how: str, function: Callable[..., Any], end: Any, *args: Any) -> Job:
-        """Give an end to one who calls ``function(end, *args)``, and closes it afterwards."""
-        remote = self.take(how, end)
-        job = remote.start(function, *args)
-
-        def wait() -> tuple[bool, Any]:
-            outcome = _outcome(job.result, ())
-            remote.leave()
-            return outcome
-
-        return Job(wait, remote.pid)
-
     def close(self) -> None:
         """End all of them."""
         for host in self._processes.values():
