@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import itertools
 
 import numpy as np
 import pytest
@@ -13,7 +13,10 @@ from hypothesis.extra import numpy as hnp
 from tests.helpers.arrays import DTYPES, LAYOUTS, numpy_scalars, same, same_bytes
 from tests.helpers.channels import MECHANISMS, make_pair, there_and_back
 from tests.helpers.fault_points import SOAK
+from tests.helpers.partners import STARTS
 
+# Seconds each, and many through a socket: one start for a mechanism, all of them in a soak.
+LARGE = list(itertools.product(MECHANISMS, STARTS) if SOAK else zip(MECHANISMS, STARTS, strict=True))
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
@@ -107,24 +110,21 @@ def alike(one, other):
     return same(one, other)
 
 
+def of_a_large_array(end, marks):
+    array = end.receive()
+    return array.shape, array[marks].tolist(), np.count_nonzero(array)
+
+
 @pytest.mark.slow
 @pytest.mark.watchdog(300)
-@pytest.mark.parametrize("mechanism", MECHANISMS if SOAK else ["pipe", "shm"])
-def test_more_than_two_gigabytes(mechanism):
+@pytest.mark.parametrize(("mechanism", "how"), LARGE)
+def test_more_than_two_gigabytes(mechanism, take):
     """Lengths beyond 31 bits; hardly any of the memory that is sent was ever touched."""
     big = np.zeros(5 << 29, "u1")
     marks = [0, 1, (1 << 31) - 1, 1 << 31, (1 << 31) + 12_345, big.size - 1]
     big[marks] = range(1, 7)
     left, right = make_pair(mechanism, buffer_bytes="3 GiB")
-    got = []
-    with left, right:
-        thread = threading.Thread(target=lambda: got.append(right.receive()))
-        thread.start()
+    with left:
+        job = take(right).start(of_a_large_array, marks)
         left.send(big)
-        thread.join()
-        (array,) = got
-        assert array.shape == big.shape
-        assert array[marks].tolist() == [1, 2, 3, 4, 5, 6]
-        assert np.count_nonzero(array) == 6
-        del array
-        got.clear()
+        assert job.result() == (big.shape, [1, 2, 3, 4, 5, 6], 6)
