@@ -38,14 +38,14 @@ class Start(NamedTuple):
     own_process: bool
     """Whether signals, and a death, are his alone."""
     lost: type[Exception]
-    """What the other end gets when he has gone without closing his."""
+    """What the other end gets when he is killed, or, as a thread, has lost his end."""
 
 
 STARTS = {
     "thread": Start("as it is", own_process=False, lost=EndOfStream),
     "fork": Start("inherited", own_process=True, lost=PeerLost),
     "spawn": Start("pickled", own_process=True, lost=PeerLost),
-    "worker": Start("an argument of his task", own_process=True, lost=PeerLost),
+    "worker": Start("as an argument of its task", own_process=True, lost=PeerLost),
 }
 
 
