@@ -90,12 +90,16 @@ def partners():
 
 
 @pytest.fixture
-def take(partners, how):
-    """Gives an end to a partner, and returns it as one that is there; closes it in the end."""
-    taken = []
+def take(partners, how, request):
+    """Gives an end to a partner, and returns it as one that is there; closes it in the end.
 
-    def take(end, **options):
-        taken.append(partners.take(how, end, **options))
+    Only in modules that say INHERITS is a child forked each time: where copies of ends are part of what is tested.
+    """
+    taken = []
+    pickled_anyway = how == "fork" and not getattr(request.module, "INHERITS", False)
+
+    def take(end, *, pickled=False):
+        taken.append(partners.take(how, end, pickled=pickled or pickled_anyway))
         return taken[-1]
 
     yield take

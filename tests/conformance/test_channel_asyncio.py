@@ -16,7 +16,7 @@ from tests.helpers.partners import STARTS, Partners, in_thread
 
 BLOCK = (np.arange(20_000) % 251).astype("u1")
 MANY = {"mqueue": 3}  # all queues of a user have to fit into a few hundred KiB of the kernel's
-COUNT = 60
+COUNT = 40
 
 
 async def talk(end):
@@ -214,11 +214,11 @@ def test_a_cancelled_send_has_sent_nothing(ends):
 
 def send_and_receive_much(end):
     async def send():
-        for _ in range(600):
+        for _ in range(450):
             await end.asend(BLOCK, FOREVER)
 
     async def receive():
-        for _ in range(600):
+        for _ in range(450):
             assert np.array_equal(await end.areceive(FOREVER), BLOCK)
 
     async def main():

@@ -12,6 +12,7 @@ from shmengine import EndOfStream, Engine
 from tests.helpers.channels import FOREVER, echo, is_message, make_pair, message, number_of
 from tests.helpers.partners import Child
 
+INHERITS = True
 METHODS = ["fork", "spawn", "forkserver"]
 
 

@@ -122,7 +122,7 @@ def test_of_what_was_given_up_nothing_arrives(ends):
 def test_larger_than_all_buffers(make_channel):
     """Goes through in parts; where it has to lie in one piece, the error comes at once, and says how much there is."""
     left, right = make_channel(buffer_bytes="4 MiB")
-    big = (np.arange(24 << 20) % 251).astype("u1")
+    big = (np.arange(12 << 20) % 251).astype("u1")
     if left.capabilities.in_place:
         with pytest.raises(MemoryBudgetExceeded):
             left.send(big)
@@ -130,7 +130,7 @@ def test_larger_than_all_buffers(make_channel):
         assert right.receive(FOREVER) == 1
         return
     job = right.start(
-        lambda end: np.array_equal(end.receive(FOREVER), (np.arange(24 << 20) % 251).astype("u1"))
+        lambda end: np.array_equal(end.receive(FOREVER), (np.arange(12 << 20) % 251).astype("u1"))
     )
     left.send(big, FOREVER)
     assert job.result()
@@ -270,33 +270,33 @@ def test_a_way_out_timeouts(ends):
 
 def a_thread_for_each_direction(end):
     def send():
-        for _ in range(600):
+        for _ in range(450):
             end.send(BLOCK, FOREVER)
 
-    return run(send, lambda: drain_all(end, 600))
+    return run(send, lambda: drain_all(end, 450))
 
 
 def test_a_way_out_a_thread_for_each_direction(ends):
     left, right = ends
     job = right.start(a_thread_for_each_direction)
-    assert a_thread_for_each_direction(left) == [None, 600]
-    assert job.result() == [None, 600]
+    assert a_thread_for_each_direction(left) == [None, 450]
+    assert job.result() == [None, 450]
 
 
 def talk_at_once(end):
-    """Send and receive 600 blocks, in turn, receiving whenever there is no room."""
+    """Send and receive 450 blocks, in turn, receiving whenever there is no room."""
     sent = received = 0
-    while sent < 600 or received < 600:
+    while sent < 450 or received < 450:
         try:
-            if sent < 600:
-                end.send(BLOCK, 0.005 if received < 600 else FOREVER)
+            if sent < 450:
+                end.send(BLOCK, 0.005 if received < 450 else FOREVER)
                 sent += 1
                 continue
         except Timeout:
             pass
-        while received < 600:
+        while received < 450:
             try:
-                assert np.array_equal(end.receive(0 if sent < 600 else FOREVER), BLOCK)
+                assert np.array_equal(end.receive(0 if sent < 450 else FOREVER), BLOCK)
             except WouldBlock:
                 break
             received += 1
@@ -306,5 +306,5 @@ def talk_at_once(end):
 def test_a_way_out_in_turn(ends):
     left, right = ends
     job = right.start(talk_at_once)
-    assert talk_at_once(left) == (600, 600)
-    assert job.result() == (600, 600)
+    assert talk_at_once(left) == (450, 450)
+    assert job.result() == (450, 450)
