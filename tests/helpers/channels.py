@@ -13,6 +13,7 @@ from shmengine import EndOfStream, channel
 from shmengine.channels.hub import THREAD
 from shmengine.channels.open import MECHANISMS
 from tests.helpers.arrays import same
+from tests.helpers.partners import FOREVER
 
 __all__ = [
     "FOREVER",
@@ -29,8 +30,6 @@ __all__ = [
     "there_and_back",
     "trip",
 ]
-
-FOREVER = 30  # no test waits so long unless it has failed
 
 SIZES = (0, 1, 63, 64, 65, 1000, 4032, 4096, 4097, 65_536, 70_001)
 LARGE = (300_001, 1 << 20, 3_000_000)

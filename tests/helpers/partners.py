@@ -25,9 +25,9 @@ import cloudpickle
 
 from shmengine import EndOfStream, Engine, PeerLost, WorkerDied
 
-__all__ = ["STARTS", "Child", "Job", "Partners", "Remote", "Start", "in_thread"]
+__all__ = ["FOREVER", "STARTS", "Child", "Job", "Partners", "Remote", "Start", "in_thread"]
 
-FOREVER = 30
+FOREVER = 30  # no test waits so long unless it has failed
 
 
 class Start(NamedTuple):
@@ -264,6 +264,7 @@ class Remote:
 
     def __init__(self, host: _Host, number: int, *, shared: bool) -> None:
         self._host, self._number, self._shared = host, number, shared
+        self._left = False
         host.ends += 1
         self.pid, self.tid = host.pid, host.tid
 
@@ -306,7 +307,8 @@ class Remote:
 
     def leave(self) -> None:
         """Let him close the end, and what was started for it alone end."""
-        if not self._host.gone:
+        if not (self._host.gone or self._left):
+            self._left = True
             self._host.ask(_close, self._number).result()
             self._host.ends -= 1
             if not self._host.ends and not self._shared:
