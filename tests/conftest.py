@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
+import resource
 import shlex
 import signal
 import sys
@@ -42,6 +44,10 @@ def pytest_xdist_setupnodes(specs: list[Any]) -> None:
     # With `-n`: each process that runs tests has a /dev/shm of its own, or it would take others' names for leaks.
     for spec in specs:
         spec.python = shlex.join([*mount_namespace_prefix("50%"), sys.executable])
+    # The queues of all of them count as one user's: where that may be raised, each has what one alone would have.
+    least, most = (len(specs) * limit for limit in resource.getrlimit(resource.RLIMIT_MSGQUEUE))
+    with contextlib.suppress(ValueError):
+        resource.setrlimit(resource.RLIMIT_MSGQUEUE, (least, most))
 
 
 def pytest_collection_finish() -> None:
