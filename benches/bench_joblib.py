@@ -150,7 +150,7 @@ def test_grid_search(compare: Any, targets: Any) -> None:
         for backend in (OURS, LOKY)
     }
     peaks = {backend: [] for backend in (OURS, LOKY)}
-    for _ in range(2):
+    for _ in range(3):
         for backend, found in peaks.items():
             found.append(peak_of(backend))
     ours, loky = (statistics.median(peaks[backend]) for backend in (OURS, LOKY))
