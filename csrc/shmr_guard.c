@@ -70,3 +70,7 @@ void shmr_unguard(const shmr_mapping *m) {
         if (shmr_count_get(&guarded[i]) == (int64_t)(uintptr_t)m) shmr_count_add(&guarded[i], -(int64_t)(uintptr_t)m);
     pthread_mutex_unlock(&guarding);
 }
+
+/* A fork by another thread in between would leave `guarding` locked in the child for ever. */
+void shmr_guard_before_fork(void) { pthread_mutex_lock(&guarding); }
+void shmr_guard_after_fork(void) { pthread_mutex_unlock(&guarding); }

@@ -190,6 +190,8 @@ static inline uint64_t shmr_references_bytes(uint64_t count) { return (count * 8
 /* ---- shmr_guard.c -------------------------------------------------------------------------------------------- */
 void shmr_guard(shmr_mapping *m);
 void shmr_unguard(const shmr_mapping *m);
+void shmr_guard_before_fork(void);
+void shmr_guard_after_fork(void); /* in both */
 
 /* ---- shmr_region.c ------------------------------------------------------------------------------------------- */
 int shmr_usable(const shmr *h); /* OK, CLOSED or FORKED */

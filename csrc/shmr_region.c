@@ -79,8 +79,11 @@ int shmr_check_file(shmr *h) {
 
 /* A forked child is not the participant that its parent is: every handle made before is dead in it. */
 static shmr_count fork_epoch;
-static void count_fork(void) { shmr_count_add(&fork_epoch, 1); }
-static void register_fork(void) { pthread_atfork(NULL, NULL, count_fork); }
+static void after_fork_in_child(void) {
+    shmr_guard_after_fork();
+    shmr_count_add(&fork_epoch, 1);
+}
+static void register_fork(void) { pthread_atfork(shmr_guard_before_fork, shmr_guard_after_fork, after_fork_in_child); }
 static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
 
 int shmr_enter(shmr *h) {

@@ -94,6 +94,40 @@ static void a_signal_to_a_process(void) {
 
 /* ---- by the wrong process, or too late ------------------------------------------------------------------------------- */
 
+static shmr_count guarding_goes_on;
+static void *guard_and_unguard(void *unused) {
+    static char page[SHMR_PAGE];
+    shmr_mapping mapping = {.base = page, .bytes = sizeof page};
+    (void)unused;
+    while (shmr_count_get(&guarding_goes_on)) {
+        shmr_guard(&mapping);
+        shmr_unguard(&mapping);
+    }
+    return NULL;
+}
+
+/* What another thread had in hand at the fork is nobody's in the child. */
+static void a_fork_while_another_thread_guards(void) {
+    pthread_t thread;
+    open_pair(); /* whoever has no region has no handlers of forks */
+    shmr_count_add(&guarding_goes_on, 1);
+    CHECK_EQ(pthread_create(&thread, NULL, guard_and_unguard, NULL), 0);
+    fflush(stdout);
+    for (int i = 0; i < 300; i++) {
+        pid_t child = fork();
+        if (child == 0) {
+            alarm(10); /* it takes no time, or for ever */
+            shmr_guard(h->map);
+            shmr_unguard(h->map);
+            _exit(0);
+        }
+        expect_success(child);
+    }
+    shmr_count_add(&guarding_goes_on, -1);
+    pthread_join(thread, NULL);
+    close_pair();
+}
+
 static void a_forked_child(void) {
     open_pair();
     shmr_ref ref = publish(h, 1000), out;
@@ -358,6 +392,7 @@ int main(void) {
     RUN(places_in_the_table);
     RUN(a_signal_to_a_process);
     RUN(a_forked_child);
+    RUN(a_fork_while_another_thread_guards);
     RUN(closed_with_blocks_in_hand);
     RUN(closed_with_a_message_to_lease);
     RUN(closed_with_a_message_before_ours);
