@@ -35,7 +35,7 @@ setup(
             "shmengine._native._handles",
             [
                 f"csrc/{name}.c"
-                for name in ("handles", "claims", "leases", "message", "directions", "wire", "small")
+                for name in ("handles", "claims", "leases", "message", "directions", "wire", "small", "stack")
             ],
             include_dirs=["csrc", np.get_include()],
             depends=["csrc/handles.h", "csrc/ends.h", "csrc/wire.h", "csrc/shmr.h", "csrc/shmr_status.h"],

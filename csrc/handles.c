@@ -357,6 +357,9 @@ static PyObject *connect(PyObject *module, PyObject *args) {
 static PyMethodDef module_methods[] = {{"connect", connect, METH_VARARGS, "Say where the core's functions are."},
                                        {"connect_zeromq", connect_zeromq, METH_VARARGS,
                                         "Say where ZeroMQ's functions are."},
+                                       {"guard_stacks", guard_stacks, METH_VARARGS,
+                                        "Come before the handlers of the signals that ask for a stack."},
+                                       {"tell_stack", tell_stack, METH_VARARGS, "Handle the first of them."},
                                        {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT, .m_name = "_handles", .m_doc = "Claims and leases.", .m_size = -1,

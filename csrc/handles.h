@@ -53,4 +53,7 @@ int directions_init(void);
 PyObject *connect_zeromq(PyObject *module, PyObject *args); /* wire.c */
 int add_wire(PyObject *module);
 
+PyObject *guard_stacks(PyObject *module, PyObject *args); /* stack.c */
+PyObject *tell_stack(PyObject *module, PyObject *args);
+
 #endif

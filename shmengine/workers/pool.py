@@ -309,7 +309,7 @@ class Pool:
                 worker.send_signal(signal.SIGCONT)
                 return
             worker.killed_for = found[:2]
-            (worker.stack,) = stacks.answers([worker.ask_at_last()])
+            (worker.stack,) = stacks.answers([worker.ask_at_last()], self._lock)
             worker.send_signal(signal.SIGKILL)
 
     def _progress(self, pid: int) -> tuple[int, int, int, int] | None:
@@ -362,7 +362,7 @@ class Pool:
                     if tag and seconds >= after:
                         found.append((seconds, pid, tag, index, since, starves))
                         questions.append(worker.ask(files))
-            said = stacks.answers(questions)
+            said = stacks.answers(questions, self._lock)
             with self._lock:
                 # Without those that have moved on, whose stack is of something else.
                 return [

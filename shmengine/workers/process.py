@@ -176,11 +176,14 @@ class WorkerProcess:
         pipe = self._pipes[STACK]
         with contextlib.suppress(ShmError):
             pipe = files.enter_context(pipe.duplicate())
-        return Question(self.pid, pipe, self._ends[STACK])
+        return Question(self.pid, pipe, self._ends[STACK], self._is_waited_for)
 
     def ask_at_last(self) -> Question:
         """Ask where it is, as the last thing that it does: it was stopped."""
-        return Question(self.pid, self._pipes[STACK], self._ends[STACK], last=True)
+        return Question(self.pid, self._pipes[STACK], self._ends[STACK], self._is_waited_for, last=True)
+
+    def _is_waited_for(self) -> bool:
+        return self.process.returncode is not None
 
     # --- output ----------------------------------------------------------------------------------
 

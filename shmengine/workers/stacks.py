@@ -2,9 +2,9 @@
 
 A first signal makes it write its stack to a pipe as soon as the interpreter is between two of its steps. A worker that
 has the signal and does not answer is in C, asleep or computing: a second one makes `faulthandler` write the stack there
-and then, without the GIL. (At the first signal it could be in a step of the interpreter that makes a frame, or clears
-one, and there that crashes.) System calls are restarted (SA_RESTART); those that never are (`sleep`, `poll`) end early
-with EINTR, which Python's own retry.
+and then, without the GIL, unless it has answered meanwhile (csrc/stack.c). At the first signal it could be in a step of
+the interpreter that makes a frame, or clears one, and there that crashes. System calls are restarted (SA_RESTART);
+those that never are (`sleep`, `poll`) end early with EINTR, which Python's own retry.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from shmengine._native import lib
+from shmengine._native._handles import guard_stacks, tell_stack
 from shmengine._native.status import OK
 from shmengine.descriptors import Descriptor
 
@@ -29,12 +32,11 @@ __all__ = ["Question", "answer", "answers", "await_standstill", "thread_stack"]
 ANSWER_SECONDS = 2.0  # a worker that can answer takes milliseconds
 SLICE_MS = 5
 # So long it computes without an answer if it is in C: the interpreter answers at the next call, or turn of a loop.
+# (Not in a generator that only yields from another: C that asks for its next items looks for no signals either.)
 MOST_CPU_TICKS = 3
 
-# All of the dump: it ends with where every worker begins (or, of a very deep stack, with dots).
-_END = re.compile(
-    r'child\.py", line \d+ in main\n  File "<string>", line \d+ in <module>\n|^  \.\.\.\n', re.MULTILINE
-)
+_HEADER = "Stack (most recent call first):\n"
+_END = "\0"
 _FRAME = re.compile(r'  File (?:"(.*)"|\?\?\?), line (\d+|\?\?\?) in (.*)')
 _ESCAPED = re.compile(r"\\x([0-9a-f]{2})|\\u([0-9a-f]{4})|\\U([0-9a-f]{8})")
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
@@ -52,21 +54,18 @@ NO_ANSWER = "(no answer)"
 _ASK = int(signal.SIGRTMAX) - 10
 _TELL = _ASK + 1
 _TELL_AND_DIE = _ASK + 2
+_ALL = {_ASK, _TELL, _TELL_AND_DIE}
 
 
 def answer(pipe: int) -> None:
     """From now on this worker says what its main thread is doing, when it is asked."""
     os.set_inheritable(pipe, False)
-
-    def _tell(*_: object) -> None:
-        with contextlib.suppress(RecursionError):
-            faulthandler.dump_traceback(pipe, all_threads=False)
-
-    signal.signal(_ASK, _tell)
+    signal.signal(_ASK, tell_stack)
     signal.siginterrupt(_ASK, False)
     faulthandler.register(_TELL, file=pipe, all_threads=False)
     # What the handler then goes on to is what the signal does without one: it ends the process.
     faulthandler.register(_TELL_AND_DIE, file=pipe, all_threads=False, chain=True)
+    guard_stacks(_ASK, _TELL, _TELL_AND_DIE, pipe, faulthandler.dump_traceback)
 
 
 class Question:
@@ -81,13 +80,18 @@ class Question:
         What it answers by, here.
     end : int
         The same there: the number that its end has.
+    is_waited_for : callable
+        Whether it has been waited for: its number may be another process's.
     last : bool
         It was stopped: it says where it is, and ends without a step in between. (One that cannot answer goes on
         to stand still.)
     """
 
-    def __init__(self, pid: int, pipe: Descriptor, end: int, *, last: bool = False) -> None:
+    def __init__(
+        self, pid: int, pipe: Descriptor, end: int, is_waited_for: Callable[[], bool], *, last: bool = False
+    ) -> None:
         self.pid = pid
+        self._is_waited_for = is_waited_for
         self.pipe = pipe
         self.end = end
         self.text = ""
@@ -102,16 +106,13 @@ class Question:
 
     def _send(self, number: int) -> str:
         """Ask; or say why not: a signal without a handler would kill it, one that waits would come too late."""
-        status = {}
-        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/status") as file:
-            status = dict(line.split(":", 1) for line in file)
-        caught, blocked = int(status.get("SigCgt", "0"), 16), int(status.get("SigBlk", "0"), 16)
-        bit = 1 << (number - 1)
-        if not caught & bit:
+        masks = _signal_masks(self.pid)
+        if number not in _signals(masks["SigCgt"]):
             return STARTING
         if not self._can_answer():
             return CLOSED
-        if blocked & bit and blocked != bit:  # blocked alone: it is about to return from the handler
+        blocked = _signals(masks["SigBlk"])
+        if number in blocked and blocked - _ALL:  # without others it is about to return from a handler
             return BLOCKED
         # To its main thread, which runs tasks: others that a library has started could take it.
         return "" if lib.shmr_signal_main_thread(self.pid, number) == OK else ENDED
@@ -125,19 +126,15 @@ class Question:
 
     def insist(self) -> None:
         """If it has the signal and does not answer, because it is in C: let it answer from there."""
-        if not self._insisted and self._is_in_c():
+        if not self._insisted and not self._is_waited_for() and self._is_in_c():
             self._insisted = True
             self.why = self._send(_TELL)
 
     def _is_in_c(self) -> bool:
-        task = f"/proc/{self.pid}/task/{self.pid}/"
-        try:
-            status = Path(task, "status").read_text()
-            state, *fields = Path(task, "stat").read_text().rpartition(")")[2].split()
-        except OSError:
+        if _ASK in _signals(_signal_masks(self.pid)["SigPnd"]):
             return False
-        pending = re.search(r"^SigPnd:\s*(\w+)", status, re.MULTILINE)
-        if pending is None or int(pending[1], 16) & (1 << (_ASK - 1)):
+        state, *fields = _stat(self.pid, f"task/{self.pid}/stat")
+        if len(fields) < 12:
             return False
         ticks = int(fields[10]) + int(fields[11])
         if self._ticks is None:
@@ -148,16 +145,20 @@ class Question:
         """Take in what there is; tell whether that is all."""
         while piece := _read(self.pipe):
             self.text += piece
-        return _END.search(self.text) is not None
+        return self._whole() is not None
+
+    def _whole(self) -> str | None:
+        # What does not begin with a header is what was left of an earlier one.
+        return next((each for each in self.text.split(_END)[:-1] if each.startswith(_HEADER)), None)
 
     def answer(self) -> str:
         """Return the stack; in parentheses, why there is none."""
-        end = _END.search(self.text)
-        return readable(frames_of(self.text[: end.end()] if end else self.text)) or self.why or NO_ANSWER
+        told = self._whole() or self.text.rpartition(_HEADER)[2]
+        return readable(frames_of(told)) or self.why or NO_ANSWER
 
 
-def answers(questions: list[Question]) -> list[str]:
-    """Wait for the answers, or for reasons why there are none."""
+def answers(questions: list[Question], lock: contextlib.AbstractContextManager[Any]) -> list[str]:
+    """Wait for the answers, or for reasons why there are none; nobody is waited for (as a child) under the lock."""
     poll = select.poll()
     waiting = [question for question in questions if not question.why]
     for question in waiting:
@@ -171,7 +172,8 @@ def answers(questions: list[Question]) -> list[str]:
                 poll.unregister(question.pipe.number)
                 waiting.remove(question)
             else:
-                question.insist()
+                with lock:
+                    question.insist()
     return [question.answer() for question in questions]
 
 
@@ -182,9 +184,29 @@ def _at_rest(pid: int) -> str:
 
 
 def _state(pid: int) -> str:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-        return file.read().rpartition(b")")[2].split()[0].decode()
-    return "X"
+    return _stat(pid)[0]
+
+
+def _stat(pid: int, name: str = "stat") -> list[str]:
+    """Return what the kernel says of a process, or a thread, from its state on."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as file:
+        return file.read().rpartition(b")")[2].decode().split()
+    return ["X"]
+
+
+def _signal_masks(pid: int) -> dict[str, int]:
+    """Return which signals the main thread of a process catches, blocks, and has not taken yet."""
+    text = b""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{pid}/status", "rb") as file:
+        text = file.read()  # with a name, which may be anything
+    return dict.fromkeys(("SigCgt", "SigBlk", "SigPnd"), 0) | {
+        name.decode(): int(mask, 16)
+        for name, mask in re.findall(rb"^(Sig\w\w\w):\s*(\w+)$", text, re.MULTILINE)
+    }
+
+
+def _signals(mask: int) -> set[int]:
+    return {number for number in range(1, mask.bit_length() + 1) if mask >> (number - 1) & 1}
 
 
 def await_standstill(pid: int, seconds: float = 1.0) -> None:
@@ -206,8 +228,7 @@ def frames_of(dump: str) -> list[traceback.FrameSummary]:
     frames = []
     for name, line, function in _FRAME.findall(dump):
         filename = _ESCAPED.sub(lambda m: chr(int(m[m.lastindex or 0], 16)), name) or "?"
-        if filename != __file__:  # the handler's own
-            frames.append(traceback.FrameSummary(filename, int(line) if line.isdigit() else None, function))
+        frames.append(traceback.FrameSummary(filename, int(line) if line.isdigit() else None, function))
     return frames[::-1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import pickle
 import re
@@ -101,6 +102,11 @@ def test_blocks_are_named_by_their_number(engine, gate):
     with looking(engine, gate) as found:
         engine.map_blocks(lambda block: wait(block) if block[0] == 17_000 else block, x, block_bytes=8000)
     assert [(stall.function, stall.task) for stall in at_the_gate(found)] == [("map_blocks(<lambda>)", 17)]
+
+
+def wait_for_file(path):
+    while not os.path.exists(path):
+        time.sleep(0.001)
 
 
 def nap_on(path):
@@ -207,14 +213,52 @@ def be_called_by_c():
         max(range(1000), key=lambda number: -number)
 
 
-def test_a_thousand_questions_harm_no_worker():
+def yield_from_c():
+    """The same, and no step of the interpreter looks for signals."""
+
+    def items():
+        yield from itertools.repeat(1)
+
+    sum(items())
+
+
+def wait_for_the_interpreter():
+    """Other threads have it, again and again: asleep at one moment, in Python at the next."""
+    for _ in range(2):
+        threading.Thread(target=be_called_by_c, daemon=True).start()
+    be_called_by_c()
+
+
+@pytest.mark.parametrize(
+    ("function", "questions"), [(be_called_by_c, 1000), (yield_from_c, 100), (wait_for_the_interpreter, 100)]
+)
+def test_many_questions_harm_no_worker(function, questions):
     with Engine(1, memory="64 MiB", retries=0) as engine:
-        engine.submit(be_called_by_c)
-        wait_for_stack(engine, be_called_by_c, "in be_called_by_c")
-        for _ in range(1000):
+        engine.submit(function)
+        wait_for_stack(engine, function, f"in {function.__name__}")
+        for _ in range(questions):
             (stall,) = engine.stalls(0)
-            assert "in be_called_by_c" in stall.stack
+            assert f"in {function.__name__}" in stall.stack
+            assert stall.stack.count(f"in {function.__name__}") == 1
         engine.close(wait=False)
+
+
+def take_a_name(path):
+    """One that is no text: a Cyrillic one, cut in the middle of a letter as the kernel does."""
+    ctypes.CDLL(None).prctl(15, "наблюдение".encode()[:15])  # PR_SET_NAME
+    wait_for_file(path)
+
+
+def test_a_worker_may_have_any_name(tmp_path):
+    with Engine(1, memory="64 MiB", retries=0) as engine:
+        list(engine.map(abs, range(3)))
+        future = engine.submit(take_a_name, str(tmp_path / "end"))
+        wait_for_stack(engine, take_a_name, "in wait_for_file")
+        (tmp_path / "end").touch()
+        future.result()
+        with pytest.raises(TaskTimeout) as caught:
+            list(engine.map(take_a_name, [str(tmp_path / "never")], timeout=0.2))
+        assert "in take_a_name" in caught.value.__notes__[0]
 
 
 def test_a_worker_that_starves_waits_for_memory(gate):
