@@ -171,11 +171,17 @@ def _reduce_tensor(torch: Any, tensor: Any) -> Any:
             tensor = alone.requires_grad_() if tensor.requires_grad else alone
     # Asked for here, and not left to pickle: torch's reducers for multiprocessing would come first.
     make, args, *rest = tensor.__reduce_ex__(PROTOCOL)
-    if make is getattr(torch._utils, "_rebuild_tensor_v3", None):
-        # Of its newer dtypes (float8, uint16, ...) torch gives an untyped storage, and expects a typed one back.
-        typed = torch.storage.TypedStorage(wrap_storage=args[0], dtype=torch.uint8, _internal=True)
-        args = (typed, *args[1:])
-    return make, args, *rest
+    if make is getattr(torch._tensor, "_rebuild_from_type_v2", None):  # of a subclass, or with attributes
+        inner, cls, inner_args, state = args
+        args = (inner, cls, _with_typed_storage(torch, inner, inner_args), state)
+    return make, _with_typed_storage(torch, make, args), *rest
+
+
+def _with_typed_storage(torch: Any, make: Any, args: Any) -> Any:
+    # Of its newer dtypes (float8, uint16, ...) torch gives an untyped storage, and expects a typed one back.
+    if make is not getattr(torch._utils, "_rebuild_tensor_v3", None):
+        return args
+    return torch.storage.TypedStorage(wrap_storage=args[0], dtype=torch.uint8, _internal=True), *args[1:]
 
 
 def _reduce_typed_storage(storage: Any) -> Any:
