@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import cloudpickle
 
 from shmengine import EndOfStream, Engine, PeerLost, WorkerDied
+from shmengine.channels.end import End
 
 __all__ = ["FOREVER", "STARTS", "Child", "Job", "Partners", "Remote", "Start", "in_thread"]
 
@@ -281,6 +282,8 @@ class Remote:
         return self.start(function, *args).result()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_") or not callable(getattr(End, name, None)):
+            raise AttributeError(f"an end has no method {name!r}")
         return lambda *args, **options: self.run(_call, name, args, options)
 
     @property

@@ -28,8 +28,8 @@ def nothing_left_behind():
 
 
 @pytest.fixture
-def cluster():
-    """The scheduler beside main, and two workers elsewhere."""
+def cluster(request):
+    """The scheduler beside main, and two workers elsewhere; the parameter: settings of dask."""
     bridge = f"shmb{os.getpid() % 1_000_000}"
     with contextlib.ExitStack() as stack:
         ip("link", "add", bridge, "type", "bridge")
@@ -49,9 +49,8 @@ def cluster():
             ip("-n", name, "link", "set", "lo", "up")
             ip("-n", name, "link", "set", "eth0", "up")
             names.append(["ip", "netns", "exec", name])
-        # A host that is silent for so long is lost; dask waits for minutes.
-        silence = {"DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "3s"}
-        made = Cluster(2, at=[[], *names], addresses=[MAIN, *HOSTS], settings=silence)
+        settings = getattr(request, "param", {})
+        made = Cluster(2, at=[[], *names], addresses=[MAIN, *HOSTS], settings=settings)
         stack.callback(made.close)
         made.wait(2)
         yield made
@@ -74,6 +73,8 @@ def test_two_hosts_one_of_which_is_killed_meanwhile(cluster):
         assert engine.workers == 1
 
 
+# A host that is silent for so long is lost; by itself dask waits for minutes.
+@pytest.mark.parametrize("cluster", [{"DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "10s"}], indirect=True)
 def test_the_cable_of_one_of_two_hosts_is_cut_meanwhile(cluster):
     with shm.Engine(1, cluster=cluster.address, memory="64 MiB") as engine:
         results = engine.map(lambda i: time.sleep(0.02) or i, range(400))
