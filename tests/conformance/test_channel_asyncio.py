@@ -214,11 +214,11 @@ def test_a_cancelled_send_has_sent_nothing(ends):
 
 def send_and_receive_much(end):
     async def send():
-        for _ in range(450):
+        for _ in range(600):
             await end.asend(BLOCK, FOREVER)
 
     async def receive():
-        for _ in range(450):
+        for _ in range(600):
             assert np.array_equal(await end.areceive(FOREVER), BLOCK)
 
     async def main():

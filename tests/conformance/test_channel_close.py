@@ -463,7 +463,7 @@ def begin_in_threads(end):
 
 
 def test_threads_that_begin_at_the_same_time(make_channel):
-    for _ in range(5):
+    for _ in range(20):
         left, right = make_channel()
         right.run(begin_in_threads)
         assert sorted(drain(left, 4)) == [0, 1, 2, 3]

@@ -21,7 +21,7 @@ from tests.helpers.partners import STARTS, Child, Partners, in_thread
 from tests.helpers.scripts import soak_seconds
 
 BLOCK = (np.arange(20_000) % 251).astype("u1")
-ROUNDS = int(3 * max(1.0, soak_seconds(1, 96)))  # 96: those of test_channel_signals.py get their part
+ROUNDS = int(5 * max(1.0, soak_seconds(1, 96)))  # 96: those of test_channel_signals.py get their part
 SLOWER = {"spawn": 3, "worker": 3}  # so many times fewer of those who have to start an interpreter
 
 

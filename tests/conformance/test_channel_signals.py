@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 BLOCK = (np.arange(20_000) % 251).astype("u1")
-MESSAGES = int(150 * max(1.0, soak_seconds(1, 96)))
+MESSAGES = int(300 * max(1.0, soak_seconds(1, 96)))
 PROCESSES = [how for how, start in STARTS.items() if start.own_process]
 
 

@@ -270,33 +270,33 @@ def test_a_way_out_timeouts(ends):
 
 def a_thread_for_each_direction(end):
     def send():
-        for _ in range(450):
+        for _ in range(600):
             end.send(BLOCK, FOREVER)
 
-    return run(send, lambda: drain_all(end, 450))
+    return run(send, lambda: drain_all(end, 600))
 
 
 def test_a_way_out_a_thread_for_each_direction(ends):
     left, right = ends
     job = right.start(a_thread_for_each_direction)
-    assert a_thread_for_each_direction(left) == [None, 450]
-    assert job.result() == [None, 450]
+    assert a_thread_for_each_direction(left) == [None, 600]
+    assert job.result() == [None, 600]
 
 
 def talk_at_once(end):
-    """Send and receive 450 blocks, in turn, receiving whenever there is no room."""
+    """Send and receive 600 blocks, in turn, receiving whenever there is no room."""
     sent = received = 0
-    while sent < 450 or received < 450:
+    while sent < 600 or received < 600:
         try:
-            if sent < 450:
-                end.send(BLOCK, 0.005 if received < 450 else FOREVER)
+            if sent < 600:
+                end.send(BLOCK, 0.005 if received < 600 else FOREVER)
                 sent += 1
                 continue
         except Timeout:
             pass
-        while received < 450:
+        while received < 600:
             try:
-                assert np.array_equal(end.receive(0 if sent < 450 else FOREVER), BLOCK)
+                assert np.array_equal(end.receive(0 if sent < 600 else FOREVER), BLOCK)
             except WouldBlock:
                 break
             received += 1
@@ -306,5 +306,5 @@ def talk_at_once(end):
 def test_a_way_out_in_turn(ends):
     left, right = ends
     job = right.start(talk_at_once)
-    assert talk_at_once(left) == (450, 450)
-    assert job.result() == (450, 450)
+    assert talk_at_once(left) == (600, 600)
+    assert job.result() == (600, 600)
