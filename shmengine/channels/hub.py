@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from shmengine.channels.zeromq import uninterrupted, zmq
+from shmengine.channels.zeromq import end_context, uninterrupted, zmq
 from shmengine.region import call_at_process_end
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class Hub:
             event, self._event = self._event, -1
             os.close(event)
         self._zap.close(0)
-        self.context.term()
+        end_context(self.context)
         return True
 
     def _say_who_may_come_in(self) -> None:

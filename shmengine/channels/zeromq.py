@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ except ModuleNotFoundError as error:
         "channels over sockets need pyzmq: pip install 'shmengine[socket]'", name=error.name
     ) from None
 
-__all__ = ["monitor_of", "uninterrupted", "wire_of", "zmq"]
+__all__ = ["end_context", "monitor_of", "uninterrupted", "wire_of", "zmq"]
 
 _FUNCTIONS = (
     "zmq_msg_init",
@@ -77,3 +78,15 @@ def monitor_of(socket: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
         socket.disable_monitor()
         raise
     return monitor
+
+
+def end_context(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """End a context without sockets, whatever signals come: pyzmq takes an interrupted end for an end.
+
+    The context's threads and descriptors would stay as long as the process.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        context.term()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -442,6 +443,29 @@ def test_nothing_stays_when_all_are_closed(server):
             left.close()
             right.close()
     poll_until(nobody_serves, what="the thread ends")
+    poll_until(lambda: open_fds() == before, what="all descriptors are closed")
+
+
+def test_nothing_stays_when_signals_come_to_the_thread_that_ends():
+    """As they do in a process whose main thread has them pending, or blocked."""
+    poll_until(nobody_serves, what="the thread ends")
+    before = open_fds()
+    tgkill = ctypes.CDLL(None).tgkill
+    handler = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        for _ in range(20):
+            left, right = shm.channel("socket")
+            left.send(1)
+            assert right.receive(20) == 1
+            (service,) = (thread for thread in threading.enumerate() if thread.name == hub.THREAD)
+            left.close()
+            right.close()
+            while service.is_alive():
+                tgkill(os.getpid(), service.native_id, signal.SIGUSR1)  # by its number: it may have ended
+                time.sleep(0.0001)
+            service.join()
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
     poll_until(lambda: open_fds() == before, what="all descriptors are closed")
 
 
