@@ -308,6 +308,13 @@ static bool space_ready(const shmr *h, uint32_t unused) {
     return shmr_load_relaxed(&shmr_participant_at(h, h->self)->freed_hint) != 0; /* only a hint */
 }
 
+/* It waits for memory no more, if it did. */
+static int sated(shmr *h, int status) {
+    shmr_word *starving = &shmr_participant_at(h, h->self)->starving;
+    if (shmr_load_relaxed(starving)) shmr_store_relaxed(starving, 0); /* for observers; likewise */
+    return status;
+}
+
 int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, int items, int64_t deadline,
                shmr_block *out) {
     int status = shmr_usable(h);
@@ -321,8 +328,8 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
     struct claim_attempt attempt = {total, refs, count, items, out, false};
     status = try_claim(h, &attempt);
     if (status == SHMR_WOULD_BLOCK && deadline == 0 && shmr_look(h, true)) status = try_claim(h, &attempt);
-    if (status == SHMR_OK) return status; /* the pin is now that of the claim */
-    if (status != SHMR_WOULD_BLOCK || deadline == 0) return shmr_leave(h, status);
+    if (status == SHMR_OK) return sated(h, status); /* the pin is now that of the claim */
+    if (status != SHMR_WOULD_BLOCK || deadline == 0) return shmr_leave(h, sated(h, status));
 
     struct shmr_participant *me = shmr_participant_at(h, h->self);
     struct shmr_source sources[3] = {
@@ -335,7 +342,8 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
     attempt.waits = true;
     shmr_store_relaxed(&me->starving, total); /* for observers */
     status = shmr_wait(h, sources, items >= 0 ? 3 : 2, SHMR_SPIN_SPACE, try_claim, &attempt, deadline);
-    shmr_store_relaxed(&me->starving, 0); /* for observers */
+    /* Who was interrupted comes back at once. He may have been by an observer, who asks where he is. */
+    if (status != SHMR_INTERRUPTED) sated(h, status);
     return status == SHMR_OK ? status : shmr_leave(h, status);
 }
 

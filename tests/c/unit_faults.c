@@ -461,6 +461,11 @@ static int a_long_night(void) {
     usleep(260000); /* until it is time for another look at the dead */
     return ++sleeps == 1 ? ETIMEDOUT : EINTR;
 }
+static uint64_t starving(shmr *h) {
+    uint64_t tag, index, since, bytes;
+    OK(shmr_progress(h, shmr_self(h), &tag, &index, &since, &bytes));
+    return bytes;
+}
 static void no_space_for_long(void) {
     int region;
     shmr_config config = small_config();
@@ -470,8 +475,16 @@ static void no_space_for_long(void) {
     fake_sleep = a_long_night;
     sleeps = 0;
     CHECK_STATUS(shmr_claim(h, 2 * MIB, NULL, 0, -1, FOR_EVER, &b), SHMR_INTERRUPTED);
+    CHECK_EQ(starving(h), 2 * MIB); /* it is about to come back, and may have been asked where it is */
+    CHECK_STATUS(shmr_claim(h, 2 * MIB, NULL, 0, -1, FOR_EVER, &b), SHMR_INTERRUPTED);
+    CHECK_STATUS(shmr_claim(h, 2 * MIB, NULL, 0, -1, NOT_AT_ALL, &b), SHMR_WOULD_BLOCK);
+    CHECK_EQ(starving(h), 0);
+    CHECK_STATUS(shmr_claim(h, 2 * MIB, NULL, 0, -1, FOR_EVER, &b), SHMR_INTERRUPTED);
     fake_sleep = NULL;
     OK(shmr_abort(h, &all));
+    OK(shmr_claim(h, 2 * MIB, NULL, 0, -1, NOT_AT_ALL, &b));
+    CHECK_EQ(starving(h), 0);
+    OK(shmr_abort(h, &b));
     check_whole(h);
     leave_region(h);
     close(region);

@@ -269,9 +269,9 @@ def test_a_worker_that_starves_waits_for_memory(gate):
         poll_until(
             lambda: any(stall.waits_for_memory for stall in engine.stalls(0)), what="it waits for memory"
         )
-        stall = next(stall for stall in engine.stalls(0) if stall.waits_for_memory)
-        assert stall.function == "submit(ones)"
-        assert stall.waits_for_memory >= 7_200_000
+        for _ in range(100):  # and goes on to, for whoever asks again at once
+            stall = next(stall for stall in engine.stalls(0) if stall.function == "submit(ones)")
+            assert stall.waits_for_memory >= 7_200_000
         assert "MiB of memory" in str(stall)
         kept.clear()
         gate.open()
