@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import math
 import os
 import pickle
@@ -55,6 +54,7 @@ from shmengine.workers.messages import (
     VALUE,
     WHOLE_BATCH,
 )
+from shmengine.workers.prints import flush_prints, print_lines
 from shmengine.workers.scatter import BLOCK_SPEC, PLACED_SPEC, Plan, PlanRunner
 
 __all__ = ["main"]
@@ -85,7 +85,7 @@ def main(region_fd: int, parent_pidfd: int, setup_fd: int, stack_pipe: int, log_
     setup = pickle.loads(os.pread(setup_fd, os.fstat(setup_fd).st_size, 0))
     os.close(setup_fd)
     os.set_inheritable(log_pipe, False)
-    _print_lines()
+    print_lines()
     if "authkey" in setup:
         import multiprocessing
 
@@ -518,27 +518,6 @@ class Worker:
     def resolve_writable(self, reference: Any) -> Any:
         """Return the memory that a reference names, to be written in place."""
         return self.arena.resolve(reference, writable=True)
-
-
-def _print_lines() -> None:
-    """Make what is printed here go home line by line: not by some KiB, as is usual for pipes, nor in pieces.
-
-    (In pieces, as `PYTHONUNBUFFERED` asks for, lines of several workers would get into each other.)
-    """
-    lib.shmr_print_lines()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True, write_through=False)
-
-
-def flush_prints() -> None:
-    """Send home what was printed and is no whole line: it is to be there before the result."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except Exception:  # the task's own stream, or none
-            pass
-    lib.shmr_flush_prints()
 
 
 def _own_globals(fn: Any) -> dict[str, Any]:

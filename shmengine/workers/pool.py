@@ -379,8 +379,8 @@ class Pool:
         """Pass on what a worker (by its number in the region; None: each) has printed so far.
 
         For results that are here, of the message with this tag: what their tasks have printed is to come out before
-        anybody sees them. But a long line, which leaves the worker in pieces, will have its end if it has gone on to
-        another message.
+        anybody sees them. But if it has gone on to another message, a line that may have left it in part will have its
+        end.
         """
         if not self._output.acquire(timeout=OUTPUT_SECONDS):
             return  # where it is written to holds it up
@@ -395,8 +395,9 @@ class Pool:
                     self._places = places
                 workers = [places[place]] if place in places else []  # else it has died, which passes on all
             for worker in workers:
-                begun = worker.forward_all()
-                if begun and (begun < select.PIPE_BUF or not tag or self._is_at(worker.pid, (0, tag))):
+                if worker.forward_all() and not (
+                    tag and worker.has_written_in_part() and not self._is_at(worker.pid, (0, tag))
+                ):
                     worker.forward_begun()
         finally:
             self._output.release()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import errno
+import fcntl
 import math
 import os
 import select
@@ -26,6 +27,7 @@ from shmengine.region import Region
 from shmengine.tokens import start_time
 from shmengine.workers import logs
 from shmengine.workers.inheritance import Inheritance
+from shmengine.workers.prints import LONGEST_LINE
 from shmengine.workers.stacks import Question
 
 __all__ = ["WorkerProcess"]
@@ -34,7 +36,6 @@ PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 # Not `-m`: the package may be importable for the main process only. -P: the working directory must not shadow it.
 BOOTSTRAP = "import sys; sys.path.append({root!r}); from shmengine.workers.child import main; main({fds})"
 STDERR_LINES = 20
-LONGEST_LINE = 1 << 20
 PIECE = 1 << 16
 
 _Decoder = codecs.getincrementaldecoder("utf-8")
@@ -81,6 +82,8 @@ class WorkerProcess:
         self.stack = ""
         self._partial: dict[str, str] = {}  # lines that were begun
         self._begun = 0.0  # when the latest of them was
+        self._capacities: dict[str, int] = {}
+        self._crowded: set[str] = set()  # pipes that may have been full when they were last read
         self._decoders = {name: _Decoder(errors="replace") for name in OUTPUTS}
         self._outputs: select.poll | None = None  # None: what can be read has changed
         self._names: dict[int, str] = {}
@@ -92,6 +95,7 @@ class WorkerProcess:
                 ours.enter_context(self._pipes[name])
                 theirs.enter_context(ends[name])
                 os.set_blocking(self._pipes[name].number, False)
+                self._capacities[name] = fcntl.fcntl(self._pipes[name].number, fcntl.F_GETPIPE_SZ)
             os.set_blocking(ends[STACK].number, False)
             main = theirs.enter_context(Descriptor(os.pidfd_open(os.getpid()), "this process"))
             inherited = [region.fd, main.number, setup.fileno(), ends[STACK].number, ends["log"].number]
@@ -200,17 +204,32 @@ class WorkerProcess:
             self._pipes.pop(name).close()
             self._outputs = None
             return False
+        if 2 * len(piece) >= self._capacities[name]:  # two pages in a row of a pipe hold more than one page
+            self._crowded.add(name)
+        else:
+            self._crowded.discard(name)
         self._pass_on(name, piece)
         return True
 
-    def forward_all(self) -> int:
-        """Pass on the lines that it has printed so far; return how many characters it has of another one, so far."""
+    def forward_all(self) -> bool:
+        """Pass on the lines that it has printed so far; tell whether it has begun another one, and there is no more."""
         names = self._readable()
         for name in names:  # once: it may be printing on, and whoever calls has other things to do
             self.forward(name)
         if names and self._readable():
-            return 0
-        return max([len(text) for name, text in self._partial.items() if name != "log"], default=0)
+            return False
+        return bool(self._partial.keys() - {"log"})
+
+    def has_written_in_part(self) -> bool:
+        """Tell whether a line that it has begun may be the first part of what it writes.
+
+        Only what is long leaves it in parts, and what finds too little room.
+        """
+        return any(
+            name in self._crowded or len(text) >= select.PIPE_BUF
+            for name, text in self._partial.items()
+            if name != "log"
+        )
 
     def forward_begun(self, after: float = 0.0) -> float:
         """Pass on lines that were begun and have not gone on for some seconds; return how long until the next look."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -118,6 +119,26 @@ def test_before_the_error_of_a_task(engine, show):
     with pytest.raises(RuntimeError):
         engine.submit(fail).result()
     assert screen.getvalue() == "and then "
+
+
+def test_a_line_is_one_write(engine, show):
+    """However many pieces it is made of; else the first of them could come alone, before the result of another task."""
+    show()
+
+    def talk():
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps writes apart
+        before = os.dup(1)
+        os.dup2(far.fileno(), 1)
+        try:
+            print("<", 1, "x" * 100_000, ">")
+            print("that was all")
+        finally:
+            os.dup2(before, 1)
+            os.close(before)
+        with near, far:
+            return [near.recv(1 << 20).decode() for _ in range(2)]
+
+    assert engine.submit(talk).result() == [f"< 1 {'x' * 100_000} >\n", "that was all\n"]
 
 
 def test_lines_stay_whole(engine, show, monkeypatch):
