@@ -6,9 +6,9 @@ SEED    ?=
 VERSIONS ?=
 INPUT   ?=
 TESTS   ?= tests
-# Two where each can have a /dev/shm of its own; else one after the other.
+# Three, which two processors keep busy, where each can have a /dev/shm of its own; else one after the other.
 namespace = unshare $$(test $$(id -u) = 0 || echo --map-root-user) --mount --propagation private
-JOBS    ?= $(shell $(namespace) mount -t tmpfs tmpfs /dev/shm 2>/dev/null && echo 2 || echo 0)
+JOBS    ?= $(shell $(namespace) mount -t tmpfs tmpfs /dev/shm 2>/dev/null && echo 3 || echo 0)
 
 venv   := .venv
 python := $(venv)/bin/python

@@ -34,6 +34,8 @@ WATCHDOG = pytest.StashKey[Watchdog]()
 def pytest_configure(config: pytest.Config) -> None:
     # Here, because output is captured only from the next step on: the watchdog must reach the terminal.
     config.stash[WATCHDOG] = Watchdog(stderr=2)
+    # In each of thousands of interpreters a thread of OpenBLAS would spin for as long as NumPy's import takes.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     # Whoever first uses multiprocessing's shared memory starts this process; let it not be a test.
     multiprocessing.resource_tracker.ensure_running()
     adopt_orphans()
@@ -48,12 +50,6 @@ def pytest_xdist_setupnodes(specs: list[Any]) -> None:
     least, most = (len(specs) * limit for limit in resource.getrlimit(resource.RLIMIT_MSGQUEUE))
     with contextlib.suppress(ValueError):
         resource.setrlimit(resource.RLIMIT_MSGQUEUE, (least, most))
-
-
-def pytest_collection_finish() -> None:
-    # Thousands of tests and all they import: not to be looked through by each collection of garbage in them.
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -94,6 +90,9 @@ def handlers_as_before() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="module")
 def nothing_left_behind_by_module() -> Iterator[None]:
     """The same for what tests of a module share; an engine that they share may start threads at any time."""
+    # Thousands of tests, and all that was imported: not to be looked through by each collection of garbage.
+    gc.collect()
+    gc.freeze()
     before = take_inventory(daemons=True)
     yield
     _fail_if_leaked(before, "the module", daemons=True)
