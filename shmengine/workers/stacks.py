@@ -30,6 +30,9 @@ from shmengine.descriptors import Descriptor
 __all__ = ["Question", "answer", "answers", "await_standstill", "thread_stack"]
 
 ANSWER_SECONDS = 2.0  # a worker that can answer takes milliseconds
+MOMENT_SECONDS = (
+    0.5  # for which it may block signals: the C library does while it makes threads and processes
+)
 SLICE_MS = 5
 # So long it computes without an answer if it is in C: the interpreter answers at the next call, or turn of a loop.
 # (Not in a generator that only yields from another: C that asks for its next items looks for no signals either.)
@@ -97,12 +100,21 @@ class Question:
         self.text = ""
         while _read(pipe):  # of an earlier answer that came too late
             pass
-        self.why = "" if last else _at_rest(pid)  # it says no more
-        self.why = self.why or self._send(_TELL_AND_DIE if last else _ASK)
         self._insisted = last
+        self._due = 0  # the signal that it has not been sent, as it blocked it
+        self._due_until = time.monotonic() + (0.0 if last else MOMENT_SECONDS)
+        self.why = "" if last else _at_rest(pid)  # it says no more
+        if not self.why:
+            self._ask(_TELL_AND_DIE if last else _ASK)
         self._ticks: int | None = None  # of the processor, that it had used when it got the signal
         if last and not self.why:
             lib.shmr_signal_main_thread(pid, signal.SIGCONT)
+
+    def _ask(self, number: int) -> None:
+        """Send it a signal: now, later, or not at all, and note why."""
+        why = self._send(number)
+        self._due = number if why == BLOCKED and time.monotonic() < self._due_until else 0
+        self.why = "" if self._due else why
 
     def _send(self, number: int) -> str:
         """Ask; or say why not: a signal without a handler would kill it, one that waits would come too late."""
@@ -126,9 +138,13 @@ class Question:
 
     def insist(self) -> None:
         """If it has the signal and does not answer, because it is in C: let it answer from there."""
-        if not self._insisted and not self._is_waited_for() and self._is_in_c():
+        if self._is_waited_for():
+            return
+        if self._due:
+            self._ask(self._due)
+        elif not self._insisted and self._is_in_c():
             self._insisted = True
-            self.why = self._send(_TELL)
+            self._ask(_TELL)
 
     def _is_in_c(self) -> bool:
         if _ASK in _signals(_signal_masks(self.pid)["SigPnd"]):

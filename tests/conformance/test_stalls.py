@@ -229,6 +229,25 @@ def wait_for_the_interpreter():
     be_called_by_c()
 
 
+def block_signals_for_moments():
+    """As the C library does while it makes a thread or a process."""
+    while True:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        time.sleep(0.01)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        time.sleep(0.005)
+
+
+def test_who_blocks_signals_for_a_moment_answers_then():
+    with Engine(1, memory="64 MiB", retries=0) as engine:
+        engine.submit(block_signals_for_moments)
+        wait_for_stack(engine, block_signals_for_moments, "in block_signals_for_moments")
+        for _ in range(30):
+            (stall,) = engine.stalls(0)
+            assert "in block_signals_for_moments" in stall.stack
+        engine.close(wait=False)
+
+
 @pytest.mark.parametrize(
     ("function", "questions"), [(be_called_by_c, 1000), (yield_from_c, 100), (wait_for_the_interpreter, 100)]
 )
