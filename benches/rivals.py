@@ -31,9 +31,16 @@ PATIENCE = 120.0  # seconds until a bench that hangs fails
 fork = multiprocessing.get_context("fork")
 
 
-def one_way(stack: ExitStack, link: Callable[[int, int], Link], nbytes: int, mode: Mode, count: int) -> Any:
+def one_way(
+    stack: ExitStack,
+    link: Callable[[int, int], Link],
+    nbytes: int,
+    mode: Mode,
+    count: int,
+    slots: int = SLOTS,
+) -> Any:
     """Return a contestant that sends `count` messages through."""
-    pair = stack.enter_context(Pair(link(nbytes, SLOTS), patience=PATIENCE))
+    pair = stack.enter_context(Pair(link(nbytes, slots), patience=PATIENCE))
     return lambda: pair.one_way(mode, count)
 
 
