@@ -24,9 +24,11 @@ def print_lines() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.flush()
             file = io.FileIO(stream.fileno(), "w", closefd=False)
+            file.name = f"<{name}>"  # as Python's own
             lines = io.TextIOWrapper(
                 io.BufferedWriter(file, LONGEST_LINE), stream.encoding, stream.errors, line_buffering=True
             )
+            lines.mode = "w"  # type: ignore[misc]
             setattr(sys, name, lines)
             setattr(sys, f"__{name}__", lines)
 

@@ -141,6 +141,14 @@ def test_a_line_is_one_write(engine, show):
     assert engine.submit(talk).result() == [f"< 1 {'x' * 100_000} >\n", "that was all\n"]
 
 
+def test_streams_of_workers_look_as_pythons_own(engine):
+    def look():
+        streams = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+        return [(stream.name, stream.mode, stream.newlines, stream.line_buffering) for stream in streams]
+
+    assert engine.submit(look).result() == [("<stdout>", "w", None, True), ("<stderr>", "w", None, True)] * 2
+
+
 def test_lines_stay_whole(engine, show, monkeypatch):
     """Also long ones, of many workers at once, and made of many pieces."""
 
