@@ -308,7 +308,7 @@ static bool space_ready(const shmr *h, uint32_t unused) {
     return shmr_load_relaxed(&shmr_participant_at(h, h->self)->freed_hint) != 0; /* only a hint */
 }
 
-/* It waits for memory no more, if it did. */
+/* It waits for memory no more, if it did. Of threads that claim at once, as those of main may, none is observed. */
 static int sated(shmr *h, int status) {
     shmr_word *starving = &shmr_participant_at(h, h->self)->starving;
     if (shmr_load_relaxed(starving)) shmr_store_relaxed(starving, 0); /* for observers; likewise */

@@ -10,27 +10,20 @@ from shmengine._native import lib
 __all__ = ["LONGEST_LINE", "flush_prints", "print_lines"]
 
 LONGEST_LINE = 1 << 20  # bytes; what is longer comes in pieces
+_MOST_KEPT = "_CHUNK_SIZE"  # by a stream of text, until a line ends; bytes
 
 
 def print_lines() -> None:
     """Make what is printed here go home line by line: not by some KiB, as is usual for pipes, nor in pieces.
 
     Lines of several workers would get into each other in pieces: those that `PYTHONUNBUFFERED` asks for, or those that
-    Python's usual buffer makes of an argument of `print` that is longer than it.
+    Python makes of the arguments of a `print` if one of them is long.
     """
     lib.shmr_print_lines()
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.flush()
-            file = io.FileIO(stream.fileno(), "w", closefd=False)
-            file.name = f"<{name}>"  # as Python's own
-            lines = io.TextIOWrapper(
-                io.BufferedWriter(file, LONGEST_LINE), stream.encoding, stream.errors, line_buffering=True
-            )
-            lines.mode = "w"  # type: ignore[misc]
-            setattr(sys, name, lines)
-            setattr(sys, f"__{name}__", lines)
+            stream.reconfigure(line_buffering=True, write_through=False)
+            setattr(stream, _MOST_KEPT, LONGEST_LINE)
 
 
 def flush_prints() -> None:
