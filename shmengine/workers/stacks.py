@@ -30,9 +30,7 @@ from shmengine.descriptors import Descriptor
 __all__ = ["Question", "answer", "answers", "await_standstill", "thread_stack"]
 
 ANSWER_SECONDS = 2.0  # a worker that can answer takes milliseconds
-MOMENT_SECONDS = (
-    0.5  # for which it may block signals: the C library does while it makes threads and processes
-)
+MOMENT_SECONDS = 0.5  # that it may block signals for: the C library does, to make threads and processes
 SLICE_MS = 5
 # So long it computes without an answer if it is in C: the interpreter answers at the next call, or turn of a loop.
 # (Not in a generator that only yields from another: C that asks for its next items looks for no signals either.)
@@ -137,7 +135,7 @@ class Question:
         return False
 
     def insist(self) -> None:
-        """If it has the signal and does not answer, because it is in C: let it answer from there."""
+        """Ask again if it blocked the signal; if it does not answer because it is in C, let it answer from there."""
         if self._is_waited_for():
             return
         if self._due:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import re
+import select
+import signal
 import socket
 import sys
 import threading
@@ -12,7 +14,9 @@ import time
 
 import pytest
 
+from shmengine._native import lib
 from shmengine.engine import Engine
+from tests.helpers.leftovers import stands_still
 from tests.helpers.scripts import poll_until, run_script
 
 
@@ -43,6 +47,11 @@ def show(monkeypatch):
         return screen
 
     return show
+
+
+def waits_for_room(pid):
+    with open(f"/proc/{pid}/wchan") as file:
+        return "pipe_write" in file.read()
 
 
 def print_line():
@@ -139,6 +148,37 @@ def test_a_line_is_one_write(engine, show):
             return [near.recv(1 << 20).decode() for _ in range(2)]
 
     assert engine.submit(talk).result() == [f"< 1 {'x' * 100_000} >\n", "that was all\n"]
+
+
+def test_the_little_there_was_room_for_is_no_end_of_a_line(engine, show, monkeypatch):
+    """A full pipe takes what fits into its last page; results of earlier tasks do not let that go on alone."""
+    monkeypatch.setattr("shmengine.workers.pool.BEGUN_SECONDS", 60.0)
+    screen = show()
+    pool = engine._backend._core.pool
+    lines = [
+        *["x" * (select.PIPE_BUF - 1)] * 15,
+        "y" * 99,
+        "z" * (select.PIPE_BUF + 199),
+    ]  # 16 pages, and 200 bytes
+
+    def talk():
+        for line in lines:
+            print(line)
+
+    with pool._output:  # nobody reads
+        future = engine.submit(talk)
+        poll_until(lambda: any(map(waits_for_room, pool.pids)), what="its pipe is full")
+        (pid,) = filter(waits_for_room, pool.pids)
+        os.kill(pid, signal.SIGSTOP)
+        poll_until(lambda: stands_still(pid))
+        pool.forward_output(
+            lib.shmr_find(pool.region.handle, pid), tag=1 << 40
+        )  # for those of another message
+        shown = screen.getvalue()
+        os.kill(pid, signal.SIGCONT)
+    future.result()
+    assert shown.splitlines() == lines[:-1]
+    assert screen.getvalue().splitlines() == lines
 
 
 def test_streams_of_workers_look_as_pythons_own(engine):
