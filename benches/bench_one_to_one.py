@@ -1,6 +1,7 @@
 """One producer process, one consumer process, one direction.
 
     producer ── fill in place ──► [ 16 slots ] ──► read one element a page ── consumer
+    producer ── fill in place ──► [ 16 slots ] ──► read all ──────────────── consumer
     producer ── send an array ──► [ 16 slots ] ──►
 
 Needs 2 cores; each process is pinned to one. The ring wraps at least ten times in a round. Expected: every message,
@@ -17,10 +18,12 @@ import pytest
 from benches.rivals import (
     SLOTS,
     CRing,
+    HandReadWhole,
     HandWritten,
     HandWrittenPosix,
     PipeOfBytes,
     RingByWith,
+    RingReadWhole,
     known,
     one_way,
 )
@@ -40,8 +43,8 @@ KIB, MIB = 1 << 10, 1 << 20
 def test_in_place(nbytes: int, count: int, bound: float, best_slots: int, compare: Any, targets: Any) -> None:
     """Against the hand-written loop, with whichever semaphores are faster, and against the peers.
 
-    That loop takes its slots in turn, and depends on how many of them fit the caches; the ring takes the one that was
-    freed last. So the loop is also there with the number of slots with which it is fastest.
+    That loop takes its slots in turn, and depends on how many of them fit the caches. So it is also there with the
+    number of slots with which it is fastest.
     """
     peers = known("kickmsg", "kickmsg (spinning)", "iceoryx2", "iceoryx2 (polling)")
     links = {
@@ -67,6 +70,29 @@ def test_in_place(nbytes: int, count: int, bound: float, best_slots: int, compar
         )
     elif rivals := [name for name in peers if name.startswith("kickmsg")]:
         targets.at_least("shm in place to kickmsg, the better one", result.ratio("shm", *rivals), 0.95)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "count"),
+    [pytest.param(256 * KIB, 6_000, id="256KiB"), pytest.param(1 * MIB, 2_000, id="1MiB")],
+)
+def test_read_whole(nbytes: int, count: int, compare: Any, targets: Any) -> None:
+    """A consumer that reads every byte: all of a block that it has just read is in its core's cache.
+
+    Whoever writes there next has to fetch it, so it matters which block is next.
+    """
+    with ExitStack() as stack:
+        result = compare(
+            {
+                "Ring": one_way(stack, RingReadWhole, nbytes, "block", count),
+                "by hand": one_way(stack, HandReadWhole, nbytes, "block", count),
+                "by hand, 8 slots": one_way(stack, HandReadWhole, nbytes, "block", count, 8),
+            },
+            unit="a message",
+            bytes_each=nbytes,
+        )
+    ratio = result.ratio("Ring", "by hand", "by hand, 8 slots")
+    targets.at_least("Ring, read whole, to a hand-written SharedMemory loop", ratio, 0.8)
 
 
 @pytest.mark.parametrize(

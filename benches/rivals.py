@@ -93,6 +93,34 @@ class RingByWith(TwoWays):
     shares_memory = True
 
 
+def is_all(array: Any, number: int) -> bool:
+    """Whether each byte has the message's number; all of them are read."""
+    words = array.view(np.uint64)
+    right = number % PRIME * 0x0101010101010101
+    return bool(np.bitwise_or.reduce(words) == right and np.bitwise_and.reduce(words) == right)
+
+
+class RingReadWholeWay(RingWay):
+    """`shmengine.Ring`, whose consumer reads every byte."""
+
+    def receiver(self) -> dict[Mode, Any]:
+        ring = self.ring
+
+        def take(number: int) -> bool:
+            frame = ring.lease()
+            right = is_all(frame.array, number)
+            frame.release()
+            return right
+
+        return {"block": take}
+
+
+class RingReadWhole(TwoWays):
+    way = RingReadWholeWay
+    modes = ("block",)
+    shares_memory = True
+
+
 class HandWrittenWay(OneWay):
     """SharedMemory cut into slots, and two counting semaphores: no checks, no recovery, one size, two processes."""
 
@@ -133,6 +161,27 @@ class HandWrittenWay(OneWay):
     def close(self) -> None:
         self.memory.close()
         self.memory.unlink()
+
+
+class HandReadWholeWay(HandWrittenWay):
+    """The same, whose consumer reads every byte."""
+
+    def receiver(self) -> dict[Mode, Any]:
+        acquire, release, places, slots = self.full.acquire, self.free.release, self._slots(), self.slots
+
+        def take(number: int) -> bool:
+            acquire()
+            right = is_all(places[number % slots], number)
+            release()
+            return right
+
+        return {"block": take}
+
+
+class HandReadWhole(TwoWays):
+    way = HandReadWholeWay
+    modes = ("block",)
+    shares_memory = True
 
 
 class HandWritten(TwoWays):

@@ -5,9 +5,9 @@
  * corrupt it, and when its owner dies it is rebuilt from the block table by whoever adopts the extents.
  *
  *   up to 32 KiB   slabs of equal blocks, four classes a doubling, the block freed last is handed out first
- *   above          runs of pages: "quick" lists of exact lengths first (last freed, hence warm, first out, not
- *                  coalesced), then a two-level segregated fit (four bins a doubling) with coalescing;
- *                  2 MiB alignment from 2 MiB up
+ *   above          runs of pages: "quick" lists of exact lengths first (warm, not coalesced; last freed, first out,
+ *                  but what others have read, of 128 KiB to 2 MiB, takes turns), then a two-level segregated fit (four bins a doubling) with
+ *                  coalescing; 2 MiB alignment from 2 MiB up
  *
  * Every function is called with h->lock held.
  * Two-level segregated fit: M. Masmano et al., "TLSF: a new dynamic memory allocator for real-time systems",
@@ -26,6 +26,16 @@ enum { RUN_NONE = 0, RUN_FREE = 1, RUN_USED = 2, RUN_QUICK = 3 };
 #define SMALL_EVERY 16    /* for small ones */
 #define UNUSED UINT32_MAX /* in a slab's records */
 #define PAGES_PER_EXTENT (SHMR_EXTENT / SHMR_PAGE)
+
+/* What others freed last is in the cache of who has read it, and each line that is written there has to be fetched from
+ * that core. So blocks of these lengths take turns: with some megabytes in between, their lines have gone to the cache
+ * that all cores share. Of shorter ones a writer's own cache still has most; of longer ones, one alone is enough. */
+#define TURNS_MIN (LARGE_MIN / SHMR_PAGE)
+#define TURNS_MAX (2097152u / SHMR_PAGE)
+#define TURNS_FEW (4194304u / SHMR_PAGE)  /* fewer free pages than these: take one that was not among them, */
+#define TURNS_EVERY 3                     /* but not at once again, as it may never have been touched, */
+#define TURNS_REFUSED 4095                /* and much later if there was none to take */
+#define TURNS_MANY (8388608u / SHMR_PAGE) /* more than these: one of them is free for anything */
 
 static uint32_t run_kind(uint32_t word) { return word & 3u; }
 static uint32_t run_length(uint32_t word) { return word >> 2; }
@@ -47,6 +57,7 @@ int shmr_arena_init(shmr *h) {
     a->own = sparse(h->g.extents);
     if (!a->run || !a->next || !a->previous || !a->record || !a->slab_at || !a->own)
         return shmr_fail(SHMR_SYSTEM, ENOMEM, "mmap of the allocator's tables");
+    a->turns_wait = TURNS_EVERY;
     return SHMR_OK;
 }
 
@@ -137,21 +148,39 @@ static struct shmr_quick *quick_of(struct shmr_arena *a, uint32_t pages) {
     return &a->quick[(pages * 0x9e3779b1u) >> 26];
 }
 
+static bool takes_turns(uint32_t pages) { return pages >= TURNS_MIN && pages <= TURNS_MAX; }
+
+static uint32_t first_quick(struct shmr_arena *a, struct shmr_quick *q) {
+    uint32_t page = q->first - 1;
+    q->first = a->next[page];
+    q->count--;
+    return page;
+}
+
 static uint64_t take_quick(struct shmr_arena *a, uint32_t pages) {
     struct shmr_quick *q = quick_of(a, pages);
     if (q->pages != pages || !q->first) return SHMR_NOWHERE;
-    uint32_t page = q->first - 1;
-    q->first = a->next[page];
-    return use_run(a, page, pages);
+    return use_run(a, first_quick(a, q), pages);
+}
+
+static void list_quick(struct shmr_arena *a, struct shmr_quick *q, uint32_t page, bool at_end) {
+    at_end = at_end && q->first;
+    a->run[page] = q->pages << 2 | RUN_QUICK;
+    a->next[page] = at_end ? 0 : q->first;
+    if (at_end) a->next[q->last - 1] = page + 1;
+    if (at_end || !q->first) q->last = page + 1;
+    if (!at_end) q->first = page + 1;
+    q->count++;
+}
+
+static void flush_quick_one(shmr *h, struct shmr_quick *q) {
+    uint32_t page = first_quick(&h->arena, q);
+    h->arena.run[page] = 0; /* it may end up inside a longer run */
+    free_run(h, page, q->pages);
 }
 
 static void flush_quick_list(shmr *h, struct shmr_quick *q) {
-    while (q->first) {
-        uint32_t page = q->first - 1;
-        q->first = h->arena.next[page];
-        h->arena.run[page] = 0; /* it may end up inside a longer run */
-        free_run(h, page, q->pages);
-    }
+    while (q->first) flush_quick_one(h, q);
     q->pages = 0;
 }
 
@@ -164,7 +193,7 @@ static bool flush_quick(shmr *h) {
     return any;
 }
 
-static void release_run(shmr *h, uint32_t page) {
+static void release_run(shmr *h, uint32_t page, bool elsewhere) {
     struct shmr_arena *a = &h->arena;
     uint32_t pages = run_length(a->run[page]);
     a->used_bytes -= (uint64_t)pages * SHMR_PAGE;
@@ -174,9 +203,9 @@ static void release_run(shmr *h, uint32_t page) {
         flush_quick_list(h, q);
         q->pages = pages;
     }
-    a->run[page] = pages << 2 | RUN_QUICK;
-    a->next[page] = q->first;
-    q->first = page + 1;
+    bool turns = elsewhere && takes_turns(pages);
+    list_quick(a, q, page, turns);
+    if (turns && q->count * pages > TURNS_MANY) flush_quick_one(h, q);
 }
 
 static uint64_t take_run(shmr *h, uint32_t pages) {
@@ -269,7 +298,7 @@ static struct shmr_slab *new_slab(shmr *h, uint32_t class_index) {
     if (!s || !records) {
         free(s);
         free(records);
-        release_run(h, (uint32_t)(offset / SHMR_PAGE));
+        release_run(h, (uint32_t)(offset / SHMR_PAGE), false);
         return NULL;
     }
     a->used_bytes -= (uint64_t)pages * SHMR_PAGE; /* its blocks count, not itself */
@@ -352,10 +381,25 @@ static void release_small(shmr *h, struct shmr_slab *s, uint64_t offset, uint64_
  * interpreter, that would have left the cache when its turn comes. */
 bool shmr_arena_has_warm(shmr *h, uint64_t bytes) {
     if (bytes <= SMALL_MAX) return ++h->arena.turn % SMALL_EVERY && h->arena.partial[class_of(bytes)];
-    if (bytes > LARGE_MIN) return false;
+    if (bytes >= LARGE_MIN) return false;
     uint32_t pages = (uint32_t)((bytes + SHMR_PAGE - 1) / SHMR_PAGE);
     const struct shmr_quick *q = quick_of(&h->arena, pages);
     return ++h->arena.turn % LOOK_EVERY && q->pages == pages && q->first;
+}
+
+/* One more block of a length that takes turns, if few do and nobody is short of memory. */
+static uint64_t take_another(shmr *h, uint32_t pages) {
+    struct shmr_arena *a = &h->arena;
+    const struct shmr_quick *q = quick_of(a, pages);
+    if (!takes_turns(pages) || q->pages != pages || !q->first || q->count * pages >= TURNS_FEW) return SHMR_NOWHERE;
+    if (a->turns_wait && a->turns_wait--) return SHMR_NOWHERE;
+    uint64_t offset = take_run(h, pages), more = a->owned_bytes / SHMR_EXTENT + 1;
+    bool room = more * PAGES_PER_EXTENT <= TURNS_MANY && (more + a->leave) * 4 <= h->g.extents * UINT64_C(3);
+    if (offset == SHMR_NOWHERE && room && !shmr_any_waiter(shmr_header_of(h)->extent_waiters) &&
+        shmr_arena_grow(h, SHMR_EXTENT) == SHMR_OK)
+        offset = take_run(h, pages);
+    a->turns_wait = offset == SHMR_NOWHERE ? TURNS_REFUSED : TURNS_EVERY;
+    return offset;
 }
 
 uint64_t shmr_arena_allocate(shmr *h, uint64_t bytes) {
@@ -367,20 +411,21 @@ uint64_t shmr_arena_allocate(shmr *h, uint64_t bytes) {
     }
     uint64_t pages = (bytes + SHMR_PAGE - 1) / SHMR_PAGE;
     if (pages > h->g.pages) return SHMR_NOWHERE;
-    offset = take_quick(&h->arena, (uint32_t)pages);
+    offset = take_another(h, (uint32_t)pages);
+    if (offset == SHMR_NOWHERE) offset = take_quick(&h->arena, (uint32_t)pages);
     if (offset == SHMR_NOWHERE) offset = take_run(h, (uint32_t)pages);
     if (offset == SHMR_NOWHERE && gather_free(h))
         offset = take_run(h, (uint32_t)pages);
     return offset;
 }
 
-void shmr_arena_release(shmr *h, uint64_t offset, uint64_t room) {
+void shmr_arena_release(shmr *h, uint64_t offset, uint64_t room, bool elsewhere) {
     uint32_t page = (uint32_t)(offset / SHMR_PAGE);
     struct shmr_slab *s = h->arena.slab_at[page];
     if (s)
         release_small(h, s, offset, room);
     else
-        release_run(h, page);
+        release_run(h, page, elsewhere);
 }
 
 uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t *room) {

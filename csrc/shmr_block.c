@@ -153,7 +153,7 @@ void shmr_reclaim(shmr *h, uint32_t block) {
     if (shmr_state_kind(s) == SHMR_SHARED && free_if_unheld(r)) s = 0;
     if (shmr_state_kind(s) != SHMR_FREE) return;
     h->record_flags[block] = 0;
-    shmr_arena_release(h, h->places[block].offset, h->places[block].room);
+    shmr_arena_release(h, h->places[block].offset, h->places[block].room, true);
     shmr_drop_frame_refs(h, block);
     push_u32(&h->free_records, &h->free_record_count, &h->free_record_room, block);
 }
@@ -258,7 +258,7 @@ static int try_claim(shmr *h, void *argument) {
     }
     status = shmr_record_new(h, &block);
     if (status != SHMR_OK) {
-        shmr_arena_release(h, offset, room);
+        shmr_arena_release(h, offset, room, false);
         pthread_mutex_unlock(&h->lock);
         return status == SHMR_NO_MEMORY ? SHMR_WOULD_BLOCK : status;
     }
@@ -280,7 +280,7 @@ static int try_claim(shmr *h, void *argument) {
         }
         if (!held) {
             push_u32(&h->free_records, &h->free_record_count, &h->free_record_room, block);
-            shmr_arena_release(h, offset, room);
+            shmr_arena_release(h, offset, room, false);
             pthread_mutex_unlock(&h->lock);
             return shmr_fail(SHMR_SYSTEM, ENOMEM, "table of references");
         }

@@ -61,7 +61,7 @@ struct shmr_slab {
 };
 
 struct shmr_quick {
-    uint32_t pages, first; /* runs of exactly this length, not coalesced: warm; page + 1 */
+    uint32_t pages, first, last, count; /* runs of exactly this length, not coalesced: warm; page + 1 */
 };
 
 struct shmr_arena {
@@ -74,7 +74,7 @@ struct shmr_arena {
     uint32_t bin[SHMR_BINS];
     struct shmr_quick quick[SHMR_QUICK];
     struct shmr_slab *partial[SHMR_CLASSES], *slabs;
-    uint32_t turn;
+    uint32_t turn, turns_wait;
     uint64_t used_bytes, owned_bytes;
     uint32_t leave; /* extents of the region that this process must not take */
 };
@@ -224,7 +224,7 @@ void shmr_arena_fini(shmr *h);
 uint64_t shmr_arena_room(uint64_t bytes);                           /* bytes that an allocation really takes */
 bool shmr_arena_has_warm(shmr *h, uint64_t bytes);                  /* a block of the size that was in use before */
 uint64_t shmr_arena_allocate(shmr *h, uint64_t bytes);              /* offset, or SHMR_NOWHERE */
-void shmr_arena_release(shmr *h, uint64_t offset, uint64_t room);
+void shmr_arena_release(shmr *h, uint64_t offset, uint64_t room, bool elsewhere); /* others may have read it */
 uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t *room); /* of a used allocation */
 int shmr_arena_grow(shmr *h, uint64_t bytes);                       /* take more extents */
 void shmr_arena_trim(shmr *h);                                      /* give whole free extents back */

@@ -58,7 +58,7 @@ static void handler_free(void *context, void *address, size_t size) {
     if (record && *record)
         shmr_drop_locked(h, *record - 1); /* others may hold it on */
     else if (record)
-        shmr_arena_release(h, start, room);
+        shmr_arena_release(h, start, room, false);
     pthread_mutex_unlock(&h->lock);
     shmr_notify_all(h, shmr_participant_at(h, h->self)->space_waiters);
     shmr_pin(h, -1);

@@ -34,9 +34,9 @@ static uint64_t take(uint64_t bytes) {
     return offset;
 }
 
-static void give(uint64_t offset, uint64_t room) {
+static void give(uint64_t offset, uint64_t room, bool elsewhere) {
     pthread_mutex_lock(&h->lock);
-    shmr_arena_release(h, offset, room);
+    shmr_arena_release(h, offset, room, elsewhere);
     pthread_mutex_unlock(&h->lock);
 }
 
@@ -79,11 +79,13 @@ static bool allocate(struct allocation *a, uint64_t bytes) {
     return true;
 }
 
-static void release(const struct allocation *a) {
+static void release_read(const struct allocation *a, bool elsewhere) {
     stamp(a, true);
     mark(a, 0);
-    give(a->offset, a->room);
+    give(a->offset, a->room, elsewhere);
 }
+
+static void release(const struct allocation *a) { release_read(a, true); }
 
 /* Any address inside an allocation finds it. */
 static void look_up(const struct allocation *a, uint64_t inside) {
@@ -269,7 +271,7 @@ static void trim_gives_extents_back(void) {
     CHECK_EQ(take(64), SHMR_NOWHERE);
     for (uint32_t i = 0; i < 4; i++) {
         pthread_mutex_lock(&other->lock);
-        shmr_arena_release(other, i * 4 * MIB, 2 * MIB);
+        shmr_arena_release(other, i * 4 * MIB, 2 * MIB, true);
         pthread_mutex_unlock(&other->lock);
     }
     leave_region(other);
@@ -279,20 +281,78 @@ static void trim_gives_extents_back(void) {
     close_arena();
 }
 
-/* The block released last is handed out first: its pages are in the cache, and mapped. */
+/* The block released last is handed out first: its pages are in the cache, and mapped. One of middling length only if
+ * nobody else has read it. */
 static void last_in_first_out(void) {
     open_arena(32 * MIB);
-    const uint64_t sizes[] = {1, 64, 700, 5000, 32768, 32769, 100000, MIB, 2 * MIB, 5 * MIB};
-    for (uint32_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+    const uint64_t sizes[] = {1, 64, 700, 5000, 32768, 32769, 100000, 5 * MIB, 131072, 200000, MIB, 2 * MIB};
+    h->arena.turns_wait = 1000; /* no others */
+    for (uint32_t i = 0; i < 2 * sizeof sizes / sizeof *sizes; i++) {
+        bool elsewhere = i % 2, turns = elsewhere && i / 2 >= 8;
         struct allocation a[3], again[3];
-        for (int k = 0; k < 3; k++) REQUIRE(allocate(&a[k], sizes[i]));
-        for (int k = 0; k < 3; k++) release(&a[(k * 2) % 3]); /* 0, 2, 1 */
-        for (int k = 0; k < 3; k++) REQUIRE(allocate(&again[k], sizes[i]));
-        CHECK_EQ(again[0].offset, a[1].offset);
+        for (int k = 0; k < 3; k++) REQUIRE(allocate(&a[k], sizes[i / 2]));
+        for (int k = 0; k < 3; k++) release_read(&a[(k * 2) % 3], elsewhere); /* 0, 2, 1 */
+        for (int k = 0; k < 3; k++) REQUIRE(allocate(&again[k], sizes[i / 2]));
+        CHECK_EQ(again[turns ? 2 : 0].offset, a[1].offset);
         CHECK_EQ(again[1].offset, a[2].offset);
-        CHECK_EQ(again[2].offset, a[0].offset);
-        for (int k = 0; k < 3; k++) release(&again[k]);
+        CHECK_EQ(again[turns ? 0 : 2].offset, a[0].offset);
+        for (int k = 0; k < 3; k++) release_read(&again[k], elsewhere);
     }
+    nothing_is_left();
+    close_arena();
+}
+
+/* One block at a time, over and over: the most extents that it had meanwhile. Each `apart` of them differ from all in
+ * between, when as many as ever will be take part. */
+static uint64_t turn(uint64_t bytes, uint32_t apart) {
+    static uint64_t offsets[4000];
+    uint64_t most = 0;
+    for (uint32_t i = 0; i < 4000; i++) {
+        struct allocation a;
+        if (!allocate(&a, bytes)) exit(2);
+        offsets[i] = a.offset;
+        for (uint32_t k = i > 3000 ? i - apart + 1 : i; k < i; k++) CHECK(offsets[k] != a.offset);
+        if (owned_extents() > most) most = owned_extents();
+        release(&a);
+    }
+    return most;
+}
+
+static uint64_t quick_bytes(void) {
+    uint64_t pages = 0;
+    for (int i = 0; i < SHMR_QUICK; i++) pages += (uint64_t)h->arena.quick[i].pages * h->arena.quick[i].count;
+    return pages * SHMR_PAGE;
+}
+
+/* Blocks of middling length take turns through some megabytes, and not through all that there is. */
+static void middling_ones_take_turns(void) {
+    const uint64_t sizes[] = {131072, 200000, MIB, 2 * MIB};
+    for (uint32_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        open_arena(256 * MIB);
+        uint64_t most = turn(sizes[i], (uint32_t)(4 * MIB / shmr_arena_room(sizes[i])));
+        CHECK(most >= 2 && most <= 4);
+        struct allocation many[64];
+        for (int k = 0; k < 64; k++) REQUIRE(allocate(&many[k], sizes[i]));
+        for (int k = 0; k < 64; k++) release(&many[k]);
+        CHECK(quick_bytes() > 6 * MIB && quick_bytes() <= 8 * MIB); /* the others are free for anything */
+        nothing_is_left();
+        close_arena();
+    }
+}
+
+/* Nobody goes without for their sake: not who comes later, nor who waits for memory. */
+static void turns_leave_room(void) {
+    open_arena(4 * MIB);
+    CHECK_EQ(turn(MIB, 2), 1); /* a second extent would be more than three quarters of all */
+    nothing_is_left();
+    close_arena();
+    open_arena(256 * MIB);
+    shmr *other = attach_region(fd);
+    shmr_word *waiters = &shmr_header_of(h)->extent_waiters[other->self / 64];
+    shmr_or_seq_cst(waiters, UINT64_C(1) << other->self % 64);
+    CHECK_EQ(turn(MIB, 2), 1);
+    shmr_store_relaxed(waiters, 0);
+    leave_region(other);
     nothing_is_left();
     close_arena();
 }
@@ -377,6 +437,8 @@ int main(void) {
     RUN(growing_side_by_side);
     RUN(size_classes);
     RUN(last_in_first_out);
+    RUN(middling_ones_take_turns);
+    RUN(turns_leave_room);
     RUN(slabs);
     RUN(coalescing);
     RUN(look_up_after_coalescing);

@@ -372,7 +372,7 @@ static void no_more_records(void) {
     shmr_ref ref;
     CHECK_STATUS(shmr_share(h, shmr_arena_base(h) + offset, 10, &ref), SHMR_NO_MEMORY);
     pthread_mutex_lock(&h->lock);
-    shmr_arena_release(h, offset, shmr_arena_room(100000));
+    shmr_arena_release(h, offset, shmr_arena_room(100000), true);
     pthread_mutex_unlock(&h->lock);
     shmr_store_release(&shmr_record_at(h, all[7].block)->state, 0);
     OK(shmr_claim(h, 8, NULL, 0, -1, NOT_AT_ALL, &b));
