@@ -5,40 +5,19 @@
  * corrupt it, and when its owner dies it is rebuilt from the block table by whoever adopts the extents.
  *
  *   up to 32 KiB   slabs of equal blocks, four classes a doubling, the block freed last is handed out first
- *   above          runs of pages: "quick" lists of exact lengths first (warm, not coalesced; last freed, first out,
- *                  but what others have read, of 128 KiB to 2 MiB, takes turns), then a two-level segregated fit (four bins a doubling) with
- *                  coalescing; 2 MiB alignment from 2 MiB up
+ *   above          runs of pages (shmr_runs.c)
  *
  * Every function is called with h->lock held.
- * Two-level segregated fit: M. Masmano et al., "TLSF: a new dynamic memory allocator for real-time systems",
- * ECRTS 2004.
  */
 #include <errno.h>
 #include <sys/mman.h>
 
-#include "shmr_internal.h"
-
-enum { RUN_NONE = 0, RUN_FREE = 1, RUN_USED = 2, RUN_QUICK = 3 };
+#include "shmr_runs.h"
 
 #define SMALL_MAX 32768u
-#define LARGE_MIN 131072u /* from here on, look at what others have released before each allocation */
 #define LOOK_EVERY 4      /* below, and above small ones, only so often */
 #define SMALL_EVERY 16    /* for small ones */
 #define UNUSED UINT32_MAX /* in a slab's records */
-#define PAGES_PER_EXTENT (SHMR_EXTENT / SHMR_PAGE)
-
-/* What others freed last is in the cache of who has read it, and each line that is written there has to be fetched from
- * that core. So blocks of these lengths take turns: with some megabytes in between, their lines have gone to the cache
- * that all cores share. Of shorter ones a writer's own cache still has most; of longer ones, one alone is enough. */
-#define TURNS_MIN (LARGE_MIN / SHMR_PAGE)
-#define TURNS_MAX (2097152u / SHMR_PAGE)
-#define TURNS_FEW (4194304u / SHMR_PAGE)  /* fewer free pages than these: take one that was not among them, */
-#define TURNS_EVERY 3                     /* but not at once again, as it may never have been touched, */
-#define TURNS_REFUSED 4095                /* and much later if there was none to take */
-#define TURNS_MANY (8388608u / SHMR_PAGE) /* more than these: one of them is free for anything */
-
-static uint32_t run_kind(uint32_t word) { return word & 3u; }
-static uint32_t run_length(uint32_t word) { return word >> 2; }
 
 /* Zeroed memory that costs nothing until it is touched. */
 static void *sparse(size_t bytes) {
@@ -57,7 +36,6 @@ int shmr_arena_init(shmr *h) {
     a->own = sparse(h->g.extents);
     if (!a->run || !a->next || !a->previous || !a->record || !a->slab_at || !a->own)
         return shmr_fail(SHMR_SYSTEM, ENOMEM, "mmap of the allocator's tables");
-    a->turns_wait = TURNS_EVERY;
     return SHMR_OK;
 }
 
@@ -77,158 +55,6 @@ void shmr_arena_fini(shmr *h) {
     if (a->slab_at) munmap(a->slab_at, pages * sizeof(void *));
     if (a->own) munmap(a->own, h->g.extents);
     memset(a, 0, sizeof *a);
-}
-
-/* ---- runs of pages ------------------------------------------------------------------------------------------- */
-
-/* The bin of a run: exact below 8 pages, then four a doubling. */
-static uint32_t bin_of(uint32_t pages) {
-    if (pages < 8) return pages;
-    uint32_t log = 31u - (uint32_t)__builtin_clz(pages);
-    uint32_t bin = 8 + (log - 3) * 4 + ((pages >> (log - 2)) & 3u);
-    return bin < SHMR_BINS ? bin : SHMR_BINS - 1;
-}
-
-static void list_run(struct shmr_arena *a, uint32_t page, uint32_t pages) {
-    uint32_t bin = bin_of(pages);
-    a->run[page] = pages << 2 | RUN_FREE;
-    a->run[page + pages - 1] = pages << 2 | RUN_FREE;
-    a->previous[page] = 0;
-    a->next[page] = a->bin[bin];
-    if (a->bin[bin]) a->previous[a->bin[bin] - 1] = page + 1;
-    a->bin[bin] = page + 1;
-    a->bin_bits[bin / 64] |= UINT64_C(1) << (bin % 64);
-}
-
-static void unlist_run(struct shmr_arena *a, uint32_t page) {
-    uint32_t pages = run_length(a->run[page]), bin = bin_of(pages);
-    if (a->previous[page])
-        a->next[a->previous[page] - 1] = a->next[page];
-    else
-        a->bin[bin] = a->next[page];
-    if (a->next[page]) a->previous[a->next[page] - 1] = a->previous[page];
-    if (!a->bin[bin]) a->bin_bits[bin / 64] &= ~(UINT64_C(1) << (bin % 64));
-    a->run[page] = a->run[page + pages - 1] = 0;
-}
-
-/* A run becomes free and merges with its free neighbours. Foreign pages have RUN_NONE and never match. */
-static void free_run(shmr *h, uint32_t page, uint32_t pages) {
-    struct shmr_arena *a = &h->arena;
-    if (page > 0 && run_kind(a->run[page - 1]) == RUN_FREE) {
-        uint32_t before = run_length(a->run[page - 1]);
-        page -= before;
-        unlist_run(a, page);
-        pages += before;
-    }
-    if (page + pages < h->g.pages && run_kind(a->run[page + pages]) == RUN_FREE) {
-        uint32_t after = run_length(a->run[page + pages]);
-        unlist_run(a, page + pages);
-        pages += after;
-    }
-    list_run(a, page, pages);
-}
-
-static uint32_t run_alignment(uint32_t pages) { return pages >= PAGES_PER_EXTENT ? PAGES_PER_EXTENT : 1; }
-
-/* Inside a long run, each 2 MiB step says how far back its first page is, so that any address finds it. */
-static void mark_steps(struct shmr_arena *a, uint32_t page, uint32_t pages, bool set) {
-    for (uint32_t p = (page / PAGES_PER_EXTENT + 1) * PAGES_PER_EXTENT; p < page + pages; p += PAGES_PER_EXTENT)
-        a->run[p] = set ? (p - page) << 2 | RUN_NONE : 0;
-}
-
-static uint64_t use_run(struct shmr_arena *a, uint32_t page, uint32_t pages) {
-    a->run[page] = pages << 2 | RUN_USED;
-    a->record[page] = 0;
-    mark_steps(a, page, pages, true);
-    a->used_bytes += (uint64_t)pages * SHMR_PAGE;
-    return (uint64_t)page * SHMR_PAGE;
-}
-
-static struct shmr_quick *quick_of(struct shmr_arena *a, uint32_t pages) {
-    return &a->quick[(pages * 0x9e3779b1u) >> 26];
-}
-
-static bool takes_turns(uint32_t pages) { return pages >= TURNS_MIN && pages <= TURNS_MAX; }
-
-static uint32_t first_quick(struct shmr_arena *a, struct shmr_quick *q) {
-    uint32_t page = q->first - 1;
-    q->first = a->next[page];
-    q->count--;
-    return page;
-}
-
-static uint64_t take_quick(struct shmr_arena *a, uint32_t pages) {
-    struct shmr_quick *q = quick_of(a, pages);
-    if (q->pages != pages || !q->first) return SHMR_NOWHERE;
-    return use_run(a, first_quick(a, q), pages);
-}
-
-static void list_quick(struct shmr_arena *a, struct shmr_quick *q, uint32_t page, bool at_end) {
-    at_end = at_end && q->first;
-    a->run[page] = q->pages << 2 | RUN_QUICK;
-    a->next[page] = at_end ? 0 : q->first;
-    if (at_end) a->next[q->last - 1] = page + 1;
-    if (at_end || !q->first) q->last = page + 1;
-    if (!at_end) q->first = page + 1;
-    q->count++;
-}
-
-static void flush_quick_one(shmr *h, struct shmr_quick *q) {
-    uint32_t page = first_quick(&h->arena, q);
-    h->arena.run[page] = 0; /* it may end up inside a longer run */
-    free_run(h, page, q->pages);
-}
-
-static void flush_quick_list(shmr *h, struct shmr_quick *q) {
-    while (q->first) flush_quick_one(h, q);
-    q->pages = 0;
-}
-
-static bool flush_quick(shmr *h) {
-    bool any = false;
-    for (int i = 0; i < SHMR_QUICK; i++) {
-        any |= h->arena.quick[i].first != 0;
-        flush_quick_list(h, &h->arena.quick[i]);
-    }
-    return any;
-}
-
-static void release_run(shmr *h, uint32_t page, bool elsewhere) {
-    struct shmr_arena *a = &h->arena;
-    uint32_t pages = run_length(a->run[page]);
-    a->used_bytes -= (uint64_t)pages * SHMR_PAGE;
-    mark_steps(a, page, pages, false);
-    struct shmr_quick *q = quick_of(a, pages);
-    if (q->pages != pages) {
-        flush_quick_list(h, q);
-        q->pages = pages;
-    }
-    bool turns = elsewhere && takes_turns(pages);
-    list_quick(a, q, page, turns);
-    if (turns && q->count * pages > TURNS_MANY) flush_quick_one(h, q);
-}
-
-static uint64_t take_run(shmr *h, uint32_t pages) {
-    struct shmr_arena *a = &h->arena;
-    uint32_t align = run_alignment(pages);
-    for (uint32_t bin = bin_of(pages); bin < SHMR_BINS; bin++) {
-        uint64_t bits = a->bin_bits[bin / 64] >> (bin % 64);
-        if (!bits) {
-            bin |= 63; /* nothing more in this word */
-            continue;
-        }
-        bin += (uint32_t)__builtin_ctzll(bits);
-        for (uint32_t link = a->bin[bin]; link; link = a->next[link - 1]) {
-            uint32_t page = link - 1, length = run_length(a->run[page]);
-            uint32_t start = (page + align - 1) / align * align;
-            if (start + pages > page + length) continue;
-            unlist_run(a, page);
-            if (start > page) list_run(a, page, start - page);
-            if (page + length > start + pages) list_run(a, start + pages, page + length - start - pages);
-            return use_run(a, start, pages);
-        }
-    }
-    return SHMR_NOWHERE;
 }
 
 /* ---- slabs ------------------------------------------------------------------------------------------------------ */
@@ -289,8 +115,7 @@ static struct shmr_slab *new_slab(shmr *h, uint32_t class_index) {
     struct shmr_arena *a = &h->arena;
     uint32_t bytes = class_bytes(class_index), pages = (bytes * 8 + SHMR_PAGE - 1) / SHMR_PAGE;
     if (pages < 4) pages = 4;
-    uint64_t offset = take_quick(a, pages);
-    if (offset == SHMR_NOWHERE) offset = take_run(h, pages);
+    uint64_t offset = shmr_runs_take(h, pages);
     if (offset == SHMR_NOWHERE) return NULL;
     uint32_t blocks = pages * SHMR_PAGE / bytes;
     struct shmr_slab *s = malloc(sizeof *s + blocks * sizeof(uint32_t));
@@ -298,7 +123,7 @@ static struct shmr_slab *new_slab(shmr *h, uint32_t class_index) {
     if (!s || !records) {
         free(s);
         free(records);
-        release_run(h, (uint32_t)(offset / SHMR_PAGE), false);
+        shmr_runs_release(h, (uint32_t)(offset / SHMR_PAGE), false);
         return NULL;
     }
     a->used_bytes -= (uint64_t)pages * SHMR_PAGE; /* its blocks count, not itself */
@@ -317,9 +142,9 @@ static struct shmr_slab *new_slab(shmr *h, uint32_t class_index) {
 static void delete_slab(shmr *h, struct shmr_slab *s) {
     struct shmr_arena *a = &h->arena;
     for (uint32_t p = 0; p < s->pages; p++) a->slab_at[s->page + p] = NULL;
-    mark_steps(a, s->page, s->pages, false);
+    shmr_runs_mark_steps(a, s->page, s->pages, false);
     a->run[s->page] = 0;
-    free_run(h, s->page, s->pages);
+    shmr_runs_free(h, s->page, s->pages);
     forget_slab(a, s);
 }
 
@@ -340,7 +165,7 @@ static bool delete_empty_slabs(shmr *h) {
 
 /* What is kept for the next one of its size becomes pages for any. */
 static bool gather_free(shmr *h) {
-    bool any = flush_quick(h);
+    bool any = shmr_runs_gather(h);
     return delete_empty_slabs(h) || any;
 }
 
@@ -381,25 +206,9 @@ static void release_small(shmr *h, struct shmr_slab *s, uint64_t offset, uint64_
  * interpreter, that would have left the cache when its turn comes. */
 bool shmr_arena_has_warm(shmr *h, uint64_t bytes) {
     if (bytes <= SMALL_MAX) return ++h->arena.turn % SMALL_EVERY && h->arena.partial[class_of(bytes)];
-    if (bytes >= LARGE_MIN) return false;
+    if (bytes >= SHMR_LARGE_MIN) return false;
     uint32_t pages = (uint32_t)((bytes + SHMR_PAGE - 1) / SHMR_PAGE);
-    const struct shmr_quick *q = quick_of(&h->arena, pages);
-    return ++h->arena.turn % LOOK_EVERY && q->pages == pages && q->first;
-}
-
-/* One more block of a length that takes turns, if few do and nobody is short of memory. */
-static uint64_t take_another(shmr *h, uint32_t pages) {
-    struct shmr_arena *a = &h->arena;
-    const struct shmr_quick *q = quick_of(a, pages);
-    if (!takes_turns(pages) || q->pages != pages || !q->first || q->count * pages >= TURNS_FEW) return SHMR_NOWHERE;
-    if (a->turns_wait && a->turns_wait--) return SHMR_NOWHERE;
-    uint64_t offset = take_run(h, pages), more = a->owned_bytes / SHMR_EXTENT + 1;
-    bool room = more * PAGES_PER_EXTENT <= TURNS_MANY && (more + a->leave) * 4 <= h->g.extents * UINT64_C(3);
-    if (offset == SHMR_NOWHERE && room && !shmr_any_waiter(shmr_header_of(h)->extent_waiters) &&
-        shmr_arena_grow(h, SHMR_EXTENT) == SHMR_OK)
-        offset = take_run(h, pages);
-    a->turns_wait = offset == SHMR_NOWHERE ? TURNS_REFUSED : TURNS_EVERY;
-    return offset;
+    return ++h->arena.turn % LOOK_EVERY && shmr_runs_have_quick(h, pages);
 }
 
 uint64_t shmr_arena_allocate(shmr *h, uint64_t bytes) {
@@ -411,11 +220,8 @@ uint64_t shmr_arena_allocate(shmr *h, uint64_t bytes) {
     }
     uint64_t pages = (bytes + SHMR_PAGE - 1) / SHMR_PAGE;
     if (pages > h->g.pages) return SHMR_NOWHERE;
-    offset = take_another(h, (uint32_t)pages);
-    if (offset == SHMR_NOWHERE) offset = take_quick(&h->arena, (uint32_t)pages);
-    if (offset == SHMR_NOWHERE) offset = take_run(h, (uint32_t)pages);
-    if (offset == SHMR_NOWHERE && gather_free(h))
-        offset = take_run(h, (uint32_t)pages);
+    offset = shmr_runs_take(h, (uint32_t)pages);
+    if (offset == SHMR_NOWHERE && gather_free(h)) offset = shmr_runs_take(h, (uint32_t)pages);
     return offset;
 }
 
@@ -425,7 +231,7 @@ void shmr_arena_release(shmr *h, uint64_t offset, uint64_t room, bool elsewhere)
     if (s)
         release_small(h, s, offset, room);
     else
-        release_run(h, page, elsewhere);
+        shmr_runs_release(h, page, elsewhere);
 }
 
 uint32_t *shmr_arena_record(shmr *h, uint64_t offset, uint64_t *start, uint64_t *room) {
@@ -514,7 +320,7 @@ int shmr_arena_grow(shmr *h, uint64_t bytes) {
             uint32_t first = down ? i : i + 1 - need;
             int status = take_extents(h, first, need);
             if (status == SHMR_OK) {
-                free_run(h, first * PAGES_PER_EXTENT, need * PAGES_PER_EXTENT);
+                shmr_runs_free(h, first * PAGES_PER_EXTENT, need * PAGES_PER_EXTENT);
                 return SHMR_OK;
             }
             if (status == SHMR_NO_MEMORY && !warm_only && !down) break;
@@ -527,10 +333,10 @@ int shmr_arena_grow(shmr *h, uint64_t bytes) {
 
 void shmr_arena_trim(shmr *h) {
     struct shmr_arena *a = &h->arena;
-    flush_quick(h);
+    shmr_runs_gather(h);
     delete_empty_slabs(h);
     bool any = false;
-    for (uint32_t bin = bin_of(PAGES_PER_EXTENT); bin < SHMR_BINS; bin++) {
+    for (uint32_t bin = shmr_runs_bin(PAGES_PER_EXTENT); bin < SHMR_BINS; bin++) {
         uint32_t link = a->bin[bin];
         while (link) {
             uint32_t page = link - 1, length = run_length(a->run[page]);
@@ -538,10 +344,10 @@ void shmr_arena_trim(shmr *h) {
             uint32_t first = (page + PAGES_PER_EXTENT - 1) / PAGES_PER_EXTENT;
             uint32_t last = (page + length) / PAGES_PER_EXTENT;
             if (first >= last) continue;
-            unlist_run(a, page);
+            shmr_runs_unlist(a, page);
             uint32_t start = first * PAGES_PER_EXTENT, end = last * PAGES_PER_EXTENT;
-            if (start > page) list_run(a, page, start - page);
-            if (page + length > end) list_run(a, end, page + length - end);
+            if (start > page) shmr_runs_list(a, page, start - page);
+            if (page + length > end) shmr_runs_list(a, end, page + length - end);
             for (uint32_t e = first; e < last; e++) give_extent(h, e);
             any = true;
             link = a->bin[bin]; /* the list has changed: again from its start */
@@ -596,7 +402,7 @@ void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *
         if (room > SMALL_MAX) {
             for (uint32_t p = page; p < end; p++) a->run[p] = 0;
             a->run[page] = (end - page) << 2 | RUN_USED;
-            mark_steps(a, page, end - page, true);
+            shmr_runs_mark_steps(a, page, end - page, true);
             a->record[page] = live[i] + 1;
             continue;
         }
@@ -649,7 +455,7 @@ void shmr_arena_adopt_extents(shmr *h, const struct shmr_slots *from, uint32_t *
             }
             uint32_t start = p;
             while (p < end && a->run[p] == UNSORTED) a->run[p++] = 0;
-            free_run(h, start, p - start);
+            shmr_runs_free(h, start, p - start);
         }
     }
 }

@@ -23,6 +23,7 @@ SOURCES = (
     "shmr_region.c",
     "shmr_reserve.c",
     "shmr_arena.c",
+    "shmr_runs.c",
     "shmr_held.c",
     "shmr_block.c",
     "shmr_descriptor.c",
