@@ -182,7 +182,10 @@ static uint64_t take_another(shmr *h, uint32_t pages) {
     struct shmr_arena *a = &h->arena;
     const struct shmr_quick *q = quick_of(a, pages);
     if (!takes_turns(pages) || q->pages != pages || !q->first || q->count * pages >= TURNS_FEW) return SHMR_NOWHERE;
-    if (a->turns_wait && a->turns_wait--) return SHMR_NOWHERE;
+    if (a->turns_wait) {
+        a->turns_wait--;
+        return SHMR_NOWHERE;
+    }
     uint64_t offset = take_run(h, pages), more = a->owned_bytes / SHMR_EXTENT + 1;
     bool room = more * PAGES_PER_EXTENT <= TURNS_MANY && (more + a->leave) * 4 <= h->g.extents * UINT64_C(3);
     if (offset == SHMR_NOWHERE && room && !shmr_any_waiter(shmr_header_of(h)->extent_waiters) &&

@@ -56,7 +56,11 @@ static void on_tell(int number) {
 
 static int precede(int number, void (*handler)(int)) {
     struct sigaction action;
-    if (number < 1 || number >= NSIG || sigaction(number, NULL, &action) < 0) return -1;
+    if (number < 1 || number >= NSIG) {
+        errno = EINVAL;
+        return -1;
+    }
+    if (sigaction(number, NULL, &action) < 0) return -1;
     before[number] = action.sa_handler;
     action.sa_handler = handler;
     return sigaction(number, &action, NULL);

@@ -352,6 +352,19 @@ static void turns_leave_room(void) {
     shmr_or_seq_cst(waiters, UINT64_C(1) << other->self % 64);
     CHECK_EQ(turn(MIB, 2), 1);
     shmr_store_relaxed(waiters, 0);
+    struct allocation kept[7];
+    for (int k = 0; k < 7; k++) REQUIRE(allocate(&kept[k], MIB));
+    CHECK_EQ(turn(MIB, 1), 4); /* all that it takes for their sake, though of these only one is free */
+    for (int k = 0; k < 7; k++) release(&kept[k]);
+    leave_region(other);
+    nothing_is_left();
+    close_arena();
+    open_arena(16 * MIB); /* the rest is somebody else's */
+    other = attach_region(fd);
+    shmr_block theirs = {0};
+    OK(shmr_claim(other, 14 * MIB, NULL, 0, -1, NOT_AT_ALL, &theirs));
+    CHECK_EQ(turn(MIB, 2), 1);
+    OK(shmr_abort(other, &theirs));
     leave_region(other);
     nothing_is_left();
     close_arena();

@@ -487,6 +487,23 @@ static void whoever_waits_is_woken(void) {
     }
 }
 
+static void *send_one_byte(void *unused) {
+    (void)unused;
+    usleep(20000); /* the other side sleeps by now */
+    OK(send_bytes(sent, 1, 0, FOR_EVER));
+    return NULL;
+}
+
+static void all_of_it_may_be_there_on_waking(void) {
+    pthread_t thread;
+    open_pipe(SMALL);
+    CHECK_EQ(pthread_create(&thread, NULL, send_one_byte, NULL), 0);
+    OK(receive(FOR_EVER));
+    CHECK_EQ(message.length, 1);
+    pthread_join(thread, NULL);
+    close_streams();
+}
+
 static size_t coming;
 static void inject_what_is_coming(int number) {
     (void)number;
@@ -626,6 +643,7 @@ int main(void) {
     RUN(what_nobody_has_sent_into_a_queue_is_corrupt_once);
     RUN(a_message_of_a_queue_without_memory_passes);
     RUN(whoever_waits_is_woken);
+    RUN(all_of_it_may_be_there_on_waking);
     RUN(what_comes_soon_is_found_by_looking);
     RUN(deadlines_are_kept);
     RUN(a_signal_interrupts);

@@ -24,7 +24,7 @@ AT_LEAST = 95.0
 GCOVR = [sys.executable, "-m", "gcovr"]
 
 PYTHON_TESTS = [
-    f"tests/unit/test_{name}.py" for name in ("handles", "directions", "ring", "channel_shm", "wire")
+    f"tests/unit/test_{name}.py" for name in ("handles", "directions", "ring", "channel_shm", "wire", "stack")
 ]
 """What only Python reaches: handles.c and its siblings. (Who ends by `os._exit` or a signal leaves no counts.)"""
 
