@@ -67,17 +67,7 @@ def test_ping_pong_asleep(compare: Any, targets: Any) -> None:
     """Both sides asleep: against bare semaphores in C."""
     count = 300
     with ExitStack() as stack:
-
-        def contestant(left: Any, right: Any) -> Any:
-            crew = stack.enter_context(Crew((_member(left), _member(right)), cores(2), PATIENCE))
-
-            def run() -> Each:
-                trips, right = crew.ask(count, count)
-                assert right == count == len(trips), "wrong answers"
-                return Each(float(np.median(trips)) - PAUSE_NS / 1e9)
-
-            return run
-
+        contestant = partial(_asleep, stack, count=count)
         (left, right), (sender, receiver) = shm.channel("shm"), shm.channel("shm")
         for end in (left, right, sender, receiver):
             stack.callback(end.close)
@@ -99,6 +89,43 @@ def test_ping_pong_asleep(compare: Any, targets: Any) -> None:
         targets.note(f"the same, {name}", f"{1 / result.ratio(name, 'sem_t in C'):.3g}x")
 
 
+def test_large_messages_to_who_sleeps(compare: Any, targets: Any) -> None:
+    """1 MiB there, filled in place or copied in, and a short answer: who sleeps wakes meanwhile."""
+    count, nbytes = 300, 1 << 20
+    with ExitStack() as stack:
+        left, right = shm.channel("shm")
+        for end in (left, right):
+            stack.callback(end.close)
+        there, back = (stack.enter_context(shm.Ring(capacity=4, arena_bytes=64 << 20)) for _ in range(2))
+        contestants = {
+            "shm": (partial(_ping, left, left), partial(_pong, right, right)),
+            "Ring": (partial(_ping, there, back), partial(_pong, back, there)),
+            "sem_t in Python": _semaphores_in_python(nbytes),
+        }
+        result = compare(
+            {
+                name: _asleep(stack, partial(ping, nbytes=nbytes), pong, count)
+                for name, (ping, pong) in contestants.items()
+            },
+            unit="a round trip, less the pause",
+        )
+    for name in ("shm", "Ring"):
+        ratio = 1 / result.ratio(name, "sem_t in Python")
+        targets.at_most(f"1 MiB to who sleeps, {name} to sem_t in Python, time", ratio, 1, "x")
+
+
+def _asleep(stack: ExitStack, ping: Any, pong: Any, count: int) -> Any:
+    """Return a contestant: round trips between two who compute for a while before they send."""
+    crew = stack.enter_context(Crew((_member(ping), _member(pong)), cores(2), PATIENCE))
+
+    def run() -> Each:
+        trips, right = crew.ask(count, count)
+        assert right == count == len(trips), "wrong answers"
+        return Each(float(np.median(trips)) - PAUSE_NS / 1e9)
+
+    return run
+
+
 def _member(part: Any) -> Any:
     return lambda: (part, lambda: None)
 
@@ -111,12 +138,12 @@ def _think(ns: int) -> None:
         pass
 
 
-def _ping(out: Any, back: Any, count: int) -> list[float]:
+def _ping(out: Any, back: Any, count: int, nbytes: int = 64) -> list[float]:
     clock, trips = time.perf_counter, []
     for number in range(count):
         _think(PAUSE_NS)
         start = clock()
-        frame = out.claim(64, "u1")
+        frame = out.claim(nbytes, "u1")
         frame.array.fill(number & 127)
         frame.commit()
         frame = back.lease()
@@ -159,16 +186,17 @@ def _pong_bytes(end: Any, count: int) -> int:
     return count
 
 
-def _semaphores_in_python() -> Any:
-    message = np.frombuffer(mmap.mmap(-1, 4096), np.uint8)[:64]
+def _semaphores_in_python(room: int = 64) -> Any:
+    message = np.frombuffer(mmap.mmap(-1, max(room, 4096)), np.uint8)
+    answer_here = message[:64]
     there, back = fork.Semaphore(0), fork.Semaphore(0)
 
-    def ping(count: int) -> list[float]:
-        clock, trips = time.perf_counter, []
+    def ping(count: int, nbytes: int = 64) -> list[float]:
+        clock, trips, question = time.perf_counter, [], message[:nbytes]
         for number in range(count):
             _think(PAUSE_NS)
             start = clock()
-            message.fill(number & 127)
+            question.fill(number & 127)
             there.release()
             back.acquire()
             answer = int(message[63])
@@ -181,7 +209,7 @@ def _semaphores_in_python() -> Any:
             there.acquire()
             value = int(message[63])
             _think(PAUSE_NS)
-            message.fill(value + 1)
+            answer_here.fill(value + 1)
             back.release()
         return count
 

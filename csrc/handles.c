@@ -196,6 +196,7 @@ static PyObject *end_claim(End *self, PyObject *const *arguments, Py_ssize_t cou
         }
         Py_DECREF(done);
     }
+    core.announce(self->handle, 0);
     uint32_t place = place_of(claim->block.offset);
     PyObject *array = layout->targets[place].array;
     if (array && layout->targets[place].offset == claim->block.offset) {
@@ -336,15 +337,16 @@ static PyTypeObject EndType = {
     .tp_members = end_members,
 };
 
-/* connect(LeaseError, claim, commit, abort, lease, release, send, check_payload): where the core is */
+/* connect(LeaseError, claim, announce, commit, abort, lease, release, send, check_payload): where the core is */
 static PyObject *connect(PyObject *module, PyObject *args) {
     (void)module;
     PyObject *error;
-    unsigned long long claim, commit, abort_, lease, release, send, check;
-    if (!PyArg_ParseTuple(args, "OKKKKKKK", &error, &claim, &commit, &abort_, &lease, &release, &send, &check))
+    unsigned long long claim, announce, commit, abort_, lease, release, send, check;
+    if (!PyArg_ParseTuple(args, "OKKKKKKKK", &error, &claim, &announce, &commit, &abort_, &lease, &release, &send, &check))
         return NULL;
     Py_XSETREF(lease_error, Py_NewRef(error));
     core.claim = (int (*)(shmr *, uint64_t, const shmr_ref *, uint32_t, int, int64_t, shmr_block *))(uintptr_t)claim;
+    core.announce = (void (*)(shmr *, uint32_t))(uintptr_t)announce;
     core.commit = (int (*)(shmr *, uint32_t, int, int, int64_t, shmr_block *))(uintptr_t)commit;
     core.abort = (int (*)(shmr *, shmr_block *))(uintptr_t)abort_;
     core.lease = (int (*)(shmr *, uint32_t, int, int64_t, shmr_block *))(uintptr_t)lease;

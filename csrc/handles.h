@@ -21,6 +21,7 @@
 /* The core is in cffi's module; its addresses are handed over once. */
 struct handles_core {
     int (*claim)(shmr *, uint64_t, const shmr_ref *, uint32_t, int, int64_t, shmr_block *);
+    void (*announce)(shmr *, uint32_t);
     int (*commit)(shmr *, uint32_t, int, int, int64_t, shmr_block *);
     int (*abort)(shmr *, shmr_block *);
     int (*lease)(shmr *, uint32_t, int, int64_t, shmr_block *);

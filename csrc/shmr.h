@@ -138,6 +138,9 @@ void shmr_count_late_release(shmr *h);
  * so that a process that drains results can never be stuck on its own full arena. */
 int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, int items, int64_t deadline,
                shmr_block *out);
+/* What was claimed is soon to be committed to this ring: whoever sleeps there begins to wake while it is filled. Not
+ * needed, and worth nothing for a few bytes that are copied at once. */
+void shmr_announce(shmr *h, uint32_t ring);
 /* CLAIMED or LEASED by this process -> COMMITTED in the ring, with kind, tag, length and spec as in *block.
  * Waits while `capacity` messages are committed. `payload_check`: store a CRC32C of all bytes. */
 int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t deadline, shmr_block *block);

@@ -118,6 +118,7 @@ void shmr_read_config(const shmr *h, shmr_config *out);
 void shmr_count_late_release(shmr *h);
 int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, int items, int64_t deadline,
                shmr_block *out);
+void shmr_announce(shmr *h, uint32_t ring);
 int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t deadline, shmr_block *block);
 int shmr_abort(shmr *h, shmr_block *block);
 int shmr_send(shmr *h, uint32_t ring, int payload_check, int64_t deadline, const void *bytes, shmr_block *block);

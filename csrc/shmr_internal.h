@@ -151,6 +151,7 @@ struct shmr {
     uint32_t doorbell_count;
     struct shmr_spin spin[2 * SHMR_SPIN_KINDS]; /* before sleeping; and briefly */
     shmr_word next_look;                        /* when who only polls looks again */
+    shmr_word announced_at, announce_rest;      /* when a message was, or 0; how many are not, as filling takes too long */
     shmr_word first_seen[SHMR_MAX_RINGS];       /* private copies of the lease cursors, never ahead of them */
 
     pthread_mutex_t death_lock;
@@ -280,10 +281,13 @@ bool shmr_ring_has_room(const shmr *h, uint32_t ring);
 
 /* ---- shmr_bell.c --------------------------------------------------------------------------------------------- */
 void shmr_bell_ring(shmr_word *bell);
+void shmr_bell_announce(shmr_word *bell);
 bool shmr_bell_rung(const shmr_word *bell);
 bool shmr_bell_asleep(const shmr_word *bell);
 void shmr_bell_silence(shmr_word *bell);
 int shmr_bell_wait(shmr_word *bell, int64_t end);
+
+#define SHMR_LONG 4096 /* from here on copying takes long enough for an announcement to gain something */
 
 /* ---- shmr_wait.c --------------------------------------------------------------------------------------------- */
 struct shmr_source {
@@ -293,6 +297,7 @@ struct shmr_source {
     bool baton; /* one waiter is woken for one item, so a waiter that leaves must look and pass it on */
 };
 int64_t shmr_now(void);
+void shmr_announced(shmr *h);
 void shmr_notify_one(shmr *h, shmr_word *waiters);
 void shmr_notify_all(shmr *h, shmr_word *waiters);
 bool shmr_any_waiter(const shmr_word *waiters);

@@ -10,6 +10,7 @@ int shmr_send(shmr *h, uint32_t ring, int payload_check, int64_t deadline, const
     if (!block->state) {
         int status = shmr_claim(h, block->length, NULL, 0, -1, deadline, block);
         if (status != SHMR_OK) return status;
+        if (block->length >= SHMR_LONG) shmr_announce(h, ring);
         shmr_copy(h->base + block->offset, bytes, block->length);
     }
     return shmr_commit(h, ring, payload_check, -1, deadline, block);

@@ -263,6 +263,7 @@ int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t de
     if (status != SHMR_OK) return status;
     block->state = 0;
     shmr_notify_one(h, shmr_ring_at(h, ring)->item_waiters);
+    shmr_announced(h);
     shmr_pin(h, -1);
     return SHMR_OK;
 }

@@ -21,6 +21,7 @@ static int send_block(shmr *h, shmr_scatter *scatter, uint64_t index, int64_t de
     int items = (int)scatter->result_ring;
     int status = shmr_claim(h, total, NULL, 0, items, deadline, &block);
     if (status != SHMR_OK) return status;
+    if (total >= SHMR_LONG) shmr_announce(h, scatter->task_ring);
     uint64_t at = 0, copied = 0;
     for (uint32_t i = 0; i < scatter->sources; i++) {
         uint64_t bytes = bytes_of(&scatter->source[i], index, &start);

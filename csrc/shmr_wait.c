@@ -25,6 +25,9 @@
 #define SPIN_NS 50000
 #define UNSEEN_NS 10000 /* of these, before others are told that somebody waits */
 #define BRIEFLY_NS 10000
+#ifndef SHMR_SOON_NS
+#define SHMR_SOON_NS 100000 /* for what is announced (with none of it in the explorer, where time stands still) */
+#endif
 #define MISSES_MAX 3   /* after so many spins in vain: no more spinning */
 #define PROBE_EVERY 32 /* but try again now and then */
 #define LOST_MAX 64    /* bits that others were faster to clear */
@@ -58,6 +61,34 @@ static uint64_t awake_among(shmr *h, int word, uint64_t bits) {
             return left & -left;
     }
     return bits & -bits;
+}
+
+/* A message is about to be committed to this ring: who sleeps there wakes meanwhile, and need not be woken then. Its bit
+ * stands, and so do all rules: this is one ring of a bell more. Of no use where filling takes longer than spinning. */
+void shmr_announce(shmr *h, uint32_t ring) {
+    if (ring >= h->g.config.rings) return;
+    const shmr_word *waiters = shmr_ring_at(h, ring)->item_waiters;
+    for (int w = 0; w < SHMR_WAITER_WORDS; w++) {
+        uint64_t bits = shmr_load_relaxed(&waiters[w]); /* a hint */
+        if (!bits) continue;
+        uint32_t doorbell = (uint32_t)(w * 64) + (uint32_t)__builtin_ctzll(awake_among(h, w, bits));
+        if (doorbell >= h->g.config.doorbells) return;
+        shmr_word *bell = &shmr_doorbell_at(h, doorbell)->bell;
+        uint64_t rest = shmr_load_relaxed(&h->announce_rest); /* private, like the time; a race costs a guess */
+        if (rest) shmr_store_relaxed(&h->announce_rest, rest - 1); /* likewise */
+        if (rest || !shmr_bell_asleep(bell)) return;
+        shmr_store_relaxed(&h->announced_at, (uint64_t)shmr_now()); /* likewise */
+        shmr_bell_announce(bell);
+        return;
+    }
+}
+
+/* It is committed. */
+void shmr_announced(shmr *h) {
+    int64_t at = (int64_t)shmr_load_relaxed(&h->announced_at); /* private */
+    if (!at) return;
+    shmr_store_relaxed(&h->announced_at, 0); /* likewise */
+    if (shmr_now() - at > SHMR_SOON_NS) shmr_store_relaxed(&h->announce_rest, PROBE_EVERY); /* likewise */
 }
 
 void shmr_notify_one(shmr *h, shmr_word *waiters) {
@@ -163,6 +194,7 @@ static bool spin(shmr *h, const struct shmr_source *sources, int count, struct s
 
 static int64_t earlier(int64_t end, int64_t deadline) { return deadline > 0 && deadline < end ? deadline : end; }
 
+/* 0, or EAGAIN, ETIMEDOUT or EINTR, as shmr_bell_wait. */
 static int sleep_until(shmr *h, int doorbell, int64_t end) {
     if (doorbell >= 0) return shmr_bell_wait(&shmr_doorbell_at(h, (uint32_t)doorbell)->bell, end);
     struct timespec t = {0, 1000000}; /* more sleeping threads than doorbells: look again in a millisecond */
@@ -239,7 +271,7 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
     if (brief) return status;
     int doorbell = borrow_doorbell(h);
     bool watching_space = sources[0].waiters == shmr_participant_at(h, h->self)->space_waiters;
-    bool by_slice = false, lost = false;
+    bool by_slice = false, lost = false, announced = false;
     int64_t next_look = 0;
     for (;;) {
         bool ask = doorbell < 0 && watching_space;
@@ -299,7 +331,8 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
         }
         if (spinning) {
             spinning = false;
-            if (spin(h, sources, count, s, true, doorbell, earlier(began + SPIN_NS, deadline))) continue;
+            if (spin(h, sources, count, s, !announced, doorbell, earlier(began + (announced ? SHMR_SOON_NS : SPIN_NS), deadline)))
+                continue;
         }
         if (!watching_space) relieve(h);
         int64_t end = now + SLICE_NS;
@@ -311,6 +344,11 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
         if (by_slice && doorbell >= 0 && end == now + SLICE_NS) {
             error = await_post(h, sources, count, doorbell);
             lost = error == ETIMEDOUT && !shmr_death_since(h, deaths); /* then it is recovery that wakes us, or will */
+        }
+        announced = error == EAGAIN;
+        if (announced) {
+            spinning = true;
+            began = shmr_now();
         }
         if (error == EINTR) {
             status = attempt(h, argument); /* we may hold a baton */

@@ -26,7 +26,7 @@ connect(
     LeaseError,
     *(
         int(ffi.cast("uintptr_t", ffi.addressof(lib, f"shmr_{name}")))
-        for name in ("claim", "commit", "abort", "lease", "release", "send", "check_payload")
+        for name in ("claim", "announce", "commit", "abort", "lease", "release", "send", "check_payload")
     ),
 )
 

@@ -158,6 +158,7 @@ class Queue(Attached, Generic[T]):
                 frame,
                 relieved_by_others=True,
             )
+            lib.shmr_announce(self._region.handle, 0)
             frame.write_into(self._region.root(message.offset, frame.nbytes, writable=True))
             message.length = frame.nbytes
             self._patiently(

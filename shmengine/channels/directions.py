@@ -151,6 +151,7 @@ class Sender(_Direction):
             block.kind, block.length, block.spec_bytes = kind, obj.nbytes, 0
             status = lib.shmr_claim(self._h, obj.nbytes, NO_REFS, 0, -1, deadline, block)
             if status == OK:
+                lib.shmr_announce(self._h, 0)
                 obj.write_into(self._region.root(block.offset, obj.nbytes, writable=True))
                 status = self._commit(block, deadline)
         if status == OK:
@@ -169,6 +170,7 @@ class Sender(_Direction):
             status: int = lib.shmr_claim(self._h, block.length, NO_REFS, 0, -1, deadline, block)
             if status != OK:
                 return status
+            lib.shmr_announce(self._h, 0)
             self._target(layout, block.offset)[...] = array
             return self._commit(block, deadline)
         block.kind, block.spec_bytes = KIND_ARRAY, len(layout.spec)

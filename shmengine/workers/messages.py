@@ -89,6 +89,8 @@ SHARED = b"\2"
 MODES = {False: READ_ONLY, True: PRIVATE, "private": PRIVATE, "shared": SHARED}
 OWN = b"\1"  # behind it: what results hold of memory that came by reference is copied, for main alone
 
+LONG = 64 << 10  # bytes of a message; from here on it is worth a call to announce it
+
 # A function up to this size travels with each batch; a larger one is put into shared memory once.
 INLINE_FUNCTION_BYTES = 4096
 OBJECTS_KEPT = 32
@@ -148,6 +150,8 @@ def write_frame(
                 break
             if status != INTERRUPTED:
                 return status
+        if encoded.nbytes >= LONG:
+            lib.shmr_announce(handle, ring)
         encoded.write_into(arena.region.root(block.offset, encoded.nbytes, writable=True))
         block.kind = kind
         block.tag = tag

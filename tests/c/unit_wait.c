@@ -287,6 +287,78 @@ static void who_is_awake(void) {
     close_whole();
 }
 
+/* An announcement rings one bell, of one who sleeps, and takes no bit away. */
+static void who_is_told_beforehand(void) {
+    open_region();
+    enum { RUNG = 1, ASLEEP = 2, SOON = 4, WAITERS = 3 };
+    shmr_announce(h, 0);
+    shmr_announce(h, 99); /* no such ring */
+    const struct { uint64_t bits, asleep, told; } cases[] = {
+        {0, 0, 0}, {0, 7, 0}, {1, 1, 1}, {1, 0, 0}, {7, 7, 1}, {7, 3, 0}, {6, 6, 2}, {UINT64_C(1) << 63, 7, 0},
+    };
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        for (uint32_t d = 0; d < WAITERS; d++)
+            shmr_store_release(&shmr_doorbell_at(h, d)->bell, cases[c].asleep >> d & 1 ? ASLEEP : 0);
+        shmr_or_seq_cst(items() + (c == 7), cases[c].bits); /* the last is that of a doorbell that there is not */
+        shmr_announce(h, 0);
+        CHECK_EQ(shmr_load_seq_cst(items() + (c == 7)), cases[c].bits);
+        for (uint32_t d = 0; d < WAITERS; d++) {
+            uint64_t asleep = cases[c].asleep >> d & 1 ? ASLEEP : 0;
+            CHECK_EQ(shmr_load_seq_cst(&shmr_doorbell_at(h, d)->bell), cases[c].told >> d & 1 ? asleep | RUNG | SOON : asleep);
+            shmr_store_release(&shmr_doorbell_at(h, d)->bell, 0);
+        }
+        shmr_and_acq_rel(items() + (c == 7), 0);
+    }
+    close_whole();
+}
+
+/* Where messages take long to fill nobody is told of most of them. */
+static void told_too_early(void) {
+    open_region();
+    enum { ASLEEP = 2, SOON = 4 };
+    const int64_t ago[] = {-1000 * MS, 1000 * MS}; /* that it was announced */
+    for (int late = 0; late < 2; late++) {
+        shmr_store_relaxed(&h->announced_at, (uint64_t)(shmr_now() - ago[late]));
+        OK(send_message(h, 0, 8, 1, NOT_AT_ALL));
+        OK(receive_message(h, 0, NULL, NOT_AT_ALL));
+        int told = 0;
+        shmr_or_seq_cst(items(), 1);
+        for (int i = 0; i < 40; i++) {
+            shmr_store_release(&shmr_doorbell_at(h, 0)->bell, ASLEEP);
+            shmr_announce(h, 0);
+            told += (shmr_load_seq_cst(&shmr_doorbell_at(h, 0)->bell) & SOON) != 0;
+        }
+        CHECK_EQ(told, late ? 8 : 40);
+        shmr_and_acq_rel(items(), 0);
+        shmr_store_release(&shmr_doorbell_at(h, 0)->bell, 0);
+    }
+    close_whole();
+}
+
+/* Whoever is told sleeps again when nothing comes, and is not lost to what comes then. */
+static void told_in_vain(void) {
+    open_region();
+    for (int turn = 0; turn < 100; turn++) {
+        struct waiter w[2] = {{0}};
+        for (int i = 0; i < 2; i++) start(&w[i], i ? h : other, LEASE, FOR_EVER);
+        if (turn % 2) until_waiting(items(), 2);
+        for (uint64_t k = 0; k < 2; k++) {
+            shmr_block b = {0};
+            OK(shmr_claim(h, 8, NULL, 0, -1, NOT_AT_ALL, &b));
+            shmr_announce(h, 0);
+            usleep((useconds_t)(turn % 10 * 30)); /* what is announced is waited for less long than the longest of these */
+            shmr_announce(h, 0);
+            OK(shmr_abort(h, &b));
+            OK(send_message(h, 0, 8, k, NOT_AT_ALL));
+        }
+        for (int i = 0; i < 2; i++) {
+            OK(finish(&w[i]));
+            OK(shmr_release(w[i].h, &w[i].block));
+        }
+    }
+    close_whole();
+}
+
 /* Some of the waiters give up at the very moment when a message comes: the wake-up must go to another. */
 static void a_baton_is_passed_on(void) {
     open_region();
@@ -482,6 +554,9 @@ int main(void) {
     RUN(by_who_waits_for_memory_too);
     RUN(one_each);
     RUN(who_is_awake);
+    RUN(who_is_told_beforehand);
+    RUN(told_too_early);
+    RUN(told_in_vain);
     RUN(a_baton_is_passed_on);
     RUN(too_few_doorbells);
     RUN(an_item_interrupts);

@@ -20,7 +20,7 @@ from shmengine.ring import Ring
 from tests.helpers.memory import assert_memory_is_whole
 from tests.helpers.scripts import ROOT
 
-CALLS = ("claim", "commit", "abort", "lease", "release", "send", "check_payload")
+CALLS = ("claim", "announce", "commit", "abort", "lease", "release", "send", "check_payload")
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def refused(name, status):
         (lambda end: End(), "ring"),
         (lambda end: End(5, 5, 5, False, ()), "weak reference"),
         (lambda end: Layout(1), "shape"),
-        (lambda end: connect(LeaseError), "8 arguments"),
+        (lambda end: connect(LeaseError), "9 arguments"),
     ],
 )
 def test_wrong_arguments(ring, call, text):

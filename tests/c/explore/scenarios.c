@@ -10,5 +10,5 @@ const struct ex_scenario *const ex_scenarios[] = {
     &shortage,   &few_records,  &trimmed, &huge,     &two_short,   &in_vain,   &held_full, &denied, &by_reference,
     &wide,       &stale_hold,   &born_shared, &heir, &recoverers,  &overflow,  &in_charge, &crowded, &successor,
     &in_time,    &reused,       &legacy, &forced,    &early, &newcomer, &turns, &forwarded_twice,
-    &forced_idle, &told_no,     &poisoned, &poisoned_ring, &wide_full, &unfilled, &handed_over,
+    &forced_idle, &told_no,     &poisoned, &poisoned_ring, &wide_full, &unfilled, &handed_over, &announced,
     NULL};

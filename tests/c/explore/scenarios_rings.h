@@ -179,6 +179,24 @@ static const struct ex_scenario baton = {
     "baton", "two consumers, one message each: a wake-up that reaches one who has its message goes on", setup_baton, 3,
     {send_one_two, receive_one, receive_one}, check_two, {2, 0, 0, 1}, {3, 1, 0, 1}};
 
+/* ---- a message is announced, and comes, or does not ------------------------------------------------------------------------ */
+
+static void announce_and_send(void) {
+    shmr *h = mine();
+    for (uint64_t number = 0; number <= 2; number++) {
+        shmr_block b = {0};
+        if (!is_done(RETRIED(shmr_claim(h, 64, NULL, 0, -1, soon(), &b)))) return;
+        shmr_announce(h, 0);
+        if (number)
+            is_done(fill_and_commit(h, 0, number, &b));
+        else
+            OK(shmr_abort(h, &b));
+    }
+}
+static const struct ex_scenario announced = {
+    "announced", "who sleeps is told of messages before they are there; one never is", setup_baton, 3,
+    {announce_and_send, receive_one, receive_one}, check_two, {1, 1, 0, 0}, {2, 1, 0, 0}};
+
 /* ---- waiting without taking ------------------------------------------------------------------------------------------------ */
 
 static void look_and_receive(void) {

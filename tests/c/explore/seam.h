@@ -103,6 +103,7 @@ static inline bool shmr_mark_move(unsigned char *mark, unsigned char from, unsig
 static inline void shmr_pointer_set(void **pointer, void *value) { *pointer = value; }
 static inline void *shmr_pointer_get(void **pointer) { return *pointer; }
 static inline void shmr_pause(void) {}
+#define SHMR_SOON_NS 0 /* one look, and no loop until a later time */
 
 /* ---- what is asked of the kernel ----------------------------------------------------------------------------------- */
 
