@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import shmengine as shm
-from benches.rivals import PATIENCE, known, one_way
+from benches.rivals import PATIENCE, PipeThatKeepsMemory, known, one_way
 from shmengine.bench.crew import Crew, cores
 
 MIB = 1 << 20
@@ -28,7 +28,9 @@ MIB = 1 << 20
 )
 def test_arrays(nbytes: int, count: int, compare: Any, targets: Any) -> None:
     """Those that go through the kernel, against `multiprocessing.Pipe` and bare pyzmq."""
+    kept = "multiprocessing.Pipe, memory kept"
     links = known("pipe", "mqueue", "socket", "shm", "multiprocessing.Pipe", "pyzmq")
+    links |= {kept: PipeThatKeepsMemory} if nbytes == MIB else {}
     with ExitStack() as stack:
         result = compare(
             {name: one_way(stack, link, nbytes, "copy", count) for name, link in links.items()},
@@ -39,6 +41,7 @@ def test_arrays(nbytes: int, count: int, compare: Any, targets: Any) -> None:
         ratio = result.ratio(name, "multiprocessing.Pipe")
         if nbytes == MIB:
             targets.at_least(f"{name} to multiprocessing.Pipe, send(array)", ratio, 2)
+            targets.note(f"{name} to one whose memory is kept", f"{result.ratio(name, kept):.3g}x")
         elif name != "socket":
             targets.at_least(f"{name} to multiprocessing.Pipe, send(array)", ratio, 0.9)
     targets.at_least("socket to bare pyzmq, two parts over ipc", result.ratio("socket", "pyzmq"), 0.9)

@@ -23,6 +23,7 @@ from shmengine.bench.compare import Each
 from shmengine.bench.measure import Pair
 from shmengine.bench.ours import RingWay
 from shmengine.bench.plan import Mode
+from shmengine.bench.rivals import PipeLink
 from shmengine.bench.target import PRIME, End, Link, OneWay, Side, TwoWays, checks, putting_copies
 
 SLOTS = 16
@@ -204,6 +205,15 @@ class HandWrittenPosix(HandWritten):
     """With posix_ipc's."""
 
     way = HandWrittenPosixWay
+
+
+class PipeThatKeepsMemory(PipeLink):
+    """`multiprocessing.Pipe`, the allocator keeping large blocks, as glibc's does once one was freed."""
+
+    def open(self, side: Side) -> End:
+        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            assert ctypes.CDLL(None).mallopt(option, 1 << 30) == 1
+        return super().open(side)
 
 
 class PipeOfBytes(Link):

@@ -279,6 +279,19 @@ int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation, uin
 bool shmr_ring_has_item(const shmr *h, uint32_t ring);
 bool shmr_ring_has_room(const shmr *h, uint32_t ring);
 
+/* ---- shmr_stage.c -------------------------------------------------------------------------------------------- */
+struct shmr_stage {
+    char *memory;
+    size_t places;           /* of the pipe, for a page each */
+    size_t next, begin, end; /* where the next piece begins; of this one, what is still to be named */
+    bool refused;            /* by the kernel, or no longer safe */
+};
+struct iovec;
+void shmr_stage_close(struct shmr_stage *g);
+void shmr_stage_look(struct shmr_stage *g, int fd);
+void shmr_stage_forget(struct shmr_stage *g);
+ssize_t shmr_stage_send(struct shmr_stage *g, int fd, const struct iovec *parts, int count);
+
 /* ---- shmr_bell.c --------------------------------------------------------------------------------------------- */
 void shmr_bell_ring(shmr_word *bell);
 void shmr_bell_announce(shmr_word *bell);

@@ -30,6 +30,7 @@
 #define MOST_BYTES (UINT64_C(1) << 48)
 #define AHEAD_BYTES (64u << 10) /* read at once, of small messages */
 #define SMALL_BYTES (16u << 10) /* up to here a message is handed out where it was read */
+#define STAGED_BYTES (32u << 10) /* from here on the pipe gets pages of ours */
 #define PARTS_MAX 64            /* of one system call */
 #define FRAGMENT_HEADER 16
 #define ABANDONED UINT64_MAX
@@ -55,6 +56,7 @@ struct shmr_stream {
     shmr_count busy;         /* a call that sends is on its way, perhaps in a thread that the end of the process overtook */
     uint32_t fragment_bytes; /* of a queue: what a message of it may have; 0: a pipe */
     uint32_t turns, misses;  /* of spinning */
+    struct shmr_stage stage; /* of a pipe: large messages on their way there */
 
     uint64_t length, written;          /* the message that is being sent, 0: none; how much of what is sent for it */
     uint64_t owed_to;                  /* it was given up: zeros up to here are still to be written; 0: nothing is */
@@ -83,7 +85,10 @@ shmr_stream *shmr_stream_new(int fd, uint32_t fragment_bytes) {
     return s;
 }
 
-void shmr_stream_free(shmr_stream *s) { free(s); }
+void shmr_stream_free(shmr_stream *s) {
+    if (s) shmr_stage_close(&s->stage);
+    free(s);
+}
 uint64_t shmr_stream_sent(const shmr_stream *s, uint32_t priority) { return s->sent[priority]; }
 
 /* ---- waiting -------------------------------------------------------------------------------------------------------- */
@@ -139,6 +144,7 @@ static int look(shmr_stream *s) {
     int64_t now = (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
     if (now - s->looked < LOOK_NS) return SHMR_OK;
     if (!shmr_file_is_ours(&s->file, NULL)) return shmr_fail(SHMR_SYSTEM, EBADF, "its descriptor was closed by other code");
+    shmr_stage_look(&s->stage, s->file.fd);
     s->looked = now;
     return SHMR_OK;
 }
@@ -182,7 +188,12 @@ static uint64_t add_bytes(struct parts *parts, const struct outgoing *m, uint64_
 
 /* A pipe's: write on, once. */
 static int write_parts(shmr_stream *s, const struct parts *parts) {
-    ssize_t count = writev(s->file.fd, parts->of, parts->count);
+    size_t bytes = 0;
+    for (int i = 0; i < parts->count; i++) bytes += parts->of[i].iov_len;
+    ssize_t count = -1;
+    bool staged = !s->stage.refused && !s->owed_to && (bytes >= STAGED_BYTES || s->stage.begin < s->stage.end);
+    if (staged) count = shmr_stage_send(&s->stage, s->file.fd, parts->of, parts->count);
+    if (!staged || s->stage.refused) count = writev(s->file.fd, parts->of, parts->count);
     if (count < 0) return failed("write to a pipe");
     s->written += (uint64_t)count;
     return SHMR_OK;
@@ -327,6 +338,7 @@ static void look_at_frame(shmr_message *out) {
 
 void shmr_stream_give_up(shmr_stream *s) {
     if (shmr_count_get(&s->busy) || s->owed_to) return; /* it is that of an earlier one that has been written */
+    shmr_stage_forget(&s->stage);
     if (s->fragment_bytes) {
         if (s->written) send_fragment(s, s->length, ABANDONED, 0, s->priority); /* if not: the next one says it, too */
         s->length = s->written = s->end = 0;
@@ -347,6 +359,7 @@ void shmr_stream_goodbye(shmr_stream *s) {
     if (s->fragment_bytes) {
         send_fragment(s, 0, 0, 0, 0);
     } else if (pay(s) == SHMR_OK && !s->written) {
+        shmr_stage_forget(&s->stage);
         begin_parts(s, &parts, &none);
         write_parts(s, &parts);
     }

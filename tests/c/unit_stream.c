@@ -584,6 +584,7 @@ static void another_file_is_let_alone(void) {
 
 static void calls_that_fail(void) {
     struct rlimit before, none;
+    shmr_stream_free(NULL);
     int descriptor = new_pipe(SMALL);
     arm_fault(FAULT_CALLOC, 1, ENOMEM);
     CHECK(!shmr_stream_new(descriptor, 0));
@@ -607,6 +608,154 @@ static void calls_that_fail(void) {
     CHECK_STATUS(send_bytes(sent, 0, 0, NOT_AT_ALL), SHMR_BAD_ARGUMENT);
     CHECK_STATUS(send_bytes(sent, (UINT64_C(1) << 48) + 1, 0, NOT_AT_ALL), SHMR_BAD_ARGUMENT);
     CHECK_STATUS(send_bytes(sent, 1, SHMR_PRIORITIES, NOT_AT_ALL), SHMR_BAD_ARGUMENT);
+    close_streams();
+}
+
+/* ---- large messages, by pages that take turns --------------------------------------------------------------------------------- */
+
+static char other_bytes[LARGE];
+
+static void write_numbers(char *to, uint64_t length, uint64_t seed) {
+    for (uint64_t i = 0; i < length; i += 64) to[i] = (char)(seed * 31 + i / 64);
+}
+static bool are_numbers(const char *bytes, uint64_t length, uint64_t seed) {
+    for (uint64_t i = 0; i < length; i += 64)
+        if (bytes[i] != (char)(seed * 31 + i / 64)) return false;
+    return true;
+}
+static uint64_t length_of(uint64_t number) {
+    uint64_t seed = number + 1;
+    return 1 + next_random(&seed) % (number % 3 ? LARGE : 100000);
+}
+
+#define MANY 150
+static void *send_many(void *unused) {
+    for (uint64_t k = 0; k < MANY; k++) {
+        uint64_t length = length_of(k);
+        write_numbers(other_bytes, length, k); /* at once over the last one, of which some is in the pipe still */
+        OK(send_bytes(other_bytes, length, 0, FOR_EVER));
+    }
+    return unused;
+}
+
+static void pages_are_written_again_when_they_were_read(void) {
+    const int sizes[] = {SMALL, 4 * SMALL, 64 << 10, 1 << 20};
+    for (size_t size = 0; size < sizeof sizes / sizeof *sizes; size++) {
+        pthread_t thread;
+        open_pipe(sizes[size]);
+        CHECK_EQ(pthread_create(&thread, NULL, send_many, NULL), 0);
+        for (uint64_t k = 0; k < MANY; k++) {
+            if (k % 16 == 0) usleep(2000); /* the pipe is full meanwhile */
+            OK(receive(FOR_EVER));
+            CHECK_EQ(message.length, length_of(k));
+            CHECK(are_numbers(message.bytes ? (const char *)message.bytes : got, message.length, k));
+        }
+        pthread_join(thread, NULL);
+        CHECK(vmsplices > 0);
+        close_streams();
+    }
+}
+
+static void what_was_staged_is_forgotten(void) {
+    for (uint64_t filled = 0; filled < 2; filled++) {
+        open_pipe(64 << 10);
+        if (filled) OK(send_bytes(sent, 1000, 0, NOT_AT_ALL)); /* so that not all of a piece finds room */
+        CHECK_STATUS(send_bytes(sent, LARGE, 0, NOT_AT_ALL), SHMR_WOULD_BLOCK);
+        shmr_stream_give_up(target);
+        if (filled) expect(sent, 1000);
+        for (int turn = 0; turn < 100; turn++) { /* until what is owed is paid */
+            int status = send_bytes(sent + 1, 50000, 0, NOT_AT_ALL);
+            if (status == SHMR_OK) break;
+            CHECK_STATUS(status, SHMR_WOULD_BLOCK);
+            status = receive(NOT_AT_ALL);
+            CHECK(status == SHMR_WOULD_BLOCK || status == SHMR_TIMEOUT);
+        }
+        expect(sent + 1, 50000);
+        expect_nothing();
+        close_streams();
+    }
+}
+
+/* Of the first piece there is room for one page; what is left of the message then would not be worth a stage. */
+static void a_piece_is_ended_as_it_was_begun(void) {
+    open_pipe(16 * SMALL);
+    OK(send_bytes(sent, 60000, 0, NOT_AT_ALL)); /* 15 of 16 places */
+    CHECK_STATUS(send_bytes(sent + 7, 33000, 0, NOT_AT_ALL), SHMR_WOULD_BLOCK);
+    expect(sent, 60000);
+    OK(send_bytes(sent + 7, 33000, 0, NOT_AT_ALL));
+    expect(sent + 7, 33000);
+    close_streams();
+}
+
+/* What is in the pipe stays as it is, whoever writes to those pages afterwards. */
+static void a_fork_meanwhile(void) {
+    const uint64_t length = 150000;
+    open_pipe(1 << 20);
+    for (uint64_t k = 0; k < 3; k++) {
+        pid_t child = k == 1 ? fork() : 0;
+        if (child) { /* the second one is sent by the child, and the last one by who has forked */
+            waitpid(child, NULL, 0);
+            continue;
+        }
+        write_numbers(other_bytes, length, k);
+        OK(send_bytes(other_bytes, length, 0, NOT_AT_ALL));
+        if (k == 1) _exit(0);
+    }
+    for (uint64_t k = 0; k < 3; k++) {
+        OK(receive(NOT_AT_ALL));
+        CHECK(are_numbers(got, length, k));
+    }
+    close_streams();
+}
+
+/* What is full from the first byte on has been copied, and is then said to be given up, or to be the end. */
+static void what_was_staged_and_never_begun(void) {
+    for (int end = 0; end < 2; end++) {
+        char byte = 1;
+        open_pipe(SMALL);
+        OK(send_bytes(sent, SMALL - 9, 0, NOT_AT_ALL)); /* with its length and its end, all that there is room for */
+        CHECK_EQ(write(fd, &byte, 1), -1);
+        CHECK_STATUS(send_bytes(sent, LARGE, 0, NOT_AT_ALL), SHMR_WOULD_BLOCK);
+        if (!end) shmr_stream_give_up(target);
+        expect(sent, SMALL - 9);
+        if (end) {
+            shmr_stream_goodbye(target);
+            CHECK_STATUS(receive(NOT_AT_ALL), SHMR_CLOSED);
+        } else {
+            OK(send_bytes(sent + 5, 100, 0, NOT_AT_ALL));
+            expect(sent + 5, 100);
+        }
+        close_streams();
+    }
+}
+
+static void without_pages_it_is_written(void) {
+    const unsigned kinds[] = {FAULT_VMSPLICE, FAULT_MMAP, FAULT_FCNTL};
+    for (int k = 0; k < 3; k++) {
+        open_pipe(1 << 20);
+        break_calls(kinds[k], EPERM);
+        OK(send_bytes(sent, 200000, 0, NOT_AT_ALL));
+        CHECK(disarm_faults());
+        expect(sent, 200000);
+        vmsplices = 0;
+        OK(send_bytes(sent, 200000, 0, NOT_AT_ALL)); /* it is not tried again */
+        expect(sent, 200000);
+        CHECK_EQ(vmsplices, 0);
+        close_streams();
+    }
+}
+
+/* Then more pages are in it than are left alone. */
+static void a_pipe_that_somebody_enlarges(void) {
+    open_pipe(64 << 10);
+    OK(send_bytes(sent, 50000, 0, NOT_AT_ALL));
+    expect(sent, 50000);
+    CHECK(fcntl(fd, F_SETPIPE_SZ, 1 << 20) > 0);
+    usleep(60000); /* until it looks again */
+    vmsplices = 0;
+    OK(send_bytes(sent, 50000, 0, NOT_AT_ALL));
+    expect(sent, 50000);
+    CHECK_EQ(vmsplices, 0);
     close_streams();
 }
 
@@ -649,6 +798,13 @@ int main(void) {
     RUN(a_signal_interrupts);
     RUN(another_file_is_let_alone);
     RUN(calls_that_fail);
+    RUN(pages_are_written_again_when_they_were_read);
+    RUN(what_was_staged_is_forgotten);
+    RUN(a_piece_is_ended_as_it_was_begun);
+    RUN(a_fork_meanwhile);
+    RUN(what_was_staged_and_never_begun);
+    RUN(without_pages_it_is_written);
+    RUN(a_pipe_that_somebody_enlarges);
     RUN(whoever_is_sending_is_let_alone);
     return summary(__FILE__);
 }
