@@ -328,7 +328,11 @@ int shmr_claim(shmr *h, uint64_t bytes, const shmr_ref *refs, uint32_t count, in
     struct claim_attempt attempt = {total, refs, count, items, out, false};
     status = try_claim(h, &attempt);
     if (status == SHMR_WOULD_BLOCK && deadline == 0 && shmr_look(h, true)) status = try_claim(h, &attempt);
-    if (status == SHMR_OK) return sated(h, status); /* the pin is now that of the claim */
+    if (status == SHMR_OK) {
+        /* Of large blocks some are kept free: who never sleeps gives them back here if others are short. */
+        if (total >= SHMR_LARGE_MIN) shmr_relieve(h);
+        return sated(h, status); /* the pin is now that of the claim */
+    }
     if (status != SHMR_WOULD_BLOCK || deadline == 0) return shmr_leave(h, sated(h, status));
 
     struct shmr_participant *me = shmr_participant_at(h, h->self);
@@ -360,6 +364,7 @@ static int end_block(shmr *h, shmr_block *block, enum shmr_state from) {
                           shmr_state_pack(shmr_state_generation(expected), 0, 0, 0, SHMR_FREE))) /* S2 R2 */
         return SHMR_STALE;
     block->state = 0;
+    if (from == SHMR_CLAIMED) shmr_announced(h);
     struct shmr_participant *me = shmr_participant_at(h, h->self);
     pthread_mutex_lock(&h->lock);
     bool mine = h->record_flags[block->block] & SHMR_MINE;

@@ -51,6 +51,8 @@ struct shmr_mapping {
 #define SHMR_CLASSES 32
 #define SHMR_QUICK 64
 
+#define SHMR_LARGE_MIN 131072u /* from here on, look at what others have released before each allocation */
+
 struct shmr_slab {
     uint32_t page, pages, class_index; /* class_index SHMR_CLASSES: adopted, only counted */
     uint32_t blocks, unused;
@@ -284,11 +286,11 @@ struct shmr_stage {
     char *memory;
     size_t places;           /* of the pipe, for a page each */
     size_t next, begin, end; /* where the next piece begins; of this one, what is still to be named */
+    size_t free_pages;       /* that may be written before the next look at the pipe */
     bool refused;            /* by the kernel, or no longer safe */
 };
 struct iovec;
 void shmr_stage_close(struct shmr_stage *g);
-void shmr_stage_look(struct shmr_stage *g, int fd);
 void shmr_stage_forget(struct shmr_stage *g);
 ssize_t shmr_stage_send(struct shmr_stage *g, int fd, const struct iovec *parts, int count);
 
@@ -311,6 +313,7 @@ struct shmr_source {
 };
 int64_t shmr_now(void);
 void shmr_announced(shmr *h);
+void shmr_relieve(shmr *h);
 void shmr_notify_one(shmr *h, shmr_word *waiters);
 void shmr_notify_all(shmr *h, shmr_word *waiters);
 bool shmr_any_waiter(const shmr_word *waiters);

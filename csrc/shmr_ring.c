@@ -247,6 +247,7 @@ int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t de
     if (block->block >= h->g.config.blocks || (kind != SHMR_CLAIMED && kind != SHMR_LEASED) ||
         shmr_state_owner(block->state) != h->self)
         return SHMR_STALE;
+    shmr_announced(h);
     struct commit_attempt attempt = {ring, items, block, 0};
     shmr_retry_inserts(h); /* they are older */
     if (payload_check) attempt.payload_crc = shmr_crc32c(0, h->base + block->offset, block->length);
@@ -263,7 +264,6 @@ int shmr_commit(shmr *h, uint32_t ring, int payload_check, int items, int64_t de
     if (status != SHMR_OK) return status;
     block->state = 0;
     shmr_notify_one(h, shmr_ring_at(h, ring)->item_waiters);
-    shmr_announced(h);
     shmr_pin(h, -1);
     return SHMR_OK;
 }

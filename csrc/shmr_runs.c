@@ -177,6 +177,13 @@ static uint64_t take_run(shmr *h, uint32_t pages) {
     return SHMR_NOWHERE;
 }
 
+/* A quarter of all extents would be nobody's still. */
+static bool much_is_left(shmr *h) {
+    uint64_t nobodys = 0;
+    for (uint32_t i = 0; i < h->g.extents; i++) nobodys += !(uint32_t)shmr_load_relaxed(shmr_extent_at(h, i)); /* a hint */
+    return nobodys * 4 >= h->g.extents + UINT64_C(4);
+}
+
 /* One more block of a length that takes turns, if few do and nobody is short of memory. */
 static uint64_t take_another(shmr *h, uint32_t pages) {
     struct shmr_arena *a = &h->arena;
@@ -186,9 +193,9 @@ static uint64_t take_another(shmr *h, uint32_t pages) {
         a->turns_wait--;
         return SHMR_NOWHERE;
     }
-    uint64_t offset = take_run(h, pages), more = a->owned_bytes / SHMR_EXTENT + 1;
-    bool room = more * PAGES_PER_EXTENT <= TURNS_MANY && (more + a->leave) * 4 <= h->g.extents * UINT64_C(3);
-    if (offset == SHMR_NOWHERE && room && !shmr_any_waiter(shmr_header_of(h)->extent_waiters) &&
+    uint64_t offset = take_run(h, pages);
+    bool few = a->owned_bytes < (uint64_t)TURNS_MANY * SHMR_PAGE;
+    if (offset == SHMR_NOWHERE && few && !shmr_any_waiter(shmr_header_of(h)->extent_waiters) && much_is_left(h) &&
         shmr_arena_grow(h, SHMR_EXTENT) == SHMR_OK)
         offset = take_run(h, pages);
     a->turns_wait = offset == SHMR_NOWHERE ? TURNS_REFUSED : TURNS_EVERY;

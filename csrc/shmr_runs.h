@@ -5,7 +5,6 @@
 
 #include "shmr_internal.h"
 
-#define SHMR_LARGE_MIN 131072u /* from here on, look at what others have released before each allocation */
 #define PAGES_PER_EXTENT (SHMR_EXTENT / SHMR_PAGE)
 
 enum { RUN_NONE = 0, RUN_FREE = 1, RUN_USED = 2, RUN_QUICK = 3 };

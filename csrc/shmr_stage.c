@@ -3,11 +3,12 @@
  *
  * `write` to a pipe allocates each page and copies, and `read` copies and frees it, both under the pipe's lock. Here the
  * copy is outside of it, into a stage of pages that take turns, and `vmsplice` only names them; the reader, who knows
- * nothing of it, copies from there. A page of the stage may be written again when the reader is through with it: the pipe
- * has a fixed number of places, each for one page or a part of one, and the stage has so many pages that when a page's turn
- * comes again, more than all places have been filled since. (Who enlarges the pipe meanwhile ends it: `shmr_stage_look`.)
+ * nothing of it, copies from there. A page of the stage may be written again when the reader is through with it. The pipe
+ * has a number of places, first in, first out, each for one page or a part of one: as long as these are no more than when
+ * the stage was made, only the pages that were named last can be in it. The stage has twice as many, so when that is
+ * looked at, as many pages as there are places may be written before the next look, whatever becomes of the pipe meanwhile.
  *
- * Where the kernel refuses, the caller writes.
+ * Where the kernel refuses, or somebody has enlarged the pipe, the caller writes.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -22,8 +23,8 @@ static size_t page_bytes(void) { return (size_t)sysconf(_SC_PAGESIZE); }
 /* Pages of one piece: some of them, so that the reader begins while the rest is copied. */
 static size_t piece_pages(const struct shmr_stage *g) { return g->places / 4 ? g->places / 4 : 1; }
 
-/* When the turn of a page comes again, all but two pieces of the others were named since. */
-static size_t stage_pages(const struct shmr_stage *g) { return g->places + 3 * piece_pages(g); }
+/* Those that may be in the pipe, as many that may be written, and what is left over at the end before the first one's turn. */
+static size_t stage_pages(const struct shmr_stage *g) { return 2 * (g->places + piece_pages(g)); }
 
 /* How many pages a pipe takes; 0: it is none. That waits for whoever reads or writes just now. */
 static size_t places_of(int fd) {
@@ -42,17 +43,23 @@ static bool open_stage(struct shmr_stage *g, int fd) {
 void shmr_stage_close(struct shmr_stage *g) {
     if (g->memory) munmap(g->memory, stage_pages(g) * page_bytes()); /* what is in the pipe stays there */
     g->memory = NULL;
-}
-
-/* Is it still safe? To be asked now and then. */
-void shmr_stage_look(struct shmr_stage *g, int fd) {
-    if (g->memory && places_of(fd) > g->places) g->refused = true;
+    g->next = g->begin = g->end = 0;
 }
 
 /* What was copied and not yet named belongs to a message that nobody will send. */
 void shmr_stage_forget(struct shmr_stage *g) {
     if (g->begin < g->end) g->next = (g->begin + page_bytes() - 1) / page_bytes() * page_bytes();
     g->begin = g->end = g->next;
+}
+
+/* May a piece be written? */
+static bool is_free(struct shmr_stage *g, int fd) {
+    if (g->free_pages < piece_pages(g)) {
+        if (places_of(fd) > g->places) return false;
+        g->free_pages = g->places;
+    }
+    g->free_pages -= piece_pages(g);
+    return true;
 }
 
 static void copy_piece(struct shmr_stage *g, const struct iovec *parts, int count) {
@@ -67,20 +74,23 @@ static void copy_piece(struct shmr_stage *g, const struct iovec *parts, int coun
     }
 }
 
+static ssize_t refuse(struct shmr_stage *g) {
+    shmr_stage_close(g);
+    g->refused = true;
+    return -1;
+}
+
 /* Send the first bytes of these parts; how many, or -1 and EAGAIN: the pipe is full. It has to be called with the same bytes
  * again then. Any other error: not by this way (`refused`). */
 ssize_t shmr_stage_send(struct shmr_stage *g, int fd, const struct iovec *parts, int count) {
-    if (!g->memory && !open_stage(g, fd)) {
-        g->refused = true;
-        return -1;
+    if (!g->memory && !open_stage(g, fd)) return refuse(g);
+    if (g->begin == g->end) {
+        if (!is_free(g, fd)) return refuse(g);
+        copy_piece(g, parts, count);
     }
-    if (g->begin == g->end) copy_piece(g, parts, count);
     struct iovec piece = {g->memory + g->begin, g->end - g->begin};
     ssize_t sent = vmsplice(fd, &piece, 1, SPLICE_F_NONBLOCK);
-    if (sent < 0) {
-        if (errno != EAGAIN) g->refused = true;
-        return -1;
-    }
+    if (sent < 0) return errno == EAGAIN ? -1 : refuse(g);
     g->begin += (size_t)sent;
     if (g->begin == g->end) g->next = (g->end + page_bytes() - 1) / page_bytes() * page_bytes();
     return sent;

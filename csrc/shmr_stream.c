@@ -144,7 +144,6 @@ static int look(shmr_stream *s) {
     int64_t now = (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
     if (now - s->looked < LOOK_NS) return SHMR_OK;
     if (!shmr_file_is_ours(&s->file, NULL)) return shmr_fail(SHMR_SYSTEM, EBADF, "its descriptor was closed by other code");
-    shmr_stage_look(&s->stage, s->file.fd);
     s->looked = now;
     return SHMR_OK;
 }

@@ -63,7 +63,7 @@ static uint64_t awake_among(shmr *h, int word, uint64_t bits) {
     return bits & -bits;
 }
 
-/* A message is about to be committed to this ring: who sleeps there wakes meanwhile, and need not be woken then. Its bit
+/* A message is about to be committed to this ring: if none of some who wait there is awake, one wakes meanwhile. Its bit
  * stands, and so do all rules: this is one ring of a bell more. Of no use where filling takes longer than spinning. */
 void shmr_announce(shmr *h, uint32_t ring) {
     if (ring >= h->g.config.rings) return;
@@ -83,7 +83,7 @@ void shmr_announce(shmr *h, uint32_t ring) {
     }
 }
 
-/* It is committed. */
+/* It is filled, or given up. */
 void shmr_announced(shmr *h) {
     int64_t at = (int64_t)shmr_load_relaxed(&h->announced_at); /* private */
     if (!at) return;
@@ -174,19 +174,21 @@ static bool is_worth_spinning(struct shmr_spin *s) {
     return shmr_load_relaxed(&s->misses) < MISSES_MAX || turn % PROBE_EVERY == 0;
 }
 
-/* Until an attempt is worth it (true), or `end`; the `last` time that is a miss. `doorbell`: our own, or -1. */
+/* Until an attempt is worth it (true), or `end`; the `last` time that is a miss. `s`: the record of it, or NULL: it tells
+ * nothing about the next time. `doorbell`: our own, or -1. */
 static bool spin(shmr *h, const struct shmr_source *sources, int count, struct shmr_spin *s, bool last, int doorbell,
                  int64_t end) {
     do {
         for (int i = 0; i < 16; i++) {
             if (any_ready(h, sources, count) ||
                 (doorbell >= 0 && shmr_bell_rung(&shmr_doorbell_at(h, (uint32_t)doorbell)->bell))) {
-                if (shmr_load_relaxed(&s->misses)) shmr_store_relaxed(&s->misses, 0);
+                if (s && shmr_load_relaxed(&s->misses)) shmr_store_relaxed(&s->misses, 0);
                 return true;
             }
             shmr_pause();
         }
     } while (shmr_now() < end);
+    if (!s) return false;
     uint64_t misses = shmr_load_relaxed(&s->misses);
     if (last && misses < MISSES_MAX) shmr_store_relaxed(&s->misses, misses + 1);
     return false;
@@ -201,8 +203,8 @@ static int sleep_until(shmr *h, int doorbell, int64_t end) {
     return nanosleep(&t, NULL) == 0 ? 0 : errno;
 }
 
-/* Give back whole free extents and groups if somebody is short of them: called on every wake-up. */
-static void relieve(shmr *h) {
+/* Give back whole free extents and groups if somebody is short of them: called before every sleep. */
+void shmr_relieve(shmr *h) {
     if (!shmr_any_waiter(shmr_header_of(h)->extent_waiters)) return;
     pthread_mutex_lock(&h->lock);
     shmr_drain_freed(h);
@@ -331,10 +333,10 @@ int shmr_wait(shmr *h, const struct shmr_source *sources, int count, enum shmr_s
         }
         if (spinning) {
             spinning = false;
-            if (spin(h, sources, count, s, !announced, doorbell, earlier(began + (announced ? SHMR_SOON_NS : SPIN_NS), deadline)))
-                continue;
+            int64_t end = began + (announced ? SHMR_SOON_NS : SPIN_NS);
+            if (spin(h, sources, count, announced ? NULL : s, true, doorbell, earlier(end, deadline))) continue;
         }
-        if (!watching_space) relieve(h);
+        if (!watching_space) shmr_relieve(h);
         int64_t end = now + SLICE_NS;
         if (deadline >= 0 && deadline < end) end = deadline;
         uint64_t deaths = shmr_load_relaxed(&shmr_header_of(h)->deaths); /* statistics */

@@ -44,6 +44,7 @@ from shmengine.pickling import Place, Reducers, dump, find_culprit
 from shmengine.plain import dump_plain, load_plain
 
 __all__ = [
+    "LONG",
     "Encoded",
     "FrameInfo",
     "SerializationError",
@@ -59,6 +60,7 @@ __all__ = [
 FRAME_MAGIC = b"SHMF"
 FRAME_VERSION = 1
 FRAME_ALIGNMENT = 64
+LONG = 64 << 10  # bytes of a message; from here on it is worth a call to announce it
 
 # What the in-band bytes are.
 KIND_PICKLE = 1

@@ -23,7 +23,7 @@ from shmengine import config, errors
 from shmengine._native import ffi, lib
 from shmengine._native.status import CLOSED, FORKED, INTERRUPTED, OK, TIMEOUT, WOULD_BLOCK, fail
 from shmengine.attached import Attached, put_back, read_config
-from shmengine.codec import Encoded, decode, encode
+from shmengine.codec import LONG, Encoded, decode, encode
 from shmengine.config import format_bytes, parse_bytes
 from shmengine.leases import new_block
 from shmengine.pickling import MultiprocessingReducers
@@ -158,7 +158,8 @@ class Queue(Attached, Generic[T]):
                 frame,
                 relieved_by_others=True,
             )
-            lib.shmr_announce(self._region.handle, 0)
+            if frame.nbytes >= LONG:
+                lib.shmr_announce(self._region.handle, 0)
             frame.write_into(self._region.root(message.offset, frame.nbytes, writable=True))
             message.length = frame.nbytes
             self._patiently(

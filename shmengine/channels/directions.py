@@ -39,7 +39,7 @@ from shmengine._native.status import (
 from shmengine.arrays import address_of
 from shmengine.channels.link import END, LOOK_NS, NOTHING, Blame, Options
 from shmengine.channels.presence import Fate, Presence
-from shmengine.codec import decode
+from shmengine.codec import LONG, decode
 from shmengine.config import format_bytes
 from shmengine.errors import (
     ArrayError,
@@ -151,7 +151,8 @@ class Sender(_Direction):
             block.kind, block.length, block.spec_bytes = kind, obj.nbytes, 0
             status = lib.shmr_claim(self._h, obj.nbytes, NO_REFS, 0, -1, deadline, block)
             if status == OK:
-                lib.shmr_announce(self._h, 0)
+                if obj.nbytes >= LONG:
+                    lib.shmr_announce(self._h, 0)
                 obj.write_into(self._region.root(block.offset, obj.nbytes, writable=True))
                 status = self._commit(block, deadline)
         if status == OK:
@@ -170,7 +171,8 @@ class Sender(_Direction):
             status: int = lib.shmr_claim(self._h, block.length, NO_REFS, 0, -1, deadline, block)
             if status != OK:
                 return status
-            lib.shmr_announce(self._h, 0)
+            if block.length >= LONG:
+                lib.shmr_announce(self._h, 0)
             self._target(layout, block.offset)[...] = array
             return self._commit(block, deadline)
         block.kind, block.spec_bytes = KIND_ARRAY, len(layout.spec)

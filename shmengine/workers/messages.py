@@ -28,7 +28,7 @@ from shmengine._native import ffi, lib
 from shmengine._native.status import INTERRUPTED, OK
 from shmengine.arena import Arena
 from shmengine.arrays import Bytes, readonly
-from shmengine.codec import Encoded, decode
+from shmengine.codec import LONG, Encoded, decode
 from shmengine.errors import Corrupt
 
 __all__ = [
@@ -88,8 +88,6 @@ PRIVATE = b"\1"
 SHARED = b"\2"
 MODES = {False: READ_ONLY, True: PRIVATE, "private": PRIVATE, "shared": SHARED}
 OWN = b"\1"  # behind it: what results hold of memory that came by reference is copied, for main alone
-
-LONG = 64 << 10  # bytes of a message; from here on it is worth a call to announce it
 
 # A function up to this size travels with each batch; a larger one is put into shared memory once.
 INLINE_FUNCTION_BYTES = 4096

@@ -305,13 +305,13 @@ static void last_in_first_out(void) {
 /* One block at a time, over and over: the most extents that it had meanwhile. Each `apart` of them differ from all in
  * between, when as many as ever will be take part. */
 static uint64_t turn(uint64_t bytes, uint32_t apart) {
-    static uint64_t offsets[4000];
+    static uint64_t offsets[1000];
     uint64_t most = 0;
-    for (uint32_t i = 0; i < 4000; i++) {
+    for (uint32_t i = 0; i < 1000; i++) {
         struct allocation a;
         if (!allocate(&a, bytes)) exit(2);
         offsets[i] = a.offset;
-        for (uint32_t k = i > 3000 ? i - apart + 1 : i; k < i; k++) CHECK(offsets[k] != a.offset);
+        for (uint32_t k = i > 500 ? i - apart + 1 : i; k < i; k++) CHECK(offsets[k] != a.offset);
         if (owned_extents() > most) most = owned_extents();
         release(&a);
     }
@@ -340,12 +340,45 @@ static void middling_ones_take_turns(void) {
     }
 }
 
-/* Nobody goes without for their sake: not who comes later, nor who waits for memory. */
-static void turns_leave_room(void) {
-    open_arena(4 * MIB);
-    CHECK_EQ(turn(MIB, 2), 1); /* a second extent would be more than three quarters of all */
+/* Who claims and never sleeps gives back what is only kept for its next turn, too. */
+static void kept_until_somebody_is_short(void) {
+    open_arena(64 * MIB);
+    CHECK(turn(MIB, 4) > 1);
+    shmr *other = attach_region(fd);
+    shmr_word *waiters = &shmr_header_of(h)->extent_waiters[other->self / 64];
+    shmr_block b = {0};
+    for (int waits = 0; waits < 2; waits++) {
+        if (waits) shmr_or_seq_cst(waiters, UINT64_C(1) << other->self % 64);
+        OK(shmr_claim(h, 100000, NULL, 0, -1, NOT_AT_ALL, &b)); /* a small one is nothing that one would look at this for */
+        CHECK(owned_extents() > 1);
+        OK(shmr_abort(h, &b));
+        OK(shmr_claim(h, MIB, NULL, 0, -1, NOT_AT_ALL, &b));
+        CHECK(waits ? owned_extents() == 1 : owned_extents() > 1);
+        OK(shmr_abort(h, &b));
+    }
+    shmr_store_relaxed(waiters, 0);
+    leave_region(other);
     nothing_is_left();
     close_arena();
+}
+
+/* Nobody goes without for their sake: not who comes later, nor who waits for memory. */
+static void turns_leave_room(void) {
+    const struct { uint64_t all, theirs, leave, most; } cases[] = {
+        {4, 0, 0, 1}, {6, 0, 0, 2}, {8, 0, 0, 2}, {32, 0, 0, 2}, {32, 20, 0, 2}, {32, 22, 0, 1}, {32, 0, 14, 2}, {32, 0, 15, 1},
+    };
+    for (uint32_t i = 0; i < sizeof cases / sizeof *cases; i++) { /* a quarter is left to others */
+        open_arena(cases[i].all * MIB);
+        shmr *they = attach_region(fd);
+        shmr_block some = {0};
+        if (cases[i].theirs) OK(shmr_claim(they, cases[i].theirs * MIB, NULL, 0, -1, NOT_AT_ALL, &some));
+        h->arena.leave = (uint32_t)cases[i].leave; /* extents */
+        CHECK_EQ(turn(MIB, 1), cases[i].most);
+        if (cases[i].theirs) OK(shmr_abort(they, &some));
+        leave_region(they);
+        nothing_is_left();
+        close_arena();
+    }
     open_arena(256 * MIB);
     shmr *other = attach_region(fd);
     shmr_word *waiters = &shmr_header_of(h)->extent_waiters[other->self / 64];
@@ -452,6 +485,7 @@ int main(void) {
     RUN(last_in_first_out);
     RUN(middling_ones_take_turns);
     RUN(turns_leave_room);
+    RUN(kept_until_somebody_is_short);
     RUN(slabs);
     RUN(coalescing);
     RUN(look_up_after_coalescing);

@@ -687,23 +687,29 @@ static void a_piece_is_ended_as_it_was_begun(void) {
     close_streams();
 }
 
-/* What is in the pipe stays as it is, whoever writes to those pages afterwards. */
+static void send_numbers(uint64_t length, uint64_t seed) {
+    write_numbers(other_bytes, length, seed);
+    OK(send_bytes(other_bytes, length, 0, NOT_AT_ALL));
+}
+static void expect_numbers(uint64_t length, uint64_t seed) {
+    OK(receive(NOT_AT_ALL));
+    CHECK_EQ(message.length, length);
+    CHECK(are_numbers(got, length, seed));
+}
+
+/* After a fork both may send, if not at the same time: each writes to pages of its own from then on, and what is in the pipe
+ * stays as it is. */
 static void a_fork_meanwhile(void) {
-    const uint64_t length = 150000;
-    open_pipe(1 << 20);
-    for (uint64_t k = 0; k < 3; k++) {
-        pid_t child = k == 1 ? fork() : 0;
-        if (child) { /* the second one is sent by the child, and the last one by who has forked */
-            waitpid(child, NULL, 0);
-            continue;
-        }
-        write_numbers(other_bytes, length, k);
-        OK(send_bytes(other_bytes, length, 0, NOT_AT_ALL));
-        if (k == 1) _exit(0);
-    }
-    for (uint64_t k = 0; k < 3; k++) {
-        OK(receive(NOT_AT_ALL));
-        CHECK(are_numbers(got, length, k));
+    const uint64_t length = 50000;
+    uint64_t number = 0;
+    open_pipe(256 << 10);
+    for (; number < 2; number++) send_numbers(length, number); /* these are in the pipe while others are sent */
+    for (; number < 60; number++) {
+        pid_t child = number % 3 == 0 ? fork() : 0;
+        if (!child) send_numbers(length, number);
+        if (!child && number % 3 == 0) _exit(0);
+        if (child) waitpid(child, NULL, 0);
+        expect_numbers(length, number - 2);
     }
     close_streams();
 }
@@ -751,7 +757,8 @@ static void a_pipe_that_somebody_enlarges(void) {
     OK(send_bytes(sent, 50000, 0, NOT_AT_ALL));
     expect(sent, 50000);
     CHECK(fcntl(fd, F_SETPIPE_SZ, 1 << 20) > 0);
-    usleep(60000); /* until it looks again */
+    OK(send_bytes(sent, 50000, 0, NOT_AT_ALL)); /* the pages for that were free before */
+    expect(sent, 50000);
     vmsplices = 0;
     OK(send_bytes(sent, 50000, 0, NOT_AT_ALL));
     expect(sent, 50000);
