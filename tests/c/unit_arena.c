@@ -386,6 +386,7 @@ static void turns_leave_room(void) {
     CHECK_EQ(turn(MIB, 2), 1);
     shmr_store_relaxed(waiters, 0);
     struct allocation kept[7];
+    h->arena.turns_wait = 0; /* it was refused, and would not ask soon */
     for (int k = 0; k < 7; k++) REQUIRE(allocate(&kept[k], MIB));
     CHECK_EQ(turn(MIB, 1), 4); /* all that it takes for their sake, though of these only one is free */
     for (int k = 0; k < 7; k++) release(&kept[k]);
