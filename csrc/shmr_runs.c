@@ -14,12 +14,12 @@
 /* What others freed last is in the cache of who has read it, and each line that is written there has to be fetched from
  * that core. So blocks of these lengths take turns: with some megabytes in between, their lines have gone to the cache
  * that all cores share. Of shorter ones a writer's own cache still has most; of longer ones, one alone is enough. */
-#define TURNS_MIN (SHMR_LARGE_MIN / SHMR_PAGE)
-#define TURNS_MAX (2097152u / SHMR_PAGE)
-#define TURNS_FEW (4194304u / SHMR_PAGE)  /* fewer free pages than these: take one that was not among them, */
-#define TURNS_EVERY 3                     /* but not at once again, as it may never have been touched, */
-#define TURNS_REFUSED 4095                /* and much later if there was none to take */
-#define TURNS_MANY (8388608u / SHMR_PAGE) /* more than these: one of them is free for anything */
+#define TURNING_MIN (SHMR_LARGE_MIN / SHMR_PAGE)
+#define TURNING_MAX (2097152u / SHMR_PAGE)
+#define TURNING_FEW (4194304u / SHMR_PAGE)  /* fewer free pages than these: take one that was not among them, */
+#define TURNING_EVERY 3                     /* but not at once again, as it may never have been touched, */
+#define TURNING_REFUSED 4095                /* and much later if there was none to take */
+#define TURNING_MANY (8388608u / SHMR_PAGE) /* more than these: one of them is free for anything */
 
 /* The bin of a run: exact below 8 pages, then four a doubling. */
 uint32_t shmr_runs_bin(uint32_t pages) {
@@ -88,7 +88,7 @@ static struct shmr_quick *quick_of(struct shmr_arena *a, uint32_t pages) {
     return &a->quick[(pages * 0x9e3779b1u) >> 26];
 }
 
-static bool takes_turns(uint32_t pages) { return pages >= TURNS_MIN && pages <= TURNS_MAX; }
+static bool takes_turns(uint32_t pages) { return pages >= TURNING_MIN && pages <= TURNING_MAX; }
 
 static uint32_t first_quick(struct shmr_arena *a, struct shmr_quick *q) {
     uint32_t page = q->first - 1;
@@ -147,11 +147,11 @@ void shmr_runs_release(shmr *h, uint32_t page, bool elsewhere) {
     if (q->pages != pages) {
         flush_quick_list(h, q);
         q->pages = pages;
-        if (a->turns_wait < TURNS_EVERY) a->turns_wait = TURNS_EVERY; /* its first ones are enough for a while */
+        if (a->turns_wait < TURNING_EVERY) a->turns_wait = TURNING_EVERY; /* its first ones are enough for a while */
     }
     bool turns = elsewhere && takes_turns(pages);
     list_quick(a, q, page, turns);
-    if (turns && q->count * pages > TURNS_MANY) flush_quick_one(h, q);
+    if (turns && q->count * pages > TURNING_MANY) flush_quick_one(h, q);
 }
 
 static uint64_t take_run(shmr *h, uint32_t pages) {
@@ -188,17 +188,17 @@ static bool much_is_left(shmr *h) {
 static uint64_t take_another(shmr *h, uint32_t pages) {
     struct shmr_arena *a = &h->arena;
     const struct shmr_quick *q = quick_of(a, pages);
-    if (!takes_turns(pages) || q->pages != pages || !q->first || q->count * pages >= TURNS_FEW) return SHMR_NOWHERE;
+    if (!takes_turns(pages) || q->pages != pages || !q->first || q->count * pages >= TURNING_FEW) return SHMR_NOWHERE;
     if (a->turns_wait) {
         a->turns_wait--;
         return SHMR_NOWHERE;
     }
     uint64_t offset = take_run(h, pages);
-    bool few = a->owned_bytes < (uint64_t)TURNS_MANY * SHMR_PAGE;
+    bool few = a->owned_bytes < (uint64_t)TURNING_MANY * SHMR_PAGE;
     if (offset == SHMR_NOWHERE && few && !shmr_any_waiter(shmr_header_of(h)->extent_waiters) && much_is_left(h) &&
         shmr_arena_grow(h, SHMR_EXTENT) == SHMR_OK)
         offset = take_run(h, pages);
-    a->turns_wait = offset == SHMR_NOWHERE ? TURNS_REFUSED : TURNS_EVERY;
+    a->turns_wait = offset == SHMR_NOWHERE ? TURNING_REFUSED : TURNING_EVERY;
     return offset;
 }
 
