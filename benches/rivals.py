@@ -65,6 +65,13 @@ def known(*names: str) -> dict[str, Callable[[int, int], Link]]:
 # --- in Python ------------------------------------------------------------------------------------
 
 
+class InPlace(TwoWays):
+    """Messages that are filled and read where they lie."""
+
+    modes = ("block",)
+    shares_memory = True
+
+
 class RingByWithWay(RingWay):
     """`shmengine.Ring`, claims and leases as context managers."""
 
@@ -88,10 +95,8 @@ class RingByWithWay(RingWay):
         return {"block": take}
 
 
-class RingByWith(TwoWays):
+class RingByWith(InPlace):
     way = RingByWithWay
-    modes = ("block",)
-    shares_memory = True
 
 
 def is_all(array: Any, number: int) -> bool:
@@ -116,10 +121,8 @@ class RingReadWholeWay(RingWay):
         return {"block": take}
 
 
-class RingReadWhole(TwoWays):
+class RingReadWhole(InPlace):
     way = RingReadWholeWay
-    modes = ("block",)
-    shares_memory = True
 
 
 class HandWrittenWay(OneWay):
@@ -179,18 +182,14 @@ class HandReadWholeWay(HandWrittenWay):
         return {"block": take}
 
 
-class HandReadWhole(TwoWays):
+class HandReadWhole(InPlace):
     way = HandReadWholeWay
-    modes = ("block",)
-    shares_memory = True
 
 
-class HandWritten(TwoWays):
+class HandWritten(InPlace):
     """With `multiprocessing`'s semaphores."""
 
     way = HandWrittenWay
-    modes = ("block",)
-    shares_memory = True
 
 
 class HandWrittenPosixWay(HandWrittenWay):
@@ -212,7 +211,8 @@ class PipeThatKeepsMemory(PipeLink):
 
     def open(self, side: Side) -> End:
         for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            assert ctypes.CDLL(None).mallopt(option, 1 << 30) == 1
+            done = ctypes.CDLL(None).mallopt(option, 1 << 30)
+            assert done == 1, "mallopt refused"
         return super().open(side)
 
 
