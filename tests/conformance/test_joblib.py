@@ -315,7 +315,7 @@ def test_files_keep_their_mode(tmp_path):
     assert (output == np.arange(6)[:, None]).all()
     readable = np.memmap(tmp_path / "output", "f8", "r", shape=(6, 1000))
     with pytest.raises(ValueError, match="read-only"):
-        Parallel(mmap_mode="r+", **SETTINGS)(delayed(write)(readable, i) for i in range(3))
+        Parallel(mmap_mode="r+", **OTHERS)(delayed(write)(readable, i) for i in range(3))
 
 
 def test_results_are_the_callers_own(x):
