@@ -91,6 +91,12 @@ class Scene:
             os.close(self.terminal)
 
 
+def _sit_at_terminal() -> None:
+    """In the child: have a terminal, and a Ctrl-C there, also if this runs where that is ignored (behind a `&`)."""
+    ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(directory: Path, ending: str, *, terminal: bool = False) -> Scene:
     """Start main, and wait until both workers are busy."""
     directory.mkdir()
@@ -104,7 +110,7 @@ def start(directory: Path, ending: str, *, terminal: bool = False) -> Scene:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=lambda: ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509  # no threads here
+            preexec_fn=_sit_at_terminal,  # noqa: PLW1509  # no threads here
         )
         os.close(slave)
     else:

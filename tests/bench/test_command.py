@@ -165,6 +165,23 @@ def test_the_benches_of_the_source_tree_are_run(tmp_path, capfd):
     assert {"processor", "load", "date"} <= set(report.environment)
 
 
+def test_a_bench_that_fails_does_not_cost_the_results_of_the_others(tmp_path, capfd, monkeypatch):
+    run = subprocess.run
+
+    def fail_in_the_end(*args, **kwargs):
+        done = run(*args, **kwargs)
+        done.returncode = 1
+        return done
+
+    monkeypatch.setattr(subprocess, "run", fail_in_the_end)
+    path = tmp_path / "promises.json"
+    assert main(["bench", "--suite", "first_result", "--json", str(path)]) == 1
+    out, err = capfd.readouterr()
+    assert "some benches: pytest ended with status 1" in out
+    assert "some benches failed, and are not in the results" in err
+    assert Report.from_json(path.read_text()).promises
+
+
 def test_a_suite_that_runs_nothing_says_so(capfd):
     assert main(["bench", "--suite", "no_such_bench"]) == 2
     assert "shmengine bench: pytest ended with status 5" in capfd.readouterr().err
