@@ -40,7 +40,7 @@ from shmengine.errors import (
     StaleReference,
 )
 from shmengine.filemap import mapping_behind
-from shmengine.pickling import Place, Reducers, dump, find_culprit
+from shmengine.pickling import Place, Reducers, dump
 from shmengine.plain import dump_plain, load_plain
 
 __all__ = [
@@ -51,7 +51,6 @@ __all__ = [
     "SharedReference",
     "decode",
     "encode",
-    "find_culprit",
     "inspect_frame",
     "mapping_behind",
     "number_of",

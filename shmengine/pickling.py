@@ -30,8 +30,8 @@ import numpy as np
 
 from shmengine import filemap
 from shmengine.arrays import Array, is_plain_dtype
+from shmengine.culprit import find_culprit
 from shmengine.errors import SerializationError
-from shmengine.plain import brief
 from shmengine.reducers import reduce_strings, reducer_of
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "Place",
     "Reducers",
     "dump",
-    "find_culprit",
     "goes_by_reference",
     "original_error",
     "substitute",
@@ -428,7 +427,8 @@ def dump(obj: Any, parts: Parts, *, by_value: bool = True, label: str = "") -> l
     try:
         return _dump(obj, parts, by_value)
     except Exception as error:
-        path, culprit, reason = find_culprit(obj, label, by_value=by_value, reducers=parts.reducers)
+        trial = _NoParts(parts.reducers)
+        path, culprit, reason = find_culprit(obj, label, lambda part: _why_not(part, trial, by_value))
         what = f"{type(culprit).__qualname__!r} object"
         message = f"cannot pickle {what} at {path}" if path else f"cannot pickle {what}"
         raise SerializationError(f"{message}: {reason or error}", path) from (reason or error)
@@ -470,6 +470,31 @@ def _dump(obj: Any, parts: Parts, by_value: bool) -> list[Any]:
     value_pickler = _value_pickler(parts)
     value_pickler.dump(obj)
     return value_pickler.pieces  # type: ignore[no-any-return]
+
+
+class _NoParts:
+    """Parts that are only counted out: for trying whether something can be pickled."""
+
+    memmap_mode: str | None = None
+    place: Place | None = None
+    bytes_shared = 0
+
+    def __init__(self, reducers: Reducers | None) -> None:
+        self.reducers = reducers
+
+    def add_array(self, array: Array) -> None: ...
+
+    def add_buffer(self, buffer: PickleBuffer) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+def _why_not(obj: Any, parts: Parts, by_value: bool) -> Exception | None:
+    try:
+        _dump(obj, parts, by_value)
+    except Exception as error:
+        return error
+    return None
 
 
 # --- objects with others in their place ----------------------------------------------------------
@@ -519,122 +544,3 @@ def substitute(obj: Any, cls: type, replacement: Callable[[Any], Any]) -> Any:
         return pickle.loads(b"".join(pieces), buffers=parts.parts) if parts.found else obj
     except Exception:
         return obj
-
-
-# --- whose fault it was --------------------------------------------------------------------
-
-
-class _NoParts:
-    """Parts that are only counted out: for trying whether something can be pickled."""
-
-    memmap_mode: str | None = None
-    place: Place | None = None
-    bytes_shared = 0
-
-    def __init__(self, reducers: Reducers | None) -> None:
-        self.reducers = reducers
-
-    def add_array(self, array: Array) -> None: ...
-
-    def add_buffer(self, buffer: PickleBuffer) -> None: ...
-
-    def reset(self) -> None: ...
-
-
-MOST_STEPS = 100  # of a path: each costs as much as pickling what is left, and nobody reads more
-
-
-def find_culprit(
-    obj: Any, label: str = "", *, by_value: bool = True, reducers: Reducers | None = None
-) -> tuple[str, Any, Exception | None]:
-    """Find the innermost part of an object that cannot be pickled.
-
-    Parameters
-    ----------
-    obj : object
-        For instance the arguments of a call.
-    label : str, optional
-        What the path begins with, for instance ``"args"``.
-    by_value, reducers : optional
-        As for `dump`.
-
-    Returns
-    -------
-    path : str
-        For instance ``args[0]['lock']``.
-    culprit : object
-        The innermost one down to `MOST_STEPS`.
-    reason : Exception or None
-        What pickling the culprit alone raised; None if the whole object can be pickled.
-    """
-    reason = _why_not(obj, by_value, reducers)
-    path = label
-    seen: set[int] = set()
-    while reason is not None and id(obj) not in seen and len(seen) < MOST_STEPS:
-        seen.add(id(obj))
-        if _refuses(obj):
-            break
-        for step, part in _parts_of(obj):
-            failure = _why_not(part, by_value, reducers)
-            if failure is not None:
-                path, obj, reason = path + step, part, failure
-                break
-        else:
-            break
-    return path, obj, reason
-
-
-def _refuses(obj: Any) -> bool:
-    """Tell whether the object itself says no, whatever its parts are."""
-    if isinstance(obj, (type, FunctionType)):
-        return False
-    try:
-        obj.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
-    except Exception:
-        return True
-    return False
-
-
-def _why_not(obj: Any, by_value: bool, reducers: Reducers | None) -> Exception | None:
-    try:
-        _dump(obj, _NoParts(reducers), by_value)
-    except Exception as error:
-        return error
-    return None
-
-
-def _parts_of(obj: Any) -> Any:
-    """Yield (step of the path, part) for everything that pickling this object leads to."""
-    if isinstance(obj, (list, tuple)):
-        yield from ((f"[{index}]", part) for index, part in enumerate(obj))
-    elif isinstance(obj, dict):
-        for key, part in obj.items():
-            yield f".key({brief(key)})", key
-            yield f"[{brief(key)}]", part
-    elif isinstance(obj, (set, frozenset)):
-        yield from ((f".element({brief(part)})", part) for part in obj)
-    elif isinstance(obj, np.ndarray) and obj.dtype.hasobject and obj.dtype.names is None:
-        for index in np.ndindex(obj.shape):
-            yield f"[{', '.join(map(str, index))}]", obj[index]
-    elif isinstance(obj, FunctionType):
-        for name, cell in zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=False):
-            try:
-                yield f".<closure {name}>", cell.cell_contents
-            except ValueError:  # an empty cell
-                continue
-        for name in obj.__code__.co_names:
-            if name in obj.__globals__:
-                yield f".<global {name}>", obj.__globals__[name]
-        yield ".__defaults__", obj.__defaults__
-        yield ".__kwdefaults__", obj.__kwdefaults__
-    for name in ("__self__", "func", "args", "keywords"):  # methods and partials
-        part = getattr(obj, name, None)
-        if part is not None and not isinstance(obj, type) and not isinstance(part, type(sys)):
-            yield f".{name}", part
-    attributes = getattr(obj, "__dict__", None)
-    if isinstance(attributes, dict) and not isinstance(obj, (type, FunctionType)):
-        yield from ((f".{name}", part) for name, part in attributes.items())
-    slots = getattr(type(obj), "__slots__", ())
-    for name in (slots,) if isinstance(slots, str) else slots:
-        if hasattr(obj, name) and name not in ("__dict__", "__weakref__"):
-            yield f".{name}", getattr(obj, name)

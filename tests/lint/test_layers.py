@@ -21,6 +21,7 @@ LAYERS = {
         "codec",
         "exceptions",
         "pickling",
+        "culprit",
         "reducers",
         "filemap",
         "plain",

@@ -20,6 +20,7 @@ from hypothesis.extra import numpy as st_numpy
 from shmengine import plain
 from shmengine.arrays import pack_spec
 from shmengine.codec import decode, encode
+from shmengine.culprit import MOST_STEPS
 from shmengine.errors import (
     Corrupt,
     RemoteError,
@@ -28,7 +29,6 @@ from shmengine.errors import (
     Timeout,
 )
 from shmengine.exceptions import decode_exception, encode_exception
-from shmengine.pickling import MOST_STEPS
 from shmengine.plain import load_plain
 from tests.helpers import run_script
 from tests.helpers.arrays import STRUCTURED_DTYPES, filled, frame_of, numpy_scalars, round_trip, same
