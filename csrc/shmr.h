@@ -245,6 +245,58 @@ int shmr_scatter_run(shmr *h, shmr_scatter *scatter, uint32_t turns, int64_t dea
  * It is never freed (a few hundred bytes): arrays may outlive everything else. */
 void *shmr_numpy_handler(shmr *h, uint64_t threshold, uint64_t limit);
 
+/* ---- descriptors that are kept --------------------------------------------------------------------------------- */
+
+/* A descriptor, and what tells its file from another one that came to be under that number. */
+typedef struct {
+    int fd;       /* -1: none */
+    uint32_t pid; /* of a pidfd whose inode tells nothing; else 0 */
+    uint64_t device, inode;
+} shmr_file;
+
+int shmr_file_keep(shmr_file *file, int fd);                   /* 0: it is not open */
+int shmr_file_is_ours(const shmr_file *file, uint64_t *bytes); /* *bytes (if any): its length, if it is */
+void shmr_file_close(shmr_file *file);                         /* unless it is another one's by now */
+
+/* ---- memory that one end of a channel lends to the other -------------------------------------------------------- */
+
+typedef struct shmr_loans shmr_loans;
+
+typedef struct {
+    const void *bytes;
+    uint64_t length;
+} shmr_piece;
+
+/* What was lent: where it lies, and its number. */
+typedef struct {
+    uint64_t begin, length, number;
+} shmr_loan;
+
+/* A new file for so many bytes of loans, in one direction. -1: errno says why. */
+int shmr_loans_file(uint64_t bytes);
+/* NULL: no memory. Of what follows one, once; each says whether it was possible. */
+shmr_loans *shmr_loans_new(void);
+void shmr_loans_free(shmr_loans *l);
+/* Such a file, for either side. The descriptor is the caller's, and stays open as long. It is mapped when it is needed. */
+int shmr_loans_use(shmr_loans *l, int fd);
+/* A new file, which is lent. */
+int shmr_loans_make(shmr_loans *l, uint64_t bytes);
+/* What another process needs for it, and opens as the borrower. */
+const shmr_file *shmr_loans_offer(const shmr_loans *l);
+int shmr_loans_accept(shmr_loans *l, int pid, const shmr_file *offer);
+/* See that it is mapped, before what is there is copied. */
+int shmr_loans_map(shmr_loans *l);
+/* Lend a copy of the bytes of all pieces; 0: there is no room, or no memory. */
+int shmr_loans_lend(shmr_loans *l, const shmr_piece *pieces, uint32_t count, shmr_loan *out);
+/* Does it lie in that memory? */
+int shmr_loans_has(const shmr_loans *l, const shmr_loan *loan);
+/* Copy what was lent. CORRUPT: it lies nowhere. */
+int shmr_loans_copy(const shmr_loans *l, const shmr_loan *loan, void *target);
+/* Be through with it: its memory may be lent again. */
+void shmr_loans_give_back(shmr_loans *l, const shmr_loan *loan);
+/* The lender's: if nothing is lent, keep no memory. */
+void shmr_loans_rest(shmr_loans *l);
+
 /* ---- whole messages through a pipe or a POSIX message queue ----------------------------------------------------- */
 
 /* One thread uses a stream at a time, for one direction. Deadlines are as above; whatever a call returns, it may be
@@ -254,11 +306,6 @@ void *shmr_numpy_handler(shmr *h, uint64_t threshold, uint64_t limit);
 #define SHMR_SMALL_FRAME 4000 /* with what belongs to it in a pipe, less than PIPE_BUF */
 
 typedef struct shmr_stream shmr_stream;
-
-typedef struct {
-    const void *bytes;
-    uint64_t length;
-} shmr_piece;
 
 typedef struct {
     const char *bytes; /* good until the next one is received; NULL: they are in the memory that was given */
@@ -273,6 +320,8 @@ typedef struct {
  * have (mq_msgsize, at least 32); 0: a pipe. NULL: no memory. */
 shmr_stream *shmr_stream_new(int fd, uint32_t fragment_bytes);
 void shmr_stream_free(shmr_stream *s);
+/* Send large messages, or receive them, through memory that is lent, where that has room; of a queue. NULL: do so no more. */
+void shmr_stream_lend(shmr_stream *s, shmr_loans *loans);
 /* Send the bytes of all pieces as one message. WOULD_BLOCK, TIMEOUT, INTERRUPTED: a part of it may be on its way; go on
  * with the same one, or give it up. */
 int shmr_stream_send(shmr_stream *s, const shmr_piece *pieces, uint32_t count, uint32_t priority, int64_t deadline);
@@ -292,19 +341,6 @@ int shmr_stream_receive(shmr_stream *s, uint64_t taken, int64_t deadline, shmr_m
 /* Memory for the message that was last announced, good until the next one is received or another one is announced. NULL:
  * there is none, and the message is dropped as it comes. */
 void shmr_stream_give_memory(shmr_stream *s, void *memory);
-/* ---- descriptors that are kept --------------------------------------------------------------------------------- */
-
-/* A descriptor, and what tells its file from another one that came to be under that number. */
-typedef struct {
-    int fd;       /* -1: none */
-    uint32_t pid; /* of a pidfd whose inode tells nothing; else 0 */
-    uint64_t device, inode;
-} shmr_file;
-
-int shmr_file_keep(shmr_file *file, int fd);                   /* 0: it is not open */
-int shmr_file_is_ours(const shmr_file *file, uint64_t *bytes); /* *bytes (if any): its length, if it is */
-void shmr_file_close(shmr_file *file);                         /* unless it is another one's by now */
-
 /* ---- bytes ---------------------------------------------------------------------------------------------------- */
 
 uint32_t shmr_crc32c(uint32_t crc, const void *bytes, uint64_t length);

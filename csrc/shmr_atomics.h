@@ -76,7 +76,7 @@ SHMR_RMW(exchange, atomic_exchange_explicit, seq_cst, memory_order_seq_cst)
 #undef SHMR_CAS
 #undef SHMR_RMW
 
-/* Counts of private objects, shared only between threads of one process. Sequentially consistent: "pin, then look
+/* Counts of private objects, shared only between threads of one process (but what is back of loans). Sequentially consistent: "pin, then look
  * whether it is closed" meets "close, then look whether it is pinned". */
 typedef struct {
     _Atomic int64_t value;
@@ -87,6 +87,9 @@ static inline int64_t shmr_count_add(shmr_count *count, int64_t delta) {
 }
 static inline int64_t shmr_count_get(const shmr_count *count) {
     return atomic_load_explicit(&((shmr_count *)(uintptr_t)count)->value, memory_order_seq_cst);
+}
+static inline void shmr_count_set(shmr_count *count, int64_t value) {
+    atomic_store_explicit(&count->value, value, memory_order_seq_cst);
 }
 
 /* The same for words and marks of private structs whose layout callers know, too. */

@@ -159,13 +159,30 @@ int shmr_scatter_accept(shmr *h, shmr_scatter *scatter, shmr_block *message);
 int shmr_scatter_settle(shmr_scatter *scatter, uint64_t tag);
 int shmr_scatter_run(shmr *h, shmr_scatter *scatter, uint32_t turns, int64_t deadline, shmr_block *message);
 void *shmr_numpy_handler(shmr *h, uint64_t threshold, uint64_t limit);
-#define SHMR_PRIORITIES ...
-#define SHMR_SMALL_FRAME ...
-typedef struct shmr_stream shmr_stream;
+typedef struct shmr_loans shmr_loans;
 typedef struct {
     const void *bytes;
     uint64_t length;
 } shmr_piece;
+typedef struct {
+    uint64_t begin, length, number;
+} shmr_loan;
+int shmr_loans_file(uint64_t bytes);
+shmr_loans *shmr_loans_new(void);
+void shmr_loans_free(shmr_loans *l);
+int shmr_loans_use(shmr_loans *l, int fd);
+int shmr_loans_map(shmr_loans *l);
+int shmr_loans_make(shmr_loans *l, uint64_t bytes);
+const shmr_file *shmr_loans_offer(const shmr_loans *l);
+int shmr_loans_accept(shmr_loans *l, int pid, const shmr_file *offer);
+int shmr_loans_lend(shmr_loans *l, const shmr_piece *pieces, uint32_t count, shmr_loan *out);
+int shmr_loans_has(const shmr_loans *l, const shmr_loan *loan);
+int shmr_loans_copy(const shmr_loans *l, const shmr_loan *loan, void *target);
+void shmr_loans_give_back(shmr_loans *l, const shmr_loan *loan);
+void shmr_loans_rest(shmr_loans *l);
+#define SHMR_PRIORITIES ...
+#define SHMR_SMALL_FRAME ...
+typedef struct shmr_stream shmr_stream;
 typedef struct {
     const char *bytes;
     uint64_t length;
@@ -180,6 +197,7 @@ typedef struct {
 } shmr_message;
 shmr_stream *shmr_stream_new(int fd, uint32_t fragment_bytes);
 void shmr_stream_free(shmr_stream *s);
+void shmr_stream_lend(shmr_stream *s, shmr_loans *loans);
 int shmr_stream_send(shmr_stream *s, const shmr_piece *pieces, uint32_t count, uint32_t priority, int64_t deadline);
 int shmr_stream_send_frame(shmr_stream *s, const void *bytes, uint64_t length, uint32_t priority, int whole,
                            int64_t deadline);

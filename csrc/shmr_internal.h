@@ -219,6 +219,7 @@ uint32_t shmr_pidfd_pid(int fd);
 /* ---- shmr_reserve.c ------------------------------------------------------------------------------------------ */
 int shmr_reserve(shmr *h, uint64_t offset, uint64_t bytes);
 int shmr_reserve_extent(shmr *h, uint32_t extent);
+bool shmr_reserve_in(int fd, uint64_t offset, uint64_t bytes);
 
 /* ---- shmr_arena.c: call with h->lock held -------------------------------------------------------------------- */
 #define SHMR_NOWHERE UINT64_MAX
@@ -280,19 +281,6 @@ struct shmr_numpy_handler { /* the ABI of NumPy's PyDataMem_Handler, version 1 *
 int shmr_insert(shmr *h, uint32_t ring, uint32_t block, uint32_t generation, uint64_t limit);
 bool shmr_ring_has_item(const shmr *h, uint32_t ring);
 bool shmr_ring_has_room(const shmr *h, uint32_t ring);
-
-/* ---- shmr_stage.c -------------------------------------------------------------------------------------------- */
-struct shmr_stage {
-    char *memory;
-    size_t places;           /* of the pipe, for a page each */
-    size_t next, begin, end; /* where the next piece begins; of this one, what is still to be named */
-    size_t free_pages;       /* that may be written before the next look at the pipe */
-    bool refused;            /* by the kernel, or no longer safe */
-};
-struct iovec;
-void shmr_stage_close(struct shmr_stage *g);
-void shmr_stage_forget(struct shmr_stage *g);
-ssize_t shmr_stage_send(struct shmr_stage *g, int fd, const struct iovec *parts, int count);
 
 /* ---- shmr_bell.c --------------------------------------------------------------------------------------------- */
 void shmr_bell_ring(shmr_word *bell);

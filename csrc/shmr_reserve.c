@@ -154,6 +154,11 @@ static int allocate(int fd, uint64_t offset, uint64_t bytes) {
     return 0;
 }
 
+/* Memory for part of another file, unless the file system or the cgroup is full. */
+bool shmr_reserve_in(int fd, uint64_t offset, uint64_t bytes) {
+    return cgroup_has_room(bytes, SLACK_MAX) && allocate(fd, offset, bytes) == 0;
+}
+
 /* Reserve part of the region. NO_MEMORY: the file system or the cgroup is full. With h->lock held. */
 int shmr_reserve(shmr *h, uint64_t offset, uint64_t bytes) {
     int status = shmr_check_file(h); /* a file that was cut would be lengthened, part of the way */

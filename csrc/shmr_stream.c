@@ -8,10 +8,11 @@
  *
  * In a pipe:     length, 8 bytes (0: goodbye) | stretch | 1 | stretch | 1 | ...
  *   A stretch has 1 MiB, the last one what is left. A 0 after one takes the message back: who gives it up owes the rest
- *   of the stretch as zeros, and that.
+ *   of the stretch as zeros, and that. Instead, LENT | length, 8 bytes | a loan | 1: the whole message lies in memory that
+ *   both have (shmr_loan.c).
  * In a queue:    length, 8 bytes (0: goodbye) | where the bytes belong in the message, 8 bytes | bytes
  *   Each such fragment is a message of the queue. Those of a higher priority may come in between; a message ends where
- *   another one of its priority begins, or with a fragment that belongs to ABANDONED.
+ *   another one of its priority begins, or with a fragment that belongs to ABANDONED. One that belongs to LENT has a loan.
  *
  * What comes is not believed: nothing is written outside of the memory that was given for a length.
  */
@@ -30,10 +31,12 @@
 #define MOST_BYTES (UINT64_C(1) << 48)
 #define AHEAD_BYTES (64u << 10) /* read at once, of small messages */
 #define SMALL_BYTES (16u << 10) /* up to here a message is handed out where it was read */
-#define STAGED_BYTES (32u << 10) /* from here on the pipe gets pages of ours */
+#define LENT_BYTES (32u << 10)  /* from here on a message is lent, if there is room */
 #define PARTS_MAX 64            /* of one system call */
 #define FRAGMENT_HEADER 16
+#define LOAN_BYTES (WORD + sizeof(shmr_loan) + 1) /* in a pipe */
 #define ABANDONED UINT64_MAX
+#define LENT (UINT64_C(1) << 63)
 
 #define SPIN_NS 30000
 #define PAUSE_NS 1500 /* between two looks, which cost the other side time, too */
@@ -48,6 +51,7 @@ struct incoming {
     uint64_t edge;     /* in a pipe: the end of the stretch */
     char *memory;      /* where they go, given by the caller; NULL: not yet */
     bool discard;      /* he has none: let them pass */
+    bool lent;         /* they are not in what was read, which says where they are */
 };
 
 struct shmr_stream {
@@ -56,9 +60,10 @@ struct shmr_stream {
     shmr_count busy;         /* a call that sends is on its way, perhaps in a thread that the end of the process overtook */
     uint32_t fragment_bytes; /* of a queue: what a message of it may have; 0: a pipe */
     uint32_t turns, misses;  /* of spinning */
-    struct shmr_stage stage; /* of a pipe: large messages on their way there */
 
     uint64_t length, written;          /* the message that is being sent, 0: none; how much of what is sent for it */
+    shmr_loans *loans;                 /* where large messages lie; NULL: nowhere */
+    shmr_loan loan;                    /* that of the message that is being sent, if it has a length */
     uint64_t owed_to;                  /* it was given up: zeros up to here are still to be written; 0: nothing is */
     uint64_t sent[SHMR_PRIORITIES];    /* wholly */
 
@@ -85,10 +90,8 @@ shmr_stream *shmr_stream_new(int fd, uint32_t fragment_bytes) {
     return s;
 }
 
-void shmr_stream_free(shmr_stream *s) {
-    if (s) shmr_stage_close(&s->stage);
-    free(s);
-}
+void shmr_stream_free(shmr_stream *s) { free(s); }
+void shmr_stream_lend(shmr_stream *s, shmr_loans *loans) { s->loans = loans; }
 uint64_t shmr_stream_sent(const shmr_stream *s, uint32_t priority) { return s->sent[priority]; }
 
 /* ---- waiting -------------------------------------------------------------------------------------------------------- */
@@ -187,12 +190,7 @@ static uint64_t add_bytes(struct parts *parts, const struct outgoing *m, uint64_
 
 /* A pipe's: write on, once. */
 static int write_parts(shmr_stream *s, const struct parts *parts) {
-    size_t bytes = 0;
-    for (int i = 0; i < parts->count; i++) bytes += parts->of[i].iov_len;
-    ssize_t count = -1;
-    bool staged = !s->stage.refused && !s->owed_to && (bytes >= STAGED_BYTES || s->stage.begin < s->stage.end);
-    if (staged) count = shmr_stage_send(&s->stage, s->file.fd, parts->of, parts->count);
-    if (!staged || s->stage.refused) count = writev(s->file.fd, parts->of, parts->count);
+    ssize_t count = writev(s->file.fd, parts->of, parts->count);
     if (count < 0) return failed("write to a pipe");
     s->written += (uint64_t)count;
     return SHMR_OK;
@@ -216,10 +214,26 @@ static int pay(shmr_stream *s) {
     return SHMR_OK;
 }
 
+/* Lend a message that is large, and of which nothing has gone so far, if there is room; whether it is lent. */
+static bool lend(shmr_stream *s, const struct outgoing *m) {
+    if (s->loan.length || s->written || s->end || !s->loans || m->length < LENT_BYTES) return s->loan.length;
+    return shmr_loans_lend(s->loans, m->pieces, m->count, &s->loan);
+}
+
+/* A pipe takes so few bytes at once, or none of them. */
+static int write_loan(shmr_stream *s) {
+    uint64_t length = LENT | s->loan.length;
+    struct iovec parts[] = {{&length, WORD}, {&s->loan, sizeof s->loan}, {&(char){commit}, 1}};
+    if (writev(s->file.fd, parts, 3) < 0) return failed("write to a pipe");
+    s->loan.length = 0;
+    return SHMR_OK;
+}
+
 static int write_message(shmr_stream *s, const struct outgoing *m) {
     int status = pay(s);
     if (status != SHMR_OK) return status;
     s->length = m->length;
+    if (lend(s, m)) return write_loan(s);
     uint64_t end = wire_bytes(m->length);
     while (s->written < end) {
         struct parts parts;
@@ -244,8 +258,16 @@ static int send_fragment(shmr_stream *s, uint64_t length, uint64_t at, uint32_t 
     return SHMR_OK;
 }
 
+static int send_loan(shmr_stream *s, uint32_t priority) {
+    memcpy(s->bytes + FRAGMENT_HEADER, &s->loan, sizeof s->loan);
+    int status = send_fragment(s, s->loan.length, LENT, sizeof s->loan, priority);
+    if (status == SHMR_OK) s->loan.length = 0;
+    return status;
+}
+
 static int send_fragments(shmr_stream *s, const struct outgoing *m) {
     s->length = m->length;
+    if (s->fragment_bytes >= FRAGMENT_HEADER + sizeof s->loan && lend(s, m)) return send_loan(s, m->priority);
     while (s->written < m->length) {
         if (!s->end) {
             struct parts parts = {.count = 0};
@@ -337,7 +359,8 @@ static void look_at_frame(shmr_message *out) {
 
 void shmr_stream_give_up(shmr_stream *s) {
     if (shmr_count_get(&s->busy) || s->owed_to) return; /* it is that of an earlier one that has been written */
-    shmr_stage_forget(&s->stage);
+    if (s->loan.length) shmr_loans_give_back(s->loans, &s->loan);
+    s->loan.length = 0;
     if (s->fragment_bytes) {
         if (s->written) send_fragment(s, s->length, ABANDONED, 0, s->priority); /* if not: the next one says it, too */
         s->length = s->written = s->end = 0;
@@ -358,7 +381,6 @@ void shmr_stream_goodbye(shmr_stream *s) {
     if (s->fragment_bytes) {
         send_fragment(s, 0, 0, 0, 0);
     } else if (pay(s) == SHMR_OK && !s->written) {
-        shmr_stage_forget(&s->stage);
         begin_parts(s, &parts, &none);
         write_parts(s, &parts);
     }
@@ -387,16 +409,49 @@ static int finish(shmr_stream *s, struct incoming *in, uint32_t priority) {
     return SHMR_OK;
 }
 
+/* Copy a message from where it lies; `misplaced`: it lies nowhere, or has another length than was said. */
+static int borrow(shmr_stream *s, struct incoming *in, uint64_t length, const char *bytes, bool *misplaced) {
+    shmr_loan loan;
+    memcpy(&loan, bytes, sizeof loan);
+    *misplaced = !s->loans || !length || loan.length != length || !shmr_loans_has(s->loans, &loan);
+    if (*misplaced) return SHMR_CORRUPT;
+    if (!(in->lent && in->length)) begin_message(in, length);
+    in->lent = true;
+    if (!in->memory && !in->discard) return SHMR_NO_MEMORY;
+    if (!shmr_loans_map(s->loans)) return shmr_fail(SHMR_SYSTEM, ENOMEM, "mapping of memory that was lent");
+    if (in->memory) shmr_loans_copy(s->loans, &loan, in->memory);
+    shmr_loans_give_back(s->loans, &loan);
+    in->received = length;
+    return SHMR_OK;
+}
+
+static int use_loan(shmr_stream *s, struct incoming *in, uint64_t length) {
+    const char *loan = s->bytes + s->begin + WORD;
+    bool misplaced;
+    if (loan[sizeof(shmr_loan)] != commit) return broken(s, "mark after a loan in a pipe");
+    int status = borrow(s, in, length, loan, &misplaced);
+    if (misplaced) return broken(s, "memory that was lent through a pipe");
+    if (status != SHMR_OK) return status;
+    s->begin += LOAN_BYTES;
+    return finish(s, in, 0);
+}
+
 /* A pipe's: go on with what was read. OK: a message is ready; WOULD_BLOCK: there is not enough. */
 static int use_read(shmr_stream *s) {
     struct incoming *in = &s->incoming[0];
     for (;;) {
         uint32_t there = s->end - s->begin;
-        if (!in->length) {
+        if (!in->length || in->lent) {
             uint64_t length;
             if (there < WORD) return SHMR_WOULD_BLOCK;
             memcpy(&length, s->bytes + s->begin, WORD);
             if (!length) return SHMR_CLOSED;
+            if (length & LENT) {
+                if (there < LOAN_BYTES) return SHMR_WOULD_BLOCK;
+                int status = use_loan(s, in, length & ~LENT);
+                if (status == SHMR_WOULD_BLOCK) continue; /* it was discarded */
+                return status;
+            }
             if (length > MOST_BYTES) return broken(s, "length of a message in a pipe");
             s->begin += WORD;
             begin_message(in, length);
@@ -483,6 +538,15 @@ static int receive_fragments(shmr_stream *s) {
         if (at == ABANDONED) {
             in->length = 0;
             s->end = 0;
+            continue;
+        }
+        if (at == LENT && bytes == sizeof(shmr_loan)) {
+            bool misplaced;
+            int status = borrow(s, in, length, s->bytes + FRAGMENT_HEADER, &misplaced);
+            if (misplaced) return misfit(s, in, "memory that was lent through a queue");
+            if (status != SHMR_OK) return status;
+            s->end = 0;
+            if (finish(s, in, s->priority) == SHMR_OK) return SHMR_OK;
             continue;
         }
         if (!bytes || length > MOST_BYTES || at > length || bytes > length - at)

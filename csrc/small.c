@@ -89,9 +89,9 @@ static PyObject *stream_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 static PyObject *stream_use(Stream *self, PyObject *args) {
     PyObject *wire, *lock, *armed, *raw, *hub, *array_type, *encode, *expected, *decode, *unknown;
     int checks_all, allows_pickle;
-    long long most_told, most_told_bytes;
-    if (!PyArg_ParseTuple(args, "O!OO!OOOOO!OOppLL", &WireType, &wire, &lock, &PySet_Type, &armed, &raw, &hub,
-                          &array_type, &encode, &PyDict_Type, &expected, &decode, &unknown, &checks_all, &allows_pickle, &most_told, &most_told_bytes))
+    long long most_told;
+    if (!PyArg_ParseTuple(args, "O!OO!OOOOO!OOppL", &WireType, &wire, &lock, &PySet_Type, &armed, &raw, &hub,
+                          &array_type, &encode, &PyDict_Type, &expected, &decode, &unknown, &checks_all, &allows_pickle, &most_told))
         return NULL;
     Py_XSETREF(self->wire, (Wire *)Py_NewRef(wire));
     Py_XSETREF(self->lock, Py_NewRef(lock));
@@ -106,7 +106,6 @@ static PyObject *stream_use(Stream *self, PyObject *args) {
     self->checks_all = (char)checks_all;
     self->allows_pickle = (char)allows_pickle;
     self->most_told = most_told;
-    self->most_told_bytes = most_told_bytes;
     self->sends = self->receives = 1;
     Py_RETURN_NONE;
 }
@@ -363,7 +362,7 @@ static int is_sound(Stream *self, const unsigned char *frame, uint64_t nbytes, f
 /* Whether the short way may go on: nobody is on the long one, and no acknowledgement falls due with this message. */
 static int may_take(Stream *self, long long nbytes) {
     return self->receives && self->taken + 1 - self->told < self->most_told &&
-           self->taken_bytes + nbytes - self->told_bytes < self->most_told_bytes && is_ready(self);
+           self->taken_bytes + nbytes - self->told_bytes < self->acknowledge_bytes && is_ready(self);
 }
 
 static PyObject *stream_take(Stream *self, PyObject *box) {
@@ -433,6 +432,7 @@ static PyMemberDef stream_members[] = {
     HIDDEN(taken_bytes),
     HIDDEN(told),
     HIDDEN(told_bytes),
+    {"acknowledge_bytes", T_LONGLONG, offsetof(Stream, acknowledge_bytes), 0, "so many that were taken are told"},
     COUNTER(quick_sent),
     COUNTER(quick_sent_bytes),
     COUNTER(quick_received),
@@ -441,7 +441,7 @@ static PyMemberDef stream_members[] = {
 static PyMethodDef stream_methods[] = {
     {"use", (PyCFunction)stream_use, METH_VARARGS,
      "use($self, wire, lock, armed, raw, hub, array_type, encode, expected, decode, unknown, checks_all,\n"
-     "    allows_pickle, most_told, most_told_bytes, /)\n--\n\nSay what `send_small` and `take_small` need, and let them be used."},
+     "    allows_pickle, most_told, /)\n--\n\nSay what `send_small` and `take_small` need, and let them be used."},
     {"send_small", (PyCFunction)(void (*)(void))stream_send_small, METH_FASTCALL,
      "send_small($self, obj, looked, /)\n--\n\nSend an object; False: it has to go the long way."},
     {"take_small", (PyCFunction)stream_take, METH_O,

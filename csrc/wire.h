@@ -67,7 +67,7 @@ typedef struct {
     char sends, receives; /* may be gone: nobody is on the long one */
     char answers;
     char checks_all, allows_pickle;
-    long long pace, most_told, most_told_bytes; /* bytes that may be on their way */
+    long long pace, most_told, acknowledge_bytes; /* bytes that may be on their way; what is taken before that is told */
     unsigned long long quick_sent, quick_sent_bytes, quick_received, quick_received_bytes;
     Wire *wire;
     PyObject *lock, *armed, *raw, *hub; /* of the port */

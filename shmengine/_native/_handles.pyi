@@ -107,6 +107,7 @@ class Stream:
     _waiting: int  # bytes in the inbox, and of what was taken from it since they were last counted
     _look_at: int  # from so many on a part goes the long way, which counts them
     pace: int
+    acknowledge_bytes: int
     _taken: int
     _taken_bytes: int
     _told: int
@@ -130,7 +131,6 @@ class Stream:
         checks_all: bool,
         allows_pickle: bool,
         most_told: int,
-        most_told_bytes: int,
         /,
     ) -> None: ...
     def send_small(self, obj: Any, looked: int, /) -> bool: ...

@@ -37,7 +37,7 @@ SOURCES = (
     "shmr_recover.c",
     "shmr_numpy.c",
     "shmr_stream.c",
-    "shmr_stage.c",
+    "shmr_loan.c",
     "shmr_memory.c",
     "shmr_watch.c",
 )

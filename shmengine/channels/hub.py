@@ -142,7 +142,12 @@ class Hub:
             self._awake = self._awake or idle < REST_LOOKS
             if idle == REST_LOOKS:
                 for port in list(self._ports.values()):
-                    port.rest()
+                    if port.lock.acquire(blocking=False):
+                        try:
+                            with _one_alone(port):
+                                port.rest()
+                        finally:
+                            port.lock.release()
             ready = self._epoll.poll(pause if self._awake else LOOK_SECONDS)
             pause = first if ready else min(longest, pause * 1.5)
             for fd, _ in ready:

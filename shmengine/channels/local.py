@@ -9,7 +9,7 @@ import socket as unix
 import stat
 import struct
 
-__all__ = ["SocketFile", "check_free", "connection_of", "user_behind"]
+__all__ = ["SocketFile", "check_free", "connection_of", "process_behind", "user_behind"]
 
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 
@@ -31,12 +31,24 @@ def connection_of(fd: int) -> unix.socket:
 
 
 def user_behind(fd: int) -> int:
-    """Return the user of the process that listens at the other side of a Unix connection; -1: it has ended."""
+    """Return the user of the process at the other side of a Unix connection; -1: it has ended."""
+    return _credentials(fd)[1]
+
+
+def process_behind(fd: int) -> int:
+    """Return the process at the other side; -1: the connection has ended; 0: it is none of those to be seen here."""
+    return _credentials(fd)[0]
+
+
+def _credentials(fd: int) -> tuple[int, int, int]:
     try:
         with connection_of(fd) as connection:
-            return int(_CREDENTIALS.unpack(connection.getsockopt(unix.SOL_SOCKET, unix.SO_PEERCRED, 12))[1])
+            pid, user, group = _CREDENTIALS.unpack(
+                connection.getsockopt(unix.SOL_SOCKET, unix.SO_PEERCRED, 12)
+            )
+            return pid, user, group
     except OSError:
-        return -1
+        return -1, -1, -1
 
 
 def check_free(path: str) -> None:

@@ -18,8 +18,7 @@ import posix_ipc
 
 from shmengine._native import lib
 from shmengine.channels.link import Capabilities, Link, Options
-from shmengine.channels.presence import Presence
-from shmengine.channels.stream import StreamLink, reopened
+from shmengine.channels.stream import StreamLink, pair_of, reopened
 from shmengine.config import format_bytes
 from shmengine.descriptors import Descriptor
 from shmengine.errors import ShmError
@@ -101,21 +100,7 @@ def _room() -> int:
 
 
 def _pair(options: Options, count: int, fragment_bytes: int) -> tuple[Link, Link]:
-    made: list[Descriptor | None] = []
-    try:
-        made += _queue(count, fragment_bytes)
-        made += _queue(count, fragment_bytes) if options.duplex else (None, None)
-        left, right = Presence.pair()
-    except BaseException:
-        for descriptor in made:
-            if descriptor is not None:
-                descriptor.close()
-        raise
-    to_right, from_left, to_left, from_right = made
-    links = (
-        MessageQueueLink(options, left, to_left, from_left, fragment_bytes),
-        MessageQueueLink(options, right, to_right, from_right, fragment_bytes),
-    )
+    links = pair_of(MessageQueueLink, options, lambda: _queue(count, fragment_bytes), fragment_bytes)
     for link in links:
         _queue_bytes[link] = count * (fragment_bytes + COST) * (1 + options.duplex) // 2
     return links

@@ -7,8 +7,7 @@ import multiprocessing
 from typing import ClassVar
 
 from shmengine.channels.link import Capabilities, Link, Options
-from shmengine.channels.presence import Presence
-from shmengine.channels.stream import StreamLink, reopened
+from shmengine.channels.stream import StreamLink, pair_of, reopened
 from shmengine.descriptors import Descriptor
 
 __all__ = ["pair"]
@@ -34,18 +33,7 @@ class PipeLink(StreamLink):
 
 def pair(options: Options) -> tuple[Link, Link]:
     """Return the links of both ends of a new channel."""
-    made: list[Descriptor | None] = []
-    try:
-        made += _pipe(options.buffer_bytes)
-        made += _pipe(options.buffer_bytes) if options.duplex else (None, None)
-        left, right = Presence.pair()
-    except BaseException:
-        for descriptor in made:
-            if descriptor is not None:
-                descriptor.close()
-        raise
-    to_right, from_left, to_left, from_right = made
-    return PipeLink(options, left, to_left, from_left), PipeLink(options, right, to_right, from_right)
+    return pair_of(PipeLink, options, lambda: _pipe(options.buffer_bytes))
 
 
 def _pipe(buffer_bytes: int) -> tuple[Descriptor, Descriptor]:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from shmengine._native._handles import Part
 from shmengine.channels import hub
+from shmengine.channels.greetings import Greeting, Proof
 from shmengine.channels.keys import Keys
-from shmengine.channels.local import SocketFile, check_free, user_behind
-from shmengine.channels.sessions import PREFIX_BYTES, Greeting, Kind, Proof, Session, most_part_bytes, refusal
+from shmengine.channels.local import SocketFile, check_free, process_behind, user_behind
+from shmengine.channels.sessions import PREFIX_BYTES, Kind, Session, most_part_bytes, refusal
 from shmengine.channels.waiter import Waiter
 from shmengine.channels.zeromq import monitor_of, uninterrupted, wire_of, zmq
 from shmengine.descriptors import Descriptor
@@ -70,6 +71,7 @@ class Port:
         self.links: dict[bytes, SocketLink] = {}
         self.greeting_until = 0.0  # somebody is expected to say who he is
         self.closed = False
+        self._answered = False  # somebody who has offered memory, while parts were taken in
         self.denied = ""
         self.raw: deque[Part] = deque()
         self.is_local = address.startswith("ipc:")
@@ -109,6 +111,9 @@ class Port:
         if self.armed and alone is not None and alone.received > received:
             self.waiters[alone.key][0].wake()
         self._sort()
+        if self._answered:  # sending may have swallowed the sign that something has come
+            self._answered = False
+            more = self.pump(most)
         return more
 
     def _request(self, session: Session, peer: bytes) -> None:
@@ -134,6 +139,20 @@ class Port:
             session.told()
             if self.armed:
                 self.pump(-1)
+
+    def offer(self, session: Session) -> None:
+        """Offer memory to the other end, once for each connection until that has it. Under the lock."""
+        if self.is_local and session.peer is not None and not (session.lends or session.offered):
+            part = session.offer()
+            if part is not None:
+                self.post(session.peer, part)
+            session.offered = True
+
+    def _borrow(self, session: Session, part: Any) -> None:
+        answer = session.borrow(part, process_behind(part.source))
+        if session.peer is not None:
+            self.post(session.peer, answer)
+            self._answered = True
 
     def _hand_over(self, session: Session) -> None:
         peer = session.peer
@@ -162,6 +181,8 @@ class Port:
                 reader.wake()
             if room:
                 writer.wake()
+        if kind == Kind.OFFER and self.is_local:
+            self._borrow(session, part)
         if session.peer is not None:
             if session.refusal:
                 self.cut_off(session)
@@ -215,7 +236,7 @@ class Port:
             self.greeting_until = 0.0
 
     def rest(self) -> None:
-        """Note that nothing has happened here for a while."""
+        """Note that nothing has happened here for a while. Under the lock."""
         for session in list(self.sessions.values()):
             session.drop_spare()
 
@@ -253,6 +274,7 @@ class Port:
             self.links.pop(session.key, None)
             for waiter in self.waiters.pop(session.key):
                 waiter.close()
+            session.end_loans()
         if self.is_over:
             self.close()
 

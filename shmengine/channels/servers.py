@@ -15,12 +15,13 @@ from typing import Any, Self
 
 from shmengine._native.status import deadline_of
 from shmengine.channels.end import End
+from shmengine.channels.greetings import Proof, is_gone
 from shmengine.channels.keys import Keys
 from shmengine.channels.link import Counts, Options
 from shmengine.channels.open import check_options
 from shmengine.channels.ports import DialPort, ListenPort, Port
 from shmengine.channels.presence import Fate
-from shmengine.channels.sessions import SESSION_BYTES, Proof, Session, is_gone, most_part_bytes
+from shmengine.channels.sessions import SESSION_BYTES, Session, most_part_bytes
 from shmengine.channels.socket import PEER_SECONDS, SocketLink
 from shmengine.channels.zeromq import zmq
 from shmengine.errors import Closed, PeerLost, SerializationError, Timeout, UseAfterFork, WouldBlock

@@ -12,32 +12,30 @@ Of what several steps change here each one can be repeated: a signal's handler m
 from __future__ import annotations
 
 import enum
-import hashlib
-import hmac
 import math
-import os
 import struct
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shmengine import config
 from shmengine._native._handles import Stream
 from shmengine.channels.link import Counts
+from shmengine.channels.loans import Borrowed, Lender, Lent, Loans, accept
 from shmengine.channels.meter import Meter
-from shmengine.tokens import start_time
+from shmengine.errors import Corrupt
+
+if TYPE_CHECKING:
+    from shmengine.channels.greetings import Greeting
 
 __all__ = [
     "ACKNOWLEDGE_MESSAGES",
+    "LARGE_BYTES",
     "PREFIX_BYTES",
     "SESSION_BYTES",
-    "Greeting",
     "Kind",
-    "Proof",
     "Session",
-    "is_gone",
     "most_part_bytes",
     "refusal",
 ]
@@ -54,12 +52,14 @@ ACKNOWLEDGE_MESSAGES = 1024
 ACKNOWLEDGE_BYTES = 2 << 20
 # While the other end keeps taking messages no more than this is on its way, so that the copies stay in the cache.
 PACE_BYTES = 8 << 20
+LARGE_BYTES = 1 << 16  # from here on a message is lent, or else not copied where that can be avoided
+# Of what is lent: twice that and some of the largest ones, and rarer answers, for both sides copy at once.
+LENT_PACE_BYTES = 16 << 20
+LENT_PACE_MESSAGES = 3
+LENT_ACKNOWLEDGE_BYTES = 4 << 20
 MOST_WINDOW_BYTES = 1 << 60  # more than there can be: twice as much is a number in C
 UNKNOWN_BYTES = 1 << 18  # that wait in a session which nobody has accepted; what is more comes again later
-VERSION = 2
 SESSION_BYTES = 16
-_GREETING = struct.Struct("<4sI16s16s32sQ")
-_MAGIC = b"SHMC"
 
 
 class Kind(enum.IntEnum):
@@ -80,10 +80,17 @@ class Kind(enum.IntEnum):
     """All from this number on is to be sent again, and what was taken to be told: something was lost on arrival."""
     BEGINNING = 8
     """A part of a large message, before others of it."""
+    LOAN = 9
+    """A message that lies in memory which its sender lends (loans.py)."""
+    OFFER = 10
+    """The sender has such memory."""
+    BORROWS = 11
+    """The answer; the number says whether that one can open it."""
 
 
 _HELLO, _DATA, _GOODBYE = int(Kind.HELLO), int(Kind.DATA), int(Kind.GOODBYE)
-_REPEAT, _BEGINNING = int(Kind.REPEAT), int(Kind.BEGINNING)
+_REPEAT, _BEGINNING, _LOAN = int(Kind.REPEAT), int(Kind.BEGINNING), int(Kind.LOAN)
+_BORROWS = int(Kind.BORROWS)
 
 
 class Session(Stream):
@@ -114,6 +121,10 @@ class Session(Stream):
         The descriptor of the last connection. It is ZeroMQ's, which may have closed it.
     meter : Meter or None
         Who is to see how fast that is.
+    lends : bool
+        Whether the other end has the memory that this one lends.
+    offered : bool
+        Whether it was asked to, over this connection.
     """
 
     def __init__(
@@ -141,6 +152,10 @@ class Session(Stream):
         self.acknowledge_bytes = min(ACKNOWLEDGE_BYTES, window // 8)
         self._spare: list[Any] = []  # parts whose memory can be used again, all of one size
         self._copies_until = 0  # the number before which parts may have been handed over more than once
+        self._lender: Lender | None = None
+        self._borrowed: Loans | None = None  # of the other end
+        self.offered = False
+        self.lends = False
 
     # --- sending -----------------------------------------------------------------------------------
 
@@ -170,6 +185,12 @@ class Session(Stream):
         """Whether something was taken of which the other end has not been told."""
         return self._told < self._taken
 
+    def pace_of(self, nbytes: int) -> int:
+        """Return how many bytes may be on their way with a message of this size while others keep being taken."""
+        if self.lends and nbytes >= LARGE_BYTES:
+            return min(self.window_there, max(LENT_PACE_BYTES, LENT_PACE_MESSAGES * nbytes))
+        return self.pace
+
     def has_room(self, nbytes: int, window: int) -> bool:
         """Whether a message of this size may be sent now, with so many bytes on their way. One alone always may."""
         kept = self._kept
@@ -193,13 +214,13 @@ class Session(Stream):
         kept.extend(entries)  # all at once, whatever a signal's handler raises
 
     def to_hand_over(self) -> Iterator[tuple[int, Any]]:
-        """Return (number, part) of all that the connection has not got; say `handed_over` after each."""
+        """Return (number, what travels) of all that the connection has not got; say `handed_over` after each."""
         kept = self._kept
         count = min(self.next_number - self._handed_over, len(kept))
         most = self._released + self.window_there
         if count == 1 and kept[-1][1] <= most:  # as always but after a new connection
             entry = kept[-1]
-            return iter(((entry[0], entry[2]),))
+            return iter(((entry[0], _on_the_way(entry[2])),))
         return self._up_to(most, count)
 
     def _up_to(self, most: int, count: int) -> Iterator[tuple[int, Any]]:
@@ -210,7 +231,7 @@ class Session(Stream):
         for number, end, part, messages in list(islice(kept, before, None)):
             if end > most and ended > self._messages:
                 return
-            yield number, part
+            yield number, _on_the_way(part)
             ended = messages
 
     def handed_over(self, number: int) -> None:
@@ -232,6 +253,54 @@ class Session(Stream):
     def drop_spare(self) -> None:
         """Keep no memory for later parts."""
         self._spare.clear()
+        if self._lender is not None:
+            self._lender.rest()
+
+    def lend(self, number: int, pieces: list[Any], nbytes: int) -> Lent | None:
+        """Return a message as a part that is lent; None: it has to travel."""
+        lender = self._lender
+        if lender is None or not self.lends:
+            return None
+        if (last := lender.last) is None or not self._keeps(last):
+            lender.take_back()  # nobody has: a signal's handler has raised
+        return lender.lend(number, self.prefix(_LOAN, number), pieces, nbytes)
+
+    def _keeps(self, part: Lent) -> bool:
+        """Whether a part was kept, and not taken."""
+        kept = self._kept
+        behind = self.next_number - part.number
+        return 0 < behind <= len(kept) and kept[-behind][2] is part
+
+    def offer(self) -> bytes | None:
+        """Return the part that offers memory of this end; None: there is none."""
+        try:
+            self._lender = self._lender or Lender(self.window)
+        except MemoryError:
+            return None
+        return self.prefix(Kind.OFFER) + self._lender.offer
+
+    def borrow(self, part: Any, pid: int) -> bytes:
+        """Open what a process offers; return the part that tells whether that could be done."""
+        borrowed = accept(pid, bytes(memoryview(part)[PREFIX_BYTES:]))
+        if borrowed is not None:
+            self._borrowed = borrowed
+            self.acknowledge_bytes = min(LENT_ACKNOWLEDGE_BYTES, self.window // 8)
+        return self.prefix(Kind.BORROWS, borrowed is not None)
+
+    def _answered(self, borrows: int) -> None:
+        """Note whether the other end has what was offered; if not, nothing is lent in this session."""
+        if borrows:
+            self.lends = self._lender is not None
+        elif not self.lends:
+            self._lender = None
+
+    def end_loans(self) -> None:
+        """Lend nothing more, and borrow nothing."""
+        self.lends = False
+        self._borrowed = None
+        if self._lender is not None:
+            self._lender.rest()
+            self._lender = None
 
     def _acknowledge(self, count: int) -> bool:
         """Let go of the first `count` messages of all; tell whether there were any left of them."""
@@ -245,6 +314,8 @@ class Session(Stream):
         return True
 
     def _put_aside(self, part: Any) -> None:
+        if type(part) is Lent:
+            return
         spare = self._spare
         if spare and len(spare[0]) != len(part):
             spare.clear()
@@ -263,9 +334,11 @@ class Session(Stream):
         if kind == _HELLO:
             return kind, False, False
         room = self._acknowledge(count)
+        if kind == _BORROWS:
+            self._answered(number)
         if kind == _REPEAT:
             self._handed_over = max(self._acknowledged, min(number, self._handed_over))
-        if kind != _DATA and kind != _GOODBYE and kind != _BEGINNING:
+        if kind != _DATA and kind != _GOODBYE and kind != _BEGINNING and kind != _LOAN:
             return kind, False, room
         if number > self.received:
             self.misses = self._asked != self.received
@@ -273,6 +346,10 @@ class Session(Stream):
         if number < self.received:
             self.counts.duplicates += 1
             return kind, False, room
+        if kind == _LOAN:
+            if (borrowed := self._borrowed_part(part)) is None:
+                return kind, False, room
+            kind, part = _DATA, borrowed
         if self.goodbye or not (kind == _GOODBYE or self._has_space(len(part))):
             return kind, False, room
         self._inbox.append((number, kind, part))
@@ -281,6 +358,16 @@ class Session(Stream):
             self.goodbye = True
             self._look_at = -1  # at each part: nothing more should come
         return kind, True, room
+
+    def _borrowed_part(self, part: Any) -> Borrowed | None:
+        try:
+            if self._borrowed is None:
+                raise Corrupt("a reference to memory of which nobody has told", "parts")
+            return Borrowed(self._borrowed, PREFIX_BYTES, memoryview(part)[PREFIX_BYTES:])
+        except Corrupt as error:
+            self.counts.corrupt += 1
+            self.refusal = f"it has sent what makes no sense: {error}"
+            return None
 
     def _has_space(self, nbytes: int) -> bool:
         """Whether another part may wait here. If the other end does not keep to the window it is refused."""
@@ -322,7 +409,7 @@ class Session(Stream):
         while inbox:
             number, kind, part = inbox[0]
             if number < self._taken:
-                inbox.popleft()
+                self._drop_first()
             elif kind != _BEGINNING:
                 self._shown = number
                 return kind == _GOODBYE, [part]
@@ -347,7 +434,13 @@ class Session(Stream):
             self._taken = number + 1
             while inbox and inbox[0][0] <= number:
                 self._taken_bytes += len(inbox[0][2])
-                inbox.popleft()
+                self._drop_first()
+
+    def _drop_first(self) -> None:
+        part = self._inbox[0][2]
+        if type(part) is Borrowed:
+            part.give_back()
+        self._inbox.popleft()
 
     @property
     def owes_acknowledgement(self) -> bool:
@@ -395,6 +488,7 @@ class Session(Stream):
         if self.missed_since:
             self.counts.reconnects += 1
         self.fd = fd
+        self.offered = False
         if self.meter is not None:
             self.meter.begin()
         self.peer, self.missed_since, self.other = peer, 0, greeting.text
@@ -404,6 +498,10 @@ class Session(Stream):
         if self.peer is not None:
             self.missed_since = time.monotonic_ns()  # first: nobody is missed since nothing
             self.peer = None
+
+
+def _on_the_way(part: Any) -> Any:
+    return part.reference if type(part) is Lent else part
 
 
 def most_part_bytes(address: str, peer_timeout: float = math.inf) -> int:
@@ -416,83 +514,3 @@ def most_part_bytes(address: str, peer_timeout: float = math.inf) -> int:
 def refusal(body: bytes) -> bytes:
     """Return the part that refuses a session."""
     return PREFIX.pack(Kind.REFUSAL, 0, 0) + body
-
-
-# --- greetings -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Greeting:
-    """The body of a HELLO or WELCOME."""
-
-    key: bytes
-    """Names the session."""
-    nonce: bytes
-    """Of the one who connects; the answer repeats it."""
-    proof: bytes
-    """That the sender knows the secret of the channel."""
-    window: int
-    """Bytes of messages that may wait at the sender of this to be received."""
-    text: str
-    """The process that sends this; in a REFUSAL why."""
-
-    def pack(self) -> bytes:
-        """Return it as bytes."""
-        return (
-            _GREETING.pack(_MAGIC, VERSION, self.key, self.nonce, self.proof, self.window)
-            + self.text.encode()
-        )
-
-    @classmethod
-    def unpack(cls, part: Any) -> Greeting | None:
-        """Read one from a part; None: this is none, or one of another version."""
-        body = bytes(memoryview(part)[PREFIX_BYTES : PREFIX_BYTES + 512])
-        if len(body) < _GREETING.size:
-            return None
-        magic, version, key, nonce, proof, window = _GREETING.unpack_from(body)
-        if magic != _MAGIC or version != VERSION:
-            return None
-        return cls(key, nonce, proof, window, body[_GREETING.size :].decode(errors="replace"))
-
-
-class Proof:
-    """Makes and checks proofs that the sender of a greeting knows a secret."""
-
-    def __init__(self, secret: bytes) -> None:
-        self._secret = secret
-
-    def greeting(self, kind: Kind, key: bytes, nonce: bytes, text: str = "", window: int = 0) -> bytes:
-        """Return the body of a greeting, of this process or with another text."""
-        text = text or identity_of_this_process()
-        return Greeting(key, nonce, self._of(kind, key, nonce), window, text).pack()
-
-    def holds(self, kind: Kind, greeting: Greeting) -> bool:
-        """Whether a greeting is from somebody who knows the secret."""
-        return hmac.compare_digest(greeting.proof, self._of(kind, greeting.key, greeting.nonce))
-
-    def _of(self, kind: Kind, key: bytes, nonce: bytes) -> bytes:
-        return hmac.digest(self._secret, bytes([kind]) + key + nonce, hashlib.sha256)
-
-
-def identity_of_this_process() -> str:
-    """Return what names this process among all of all machines: ``boot pid-namespace pid start-time``."""
-    pid = os.getpid()
-    return f"{_host()} {pid} {start_time(pid)}"
-
-
-def is_gone(identity: str) -> bool:
-    """Whether a process of this machine has ended; False, too, if it is of another one."""
-    host, _, process = identity.rpartition(" ")[0].rpartition(" ")
-    if host != _host() or not process.isdigit():
-        return False
-    try:
-        with open(f"/proc/{process}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return fields[0] in b"ZX" or fields[19].decode() != identity.rpartition(" ")[2]
-
-
-def _host() -> str:
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return f"{file.read().strip()} {os.stat('/proc/self/ns/pid').st_ino}"

@@ -16,15 +16,17 @@ from shmengine._native.status import deadline_of
 from shmengine.arrays import Bytes, address_of
 from shmengine.channels.end import End
 from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
+from shmengine.channels.greetings import Proof
 from shmengine.channels.link import NOTHING, Capabilities, Link, Options
+from shmengine.channels.loans import Borrowed
 from shmengine.channels.meter import Meter
 from shmengine.channels.ports import DialPort, ListenPort, Port
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.sessions import (
     ACKNOWLEDGE_MESSAGES,
+    LARGE_BYTES,
     PREFIX_BYTES,
     Kind,
-    Proof,
     Session,
     most_part_bytes,
 )
@@ -32,6 +34,7 @@ from shmengine.channels.small import UNKNOWN, decode_small, encode_small, open_s
 from shmengine.channels.waiter import Waiter
 from shmengine.channels.zeromq import zmq
 from shmengine.codec import KIND_ARRAY, KIND_PICKLE
+from shmengine.config import format_bytes
 from shmengine.stats import ChannelStats
 
 __all__ = ["SocketLink", "pair"]
@@ -39,7 +42,6 @@ __all__ = ["SocketLink", "pair"]
 PEER_SECONDS = 10.0
 SMALL_BYTES = 1 << 12  # up to here few steps count, and not few copies
 SMALL_FRAME_BYTES = SMALL_BYTES + 512
-LARGE_BYTES = 1 << 16  # from here on a message is not copied where that can be avoided
 ALIGNMENT = 16  # of frames that are used where they arrived; malloc gives it
 DRAIN_NS = 500_000_000  # after a death, for what the kernel still has of the dead
 PACE_NS = 10_000_000  # that a sender waits for room within the pace; then it goes on until the buffer is full
@@ -101,7 +103,6 @@ class SocketLink(FrameLink):
             self._checks_all,
             self.options.allow_pickle,
             ACKNOWLEDGE_MESSAGES,
-            session.acknowledge_bytes,
         )
         port.links[session.key] = self
         self._pid = os.getpid()
@@ -151,7 +152,7 @@ class SocketLink(FrameLink):
             number = session.next_number
             if number % LOOK_EVERY == 0:
                 port.pump(-1)
-            if session.has_room(nbytes, session.pace if paces else window):
+            if session.has_room(nbytes, session.pace_of(nbytes) if paces else window):
                 self._keep(number, pieces, nbytes)
                 return True
         return self._write_later(pieces, nbytes, deadline, time.monotonic_ns() + PACE_NS if paces else 0)
@@ -171,7 +172,7 @@ class SocketLink(FrameLink):
             while True:
                 with port.lock:
                     port.pump(-1)
-                    if session.has_room(nbytes, session.pace if paced_until else window):
+                    if session.has_room(nbytes, session.pace_of(nbytes) if paced_until else window):
                         self._keep(session.next_number, pieces, nbytes)
                         return True
                     self._writer.arm()
@@ -193,11 +194,14 @@ class SocketLink(FrameLink):
     def _parts(self, number: int, pieces: list[Any], nbytes: int) -> list[Any]:
         """Return a copy of a message, in one part, or in several if it is large.
 
-        They are bytes, or frames of ZeroMQ, which it sends without another copy.
+        They are bytes, frames of ZeroMQ, which it sends without another copy, or memory that is lent.
         """
         prefix = self._session.prefix
         if nbytes < LARGE_BYTES:
             return [b"".join((prefix(_DATA, number), *pieces))]
+        self._port.offer(self._session)
+        if (lent := self._session.lend(number, pieces, nbytes)) is not None:
+            return [lent]
         most = self._session.part_bytes
         if nbytes <= most:
             return [self._frame([prefix(_DATA, number), *pieces], nbytes)]
@@ -269,9 +273,13 @@ class SocketLink(FrameLink):
             with self._port.lock:
                 self._port.acknowledge(self._session)
             return GOODBYE
+        if type(borrowed := parts[0]) is Borrowed:
+            whole = self._memory(len(borrowed) - PREFIX_BYTES)
+            borrowed.copy_to(whole)
+            return whole
         if len(parts) > 1:
             pieces = [memoryview(part)[PREFIX_BYTES:] for part in parts]
-            whole = aligned_empty(sum(map(len, pieces)))
+            whole = self._memory(sum(map(len, pieces)))
             _join(pieces, whole)
             return whole
         if len(parts[0]) <= SMALL_FRAME_BYTES:
@@ -280,6 +288,14 @@ class SocketLink(FrameLink):
         if len(message) < LARGE_BYTES or address_of(message) % ALIGNMENT:
             return message.copy()
         return message
+
+    def _memory(self, nbytes: int) -> Bytes:
+        try:
+            return aligned_empty(nbytes)
+        except (MemoryError, ValueError):
+            self._number_unknown = True  # so that it is not said to be missing, too
+            self.taken()
+            raise MemoryError(f"no memory for a message of {format_bytes(nbytes)}: it is dropped") from None
 
     def _open(self, wire: Any) -> Any:
         """Check a message and make it the current one."""

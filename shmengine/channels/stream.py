@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from shmengine._native.status import CLOSED, CORRUPT, INTERRUPTED, NO_MEMORY, OK
 from shmengine.arrays import Bytes, address_of
 from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
 from shmengine.channels.link import NOTHING, Options
+from shmengine.channels.loans import new_file, use
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.small import UNKNOWN, decode_small, encode_small
 from shmengine.codec import KIND_ARRAY, KIND_PICKLE
@@ -26,7 +28,7 @@ from shmengine.descriptors import Descriptor
 from shmengine.errors import ShmError
 from shmengine.tokens import DescriptorToken, lend
 
-__all__ = ["StreamLink", "reopened"]
+__all__ = ["StreamLink", "pair_of", "reopened"]
 
 WHAT = "an end of a channel"
 _fields_of = struct.Struct("PQQ6IQ").unpack  # a shmr_message
@@ -41,7 +43,7 @@ class _Token:
     cls: type[StreamLink]
     options: Options
     presence: PresenceToken
-    descriptors: tuple[DescriptorToken | None, DescriptorToken | None]
+    descriptors: tuple[DescriptorToken | None, ...]
     fragment_bytes: int
 
     def __call__(self) -> StreamLink:
@@ -57,8 +59,8 @@ class _Token:
                 if descriptor is not None:
                     descriptor.close()
             raise
-        incoming, outgoing = opened
-        return self.cls(self.options, presence, incoming, outgoing, self.fragment_bytes)
+        incoming, outgoing, borrowed, lent = opened
+        return self.cls(self.options, presence, incoming, outgoing, self.fragment_bytes, borrowed, lent)
 
 
 class StreamLink(FrameLink):
@@ -73,6 +75,8 @@ class StreamLink(FrameLink):
         `presence` is for); None: nothing goes in this direction.
     fragment_bytes : int, optional
         Of a message queue, what a message of it may have; 0: a pipe.
+    borrowed, lent : Descriptor or None
+        Files of memory for large messages of the two directions; None: they go like small ones.
     """
 
     def __init__(
@@ -82,12 +86,16 @@ class StreamLink(FrameLink):
         incoming: Descriptor | None,
         outgoing: Descriptor | None,
         fragment_bytes: int = 0,
+        borrowed: Descriptor | None = None,
+        lent: Descriptor | None = None,
     ) -> None:
         super().__init__(options)
         self._presence = presence
         self._incoming = incoming
         self._outgoing = outgoing
         self._fragment_bytes = fragment_bytes
+        self._borrowed = borrowed
+        self._lent = lent
         self._source: Any = None
         self._target: Any = None
         self._taken = 0  # the number of the last message that was
@@ -100,21 +108,27 @@ class StreamLink(FrameLink):
 
     def start(self) -> None:
         """Become this process's."""
-        self._check(self._incoming)
-        self._check(self._outgoing)
+        for descriptor in self._descriptors():
+            self._check(descriptor)
         self._presence.use()
         if self._incoming is not None and self._source is None:
-            self._source = self._stream(self._incoming)
+            self._source = self._stream(self._incoming, self._borrowed)
             self.read_fd = self._incoming.number
         if self._outgoing is not None and self._target is None:
-            self._target = self._stream(self._outgoing)
+            self._target = self._stream(self._outgoing, self._lent)
             self.write_fd = self._outgoing.number
 
-    def _stream(self, descriptor: Descriptor) -> Any:
+    def _stream(self, descriptor: Descriptor, loans: Descriptor | None) -> Any:
+        used = None if loans is None else use(loans)
         stream = lib.shmr_stream_new(descriptor.number, self._fragment_bytes)
         if stream == ffi.NULL:
             raise MemoryError("no memory for a channel")
-        return ffi.gc(stream, lib.shmr_stream_free)
+        if used is None:
+            return ffi.gc(stream, lib.shmr_stream_free)
+        # They stay for as long as any thread uses the stream, also when the interpreter ends meanwhile.
+        stream = ffi.gc(stream, lambda stream, _used=used: lib.shmr_stream_free(stream))
+        lib.shmr_stream_lend(stream, used.handle)
+        return stream
 
     # --- sending -----------------------------------------------------------------------------------
 
@@ -254,11 +268,14 @@ class StreamLink(FrameLink):
             type(self),
             self.options,
             self._presence.token(),
-            (self._lend(self._incoming), self._lend(self._outgoing)),
+            tuple(self._token_of(one) for one in self._descriptors()),
             self._fragment_bytes,
         )
 
-    def _lend(self, descriptor: Descriptor | None) -> DescriptorToken | None:
+    def _descriptors(self) -> tuple[Descriptor | None, ...]:
+        return self._incoming, self._outgoing, self._borrowed, self._lent
+
+    def _token_of(self, descriptor: Descriptor | None) -> DescriptorToken | None:
         self._check(descriptor)
         return None if descriptor is None else lend(descriptor.number, WHAT)
 
@@ -268,10 +285,62 @@ class StreamLink(FrameLink):
         if target is not None and self._presence.in_use:
             lib.shmr_stream_give_up(target)
             lib.shmr_stream_goodbye(target)
+        target = None  # and what was lent with it, while its file is open
         self._presence.close()
-        for descriptor in (self._incoming, self._outgoing):
+        for descriptor in self._descriptors():
             if descriptor is not None:
                 descriptor.close()
+
+
+_L = TypeVar("_L", bound=StreamLink)
+
+
+def pair_of(
+    cls: type[_L],
+    options: Options,
+    make: Callable[[], tuple[Descriptor, Descriptor]],
+    fragment_bytes: int = 0,
+) -> tuple[_L, _L]:
+    """Return the links of both ends of a new channel.
+
+    Parameters
+    ----------
+    cls : type
+    options : Options
+    make : callable
+        Returns the descriptors of one direction: of the end that receives, and of the one that sends.
+    fragment_bytes : int, optional
+        As `StreamLink` has it.
+    """
+    made: list[Descriptor | None] = []
+    try:
+        for _ in range(1 + options.duplex):
+            made += make()
+            made += _loans(options.buffer_bytes)
+        left, right = Presence.pair()
+    except BaseException:
+        for descriptor in made:
+            if descriptor is not None:
+                descriptor.close()
+        raise
+    to_right, from_left, borrowed, lent, *back = made
+    to_left, from_right, borrowed_back, lent_back = back or (None, None, None, None)
+    return (
+        cls(options, left, to_left, from_left, fragment_bytes, borrowed_back, lent),
+        cls(options, right, to_right, from_right, fragment_bytes, borrowed, lent_back),
+    )
+
+
+def _loans(nbytes: int) -> tuple[Descriptor, Descriptor] | tuple[None, None]:
+    """Return descriptors of a file of memory that is lent, for who borrows and who lends; none: there can be none."""
+    file = new_file(nbytes)
+    if file is None:
+        return None, None
+    try:
+        return file, reopened(file.number)
+    except BaseException:
+        file.close()
+        raise
 
 
 def reopened(fd: int) -> Descriptor:

@@ -31,7 +31,6 @@ enum fault_kind {
     FAULT_TRYLOCK = 1 << 12,
     FAULT_NANOSLEEP = 1 << 13,
     FAULT_POLL = 1 << 14,
-    FAULT_VMSPLICE = 1 << 15,
 
     FAULT_MEMORY = FAULT_MALLOC | FAULT_CALLOC | FAULT_REALLOC | FAULT_MMAP,
 };
@@ -108,11 +107,6 @@ WRAPPED(int, poll, (struct pollfd *fds, nfds_t count, int timeout), {
     if (!fault_hits(FAULT_POLL)) return __real_poll(fds, count, timeout);
     fds->revents = POLLNVAL;
     return 1;
-})
-static int vmsplices; /* that were tried */
-WRAPPED(ssize_t, vmsplice, (int fd, const struct iovec *parts, size_t count, unsigned flags), {
-    __atomic_add_fetch(&vmsplices, 1, __ATOMIC_RELAXED);
-    return fault_hits(FAULT_VMSPLICE) ? -1 : __real_vmsplice(fd, parts, count, flags);
 })
 /* The watcher's, at its parent's end: what it has covered counts, too. */
 void __real__exit(int status);

@@ -36,15 +36,26 @@ static void write_number(int file, uint64_t number) {
     write_text(file, text);
 }
 
+/* May an end of a channel lend some memory? */
+static bool lent(void) {
+    shmr_loan loan;
+    shmr_loans *loans = shmr_loans_new();
+    bool done = shmr_loans_make(loans, MIB) && shmr_loans_lend(loans, &(shmr_piece){"lent", 4}, 1, &loan);
+    shmr_loans_free(loans);
+    return done;
+}
+
 static void there_is_room(shmr *h) {
     OK(shmr_reserve(h, 0, SHMR_PAGE));
     OK(shmr_reserve_extent(h, 0));
+    CHECK(lent());
 }
 
 static void there_is_none(shmr *h) {
     CHECK_STATUS(shmr_reserve(h, 0, SHMR_PAGE), SHMR_NO_MEMORY);
     CHECK(strstr(shmr_last_detail(), "cgroup"));
     CHECK_STATUS(shmr_reserve_extent(h, 0), SHMR_NO_MEMORY);
+    CHECK(!lent());
     shmr_block b = {0};
     CHECK_STATUS(shmr_claim(h, 100000, NULL, 0, -1, NOT_AT_ALL, &b), SHMR_WOULD_BLOCK);
 }

@@ -46,16 +46,16 @@ static int new_pipe(int bytes) {
 }
 static void open_pipe(int bytes) { open_streams(new_pipe(bytes), 0); }
 
-static int new_queue(void) {
+static int new_queue(long bytes) {
     char name[64];
-    struct mq_attr attributes = {.mq_maxmsg = 8, .mq_msgsize = ROOM};
+    struct mq_attr attributes = {.mq_maxmsg = 8, .mq_msgsize = bytes};
     snprintf(name, sizeof name, "/shmr-test-%d", getpid());
     int queue = mq_open(name, O_RDWR | O_CREAT | O_EXCL | O_NONBLOCK, 0600, &attributes);
     if (queue < 0) abort();
     mq_unlink(name);
     return queue;
 }
-static void open_queue(void) { open_streams(new_queue(), ROOM); }
+static void open_queue(void) { open_streams(new_queue(ROOM), ROOM); }
 
 static void close_streams(void) {
     shmr_stream_free(source);
@@ -611,7 +611,37 @@ static void calls_that_fail(void) {
     close_streams();
 }
 
-/* ---- large messages, by pages that take turns --------------------------------------------------------------------------------- */
+/* ---- large messages, in memory that is lent -------------------------------------------------------------------------------- */
+
+#define LOANED 50000
+
+static shmr_loans *lender, *borrower;
+
+static void open_loans(uint64_t bytes) {
+    int file = shmr_loans_file(bytes), copy = dup(file);
+    lender = shmr_loans_new();
+    borrower = shmr_loans_new();
+    CHECK(file >= 0 && shmr_loans_use(lender, file) && shmr_loans_use(borrower, copy));
+    shmr_stream_lend(target, lender);
+    shmr_stream_lend(source, borrower);
+}
+static void close_loans(void) {
+    int files[] = {shmr_loans_offer(lender)->fd, shmr_loans_offer(borrower)->fd};
+    shmr_loans_free(lender);
+    shmr_loans_free(borrower);
+    close(files[0]);
+    close(files[1]);
+    close_streams();
+}
+
+/* Over a pipe, and over a queue. */
+static void open_lending(int queue, uint64_t bytes) {
+    if (queue)
+        open_queue();
+    else
+        open_pipe(SMALL);
+    open_loans(bytes);
+}
 
 static char other_bytes[LARGE];
 
@@ -632,138 +662,186 @@ static uint64_t length_of(uint64_t number) {
 static void *send_many(void *unused) {
     for (uint64_t k = 0; k < MANY; k++) {
         uint64_t length = length_of(k);
-        write_numbers(other_bytes, length, k); /* at once over the last one, of which some is in the pipe still */
+        write_numbers(other_bytes, length, k); /* at once over the last one, which may still be on its way */
         OK(send_bytes(other_bytes, length, 0, FOR_EVER));
     }
     return unused;
 }
 
-static void pages_are_written_again_when_they_were_read(void) {
-    const int sizes[] = {SMALL, 4 * SMALL, 64 << 10, 1 << 20};
-    for (size_t size = 0; size < sizeof sizes / sizeof *sizes; size++) {
-        pthread_t thread;
-        open_pipe(sizes[size]);
-        CHECK_EQ(pthread_create(&thread, NULL, send_many, NULL), 0);
-        for (uint64_t k = 0; k < MANY; k++) {
-            if (k % 16 == 0) usleep(2000); /* the pipe is full meanwhile */
-            OK(receive(FOR_EVER));
-            CHECK_EQ(message.length, length_of(k));
-            CHECK(are_numbers(message.bytes ? (const char *)message.bytes : got, message.length, k));
+static void what_was_lent_is_lent_again_when_it_is_back(void) {
+    const uint64_t rooms[] = {LOANED, LARGE, 3 * LARGE + 12345, 100 * MIB}; /* in the first ones not all is lent */
+    for (int queue = 0; queue < 2; queue++) {
+        for (size_t room = 0; room < sizeof rooms / sizeof *rooms; room++) {
+            pthread_t thread;
+            open_lending(queue, rooms[room]);
+            CHECK_EQ(pthread_create(&thread, NULL, send_many, NULL), 0);
+            for (uint64_t k = 0; k < MANY; k++) {
+                if (k % 16 == 0) usleep(2000); /* nothing comes back meanwhile */
+                OK(receive(FOR_EVER));
+                CHECK_EQ(message.length, length_of(k));
+                CHECK(are_numbers(got, message.length, k));
+            }
+            pthread_join(thread, NULL);
+            close_loans();
         }
-        pthread_join(thread, NULL);
-        CHECK(vmsplices > 0);
-        close_streams();
     }
 }
 
-static void what_was_staged_is_forgotten(void) {
-    for (uint64_t filled = 0; filled < 2; filled++) {
-        open_pipe(64 << 10);
-        if (filled) OK(send_bytes(sent, 1000, 0, NOT_AT_ALL)); /* so that not all of a piece finds room */
-        CHECK_STATUS(send_bytes(sent, LARGE, 0, NOT_AT_ALL), SHMR_WOULD_BLOCK);
+/* Where everything is full the message is lent, and not on its way. */
+static void what_was_lent_may_be_given_up(void) {
+    for (int queue = 0; queue < 2; queue++) {
+        open_lending(queue, LOANED);
+        uint64_t count = 0;
+        while (send_bytes(sent, 30, 0, NOT_AT_ALL) == SHMR_OK) count++;
         shmr_stream_give_up(target);
-        if (filled) expect(sent, 1000);
-        for (int turn = 0; turn < 100; turn++) { /* until what is owed is paid */
-            int status = send_bytes(sent + 1, 50000, 0, NOT_AT_ALL);
-            if (status == SHMR_OK) break;
-            CHECK_STATUS(status, SHMR_WOULD_BLOCK);
-            status = receive(NOT_AT_ALL);
-            CHECK(status == SHMR_WOULD_BLOCK || status == SHMR_TIMEOUT);
+        for (int turn = 0; turn < 2; turn++) { /* there is room for one of them */
+            CHECK_STATUS(send_bytes(sent + turn, LOANED, 0, NOT_AT_ALL), SHMR_WOULD_BLOCK);
+            CHECK_STATUS(send_bytes(sent + turn, LOANED, 0, NOT_AT_ALL), SHMR_WOULD_BLOCK);
+            shmr_stream_give_up(target);
         }
-        expect(sent + 1, 50000);
+        CHECK_STATUS(send_bytes(sent + 7, LOANED, 0, NOT_AT_ALL), SHMR_WOULD_BLOCK);
+        while (count--) expect(sent, 30);
         expect_nothing();
-        close_streams();
+        OK(send_bytes(sent + 7, LOANED, 0, NOT_AT_ALL));
+        expect(sent + 7, LOANED);
+        expect_nothing();
+        OK(send_bytes(sent + 9, LOANED, 0, NOT_AT_ALL)); /* all of it is back */
+        expect(sent + 9, LOANED);
+        shmr_stream_goodbye(target);
+        CHECK_STATUS(receive(NOT_AT_ALL), SHMR_CLOSED);
+        close_loans();
     }
 }
 
-/* Of the first piece there is room for one page; what is left of the message then would not be worth a stage. */
-static void a_piece_is_ended_as_it_was_begun(void) {
-    open_pipe(16 * SMALL);
-    OK(send_bytes(sent, 60000, 0, NOT_AT_ALL)); /* 15 of 16 places */
-    CHECK_STATUS(send_bytes(sent + 7, 33000, 0, NOT_AT_ALL), SHMR_WOULD_BLOCK);
-    expect(sent, 60000);
-    OK(send_bytes(sent + 7, 33000, 0, NOT_AT_ALL));
-    expect(sent + 7, 33000);
-    close_streams();
-}
-
-static void send_numbers(uint64_t length, uint64_t seed) {
-    write_numbers(other_bytes, length, seed);
-    OK(send_bytes(other_bytes, length, 0, NOT_AT_ALL));
-}
-static void expect_numbers(uint64_t length, uint64_t seed) {
-    OK(receive(NOT_AT_ALL));
-    CHECK_EQ(message.length, length);
-    CHECK(are_numbers(got, length, seed));
-}
-
-/* After a fork both may send, if not at the same time: each writes to pages of its own from then on, and what is in the pipe
- * stays as it is. */
-static void a_fork_meanwhile(void) {
-    const uint64_t length = 50000;
-    uint64_t number = 0;
-    open_pipe(256 << 10);
-    for (; number < 2; number++) send_numbers(length, number); /* these are in the pipe while others are sent */
-    for (; number < 60; number++) {
-        pid_t child = number % 3 == 0 ? fork() : 0;
-        if (!child) send_numbers(length, number);
-        if (!child && number % 3 == 0) _exit(0);
-        if (child) waitpid(child, NULL, 0);
-        expect_numbers(length, number - 2);
-    }
-    close_streams();
-}
-
-/* What is full from the first byte on has been copied, and is then said to be given up, or to be the end. */
-static void what_was_staged_and_never_begun(void) {
-    for (int end = 0; end < 2; end++) {
-        char byte = 1;
-        open_pipe(SMALL);
-        OK(send_bytes(sent, SMALL - 9, 0, NOT_AT_ALL)); /* with its length and its end, all that there is room for */
-        CHECK_EQ(write(fd, &byte, 1), -1);
-        CHECK_STATUS(send_bytes(sent, LARGE, 0, NOT_AT_ALL), SHMR_WOULD_BLOCK);
-        if (!end) shmr_stream_give_up(target);
-        expect(sent, SMALL - 9);
-        if (end) {
-            shmr_stream_goodbye(target);
-            CHECK_STATUS(receive(NOT_AT_ALL), SHMR_CLOSED);
-        } else {
-            OK(send_bytes(sent + 5, 100, 0, NOT_AT_ALL));
-            expect(sent + 5, 100);
+static void what_was_lent_passes_without_memory(void) {
+    for (int queue = 0; queue < 2; queue++) {
+        open_lending(queue, LOANED);
+        for (int turn = 0; turn < 3; turn++) {
+            OK(send_bytes(sent, LOANED, 0, NOT_AT_ALL));
+            for (int i = 0; i < 2; i++)
+                CHECK_STATUS(shmr_stream_receive(source, taken, NOT_AT_ALL, &message), SHMR_NO_MEMORY);
+            CHECK_EQ(message.length, LOANED);
+            shmr_stream_give_memory(source, NULL);
+            expect_nothing();
         }
-        close_streams();
+        OK(send_bytes(sent + 1, LOANED, 0, NOT_AT_ALL));
+        expect(sent + 1, LOANED);
+        OK(send_bytes(sent + 2, 20, 0, NOT_AT_ALL));
+        expect(sent + 2, 20);
+        close_loans();
     }
 }
 
-static void without_pages_it_is_written(void) {
-    const unsigned kinds[] = {FAULT_VMSPLICE, FAULT_MMAP, FAULT_FCNTL};
-    for (int k = 0; k < 3; k++) {
-        open_pipe(1 << 20);
-        break_calls(kinds[k], EPERM);
-        OK(send_bytes(sent, 200000, 0, NOT_AT_ALL));
-        CHECK(disarm_faults());
-        expect(sent, 200000);
-        vmsplices = 0;
-        OK(send_bytes(sent, 200000, 0, NOT_AT_ALL)); /* it is not tried again */
-        expect(sent, 200000);
-        CHECK_EQ(vmsplices, 0);
-        close_streams();
+static void loans_have_priorities_and_stay_until_they_are_taken(void) {
+    open_queue();
+    open_loans(4 * LOANED + 256);
+    for (uint32_t priority = 0; priority < 3; priority++)
+        OK(send_bytes(sent + priority, LOANED, priority, NOT_AT_ALL));
+    OK(send_bytes(sent + 3, 20, 1, NOT_AT_ALL));
+    expect(sent + 2, LOANED);
+    CHECK_STATUS(shmr_stream_receive(source, taken, NOT_AT_ALL, &message), SHMR_NO_MEMORY);
+    shmr_stream_give_memory(source, got);
+    for (int i = 0; i < 2; i++) OK(shmr_stream_receive(source, taken, NOT_AT_ALL, &message)); /* the same one */
+    CHECK_EQ(message.priority, 1);
+    taken = message.number;
+    expect(sent + 3, 20);
+    expect(sent, LOANED);
+    expect_nothing();
+    for (uint32_t priority = 0; priority < 3; priority++) /* all of it is back */
+        OK(send_bytes(sent + priority, LOANED, priority, NOT_AT_ALL));
+    for (uint32_t priority = 3; priority-- > 0;) expect(sent + priority, LOANED);
+    close_loans();
+}
+
+/* Who has no memory to lend, or to borrow, is sent the bytes; so is who has so small a queue. */
+static void without_loans_it_travels(void) {
+    open_pipe(1 << 20);
+    open_loans(LOANED);
+    OK(send_bytes(sent, LOANED + 8192, 0, NOT_AT_ALL));
+    expect(sent, LOANED + 8192);
+    break_calls(FAULT_MMAP, ENOMEM); /* nothing was large so far, nor mapped */
+    OK(send_bytes(sent, LOANED, 0, NOT_AT_ALL));
+    CHECK(disarm_faults());
+    expect(sent, LOANED);
+    OK(send_bytes(sent, LOANED, 0, NOT_AT_ALL));
+    break_calls(FAULT_MMAP, ENOMEM); /* at the receiver: it waits there */
+    for (int i = 0; i < 2; i++) CHECK_STATUS(receive(NOT_AT_ALL), SHMR_SYSTEM);
+    CHECK(disarm_faults());
+    expect(sent, LOANED);
+    close_loans();
+    open_pipe(1 << 20);
+    open_loans(LOANED);
+    break_calls(FAULT_FALLOCATE, ENOMEM);
+    OK(send_bytes(sent, LOANED - 8192, 0, NOT_AT_ALL));
+    CHECK(disarm_faults());
+    expect(sent, LOANED - 8192);
+    close_loans();
+    open_streams(new_queue(39), 39);
+    open_loans(LOANED);
+    pass(&(shmr_piece){sent, LOANED}, 1, LOANED, 0);
+    close_loans();
+}
+
+static void inject_loan(int queue, uint64_t length, shmr_loan loan, char mark) {
+    char bytes[16 + sizeof loan + 1];
+    uint64_t lent = UINT64_C(1) << 63, word = queue ? length : length | lent;
+    size_t at = queue ? 16 : 8;
+    memcpy(bytes, &word, 8);
+    if (queue) memcpy(bytes + 8, &lent, 8);
+    memcpy(bytes + at, &loan, sizeof loan);
+    bytes[at + sizeof loan] = mark;
+    if (queue)
+        CHECK_EQ(mq_send(fd, bytes, at + sizeof loan, 0), 0);
+    else
+        inject(bytes, at + sizeof loan + 1);
+}
+
+static void loans_that_make_no_sense_are_corrupt(void) {
+    const struct {
+        uint64_t length;
+        shmr_loan loan;
+        bool odd_mark, no_loans;
+    } bad[] = {
+        {0, {4096, 0, 0}, false, false},
+        {8, {4096, 9, 0}, false, false},
+        {8, {4095, 8, 0}, false, false},
+        {8, {UINT64_MAX, 8, 0}, false, false},
+        {LARGE, {4096, LARGE, 0}, false, false},
+        {8, {4096, 8, 0}, true, false},
+        {8, {4096, 8, 0}, false, true},
+    };
+    for (size_t i = 0; i < 2 * sizeof bad / sizeof *bad; i++) {
+        int queue = i % 2;
+        if (queue && (!bad[i / 2].length || bad[i / 2].odd_mark)) continue; /* of length 0: goodbye */
+        open_lending(queue, LOANED);
+        if (bad[i / 2].no_loans) shmr_stream_lend(source, NULL);
+        inject_loan(queue, bad[i / 2].length, bad[i / 2].loan, bad[i / 2].odd_mark ? 2 : 1);
+        CHECK_STATUS(receive(NOT_AT_ALL), SHMR_CORRUPT);
+        if (queue) {
+            inject_fragment(8, UINT64_C(1) << 63, 3, 0); /* of another length */
+            CHECK_STATUS(receive(NOT_AT_ALL), SHMR_CORRUPT);
+            OK(send_bytes(sent, 10, 0, NOT_AT_ALL));
+            expect(sent, 10);
+        } else {
+            CHECK_STATUS(receive(NOT_AT_ALL), SHMR_CORRUPT);
+        }
+        close_loans();
     }
 }
 
-/* Then more pages are in it than are left alone. */
-static void a_pipe_that_somebody_enlarges(void) {
-    open_pipe(64 << 10);
-    OK(send_bytes(sent, 50000, 0, NOT_AT_ALL));
-    expect(sent, 50000);
-    CHECK(fcntl(fd, F_SETPIPE_SZ, 1 << 20) > 0);
-    OK(send_bytes(sent, 50000, 0, NOT_AT_ALL)); /* the pages for that were free before */
-    expect(sent, 50000);
-    vmsplices = 0;
-    OK(send_bytes(sent, 50000, 0, NOT_AT_ALL));
-    expect(sent, 50000);
-    CHECK_EQ(vmsplices, 0);
-    close_streams();
+/* A loan whose bytes come one after the other is waited for. */
+static void a_loan_comes_in_parts(void) {
+    open_lending(0, LOANED);
+    shmr_loan loan;
+    uint64_t word = UINT64_C(1) << 63 | LOANED;
+    CHECK(shmr_loans_lend(lender, &(shmr_piece){sent, LOANED}, 1, &loan));
+    inject(&word, 8);
+    expect_nothing();
+    inject(&loan, sizeof loan);
+    expect_nothing();
+    inject("\1", 1);
+    expect(sent, LOANED);
+    close_loans();
 }
 
 /* The end of a process may find a thread inside of a call: nothing is put into the middle of its message. */
@@ -805,13 +883,13 @@ int main(void) {
     RUN(a_signal_interrupts);
     RUN(another_file_is_let_alone);
     RUN(calls_that_fail);
-    RUN(pages_are_written_again_when_they_were_read);
-    RUN(what_was_staged_is_forgotten);
-    RUN(a_piece_is_ended_as_it_was_begun);
-    RUN(a_fork_meanwhile);
-    RUN(what_was_staged_and_never_begun);
-    RUN(without_pages_it_is_written);
-    RUN(a_pipe_that_somebody_enlarges);
+    RUN(what_was_lent_is_lent_again_when_it_is_back);
+    RUN(what_was_lent_may_be_given_up);
+    RUN(what_was_lent_passes_without_memory);
+    RUN(loans_have_priorities_and_stay_until_they_are_taken);
+    RUN(without_loans_it_travels);
+    RUN(loans_that_make_no_sense_are_corrupt);
+    RUN(a_loan_comes_in_parts);
     RUN(whoever_is_sending_is_let_alone);
     return summary(__FILE__);
 }

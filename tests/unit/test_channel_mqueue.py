@@ -27,6 +27,15 @@ def ends():
     right.close()
 
 
+@pytest.fixture
+def narrow():
+    """Ends with so little room that what is large is sent in parts."""
+    left, right = channel("mqueue", buffer_bytes="64 KiB")
+    yield left, right
+    left.close()
+    right.close()
+
+
 def test_higher_priorities_overtake_and_order_holds_within_each(ends):
     left, right = ends
     for number, priority in enumerate([0, 3, 0, 31, 3, 31]):
@@ -53,8 +62,8 @@ def test_messages_larger_than_the_limit(ends):
         thread.join()
 
 
-def test_what_was_not_sent_in_time_is_never_seen(ends):
-    left, right = ends
+def test_what_was_not_sent_in_time_is_never_seen(narrow):
+    left, right = narrow
     left.send("before")
     for priority in (0, 1, 0):
         with pytest.raises(Timeout):
@@ -66,12 +75,12 @@ def test_what_was_not_sent_in_time_is_never_seen(ends):
     assert left.stats().messages_sent == right.stats().messages_received == 2
 
 
-def test_both_send_more_than_the_queues_hold_and_go_on(ends):
-    left, right = ends
-    for end in ends:
+def test_both_send_more_than_the_queues_hold_and_go_on(narrow):
+    left, right = narrow
+    for end in narrow:
         with pytest.raises(Timeout):
             end.send(LARGE, 0.05)
-    for end in ends:
+    for end in narrow:
         with pytest.raises(WouldBlock):
             end.try_receive()
     for sender, receiver in ((left, right), (right, left)):

@@ -22,17 +22,9 @@ import pytest
 
 import shmengine as shm
 from shmengine.channels import hub, ports
+from shmengine.channels.greetings import Greeting, Proof, identity_of_this_process, is_gone
 from shmengine.channels.link import Counts
-from shmengine.channels.sessions import (
-    PREFIX,
-    Greeting,
-    Kind,
-    Proof,
-    Session,
-    identity_of_this_process,
-    is_gone,
-    most_part_bytes,
-)
+from shmengine.channels.sessions import PREFIX, Kind, Session, most_part_bytes
 from shmengine.codec import encode
 from shmengine.tokens import start_time
 from tests.helpers import open_fds, poll_until, run_script

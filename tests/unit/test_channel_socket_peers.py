@@ -15,7 +15,8 @@ import zmq
 import shmengine as shm
 from shmengine import config
 from shmengine.channels import hub, servers
-from shmengine.channels.sessions import PREFIX, UNKNOWN_BYTES, Greeting, Kind, Proof
+from shmengine.channels.greetings import Greeting, Proof
+from shmengine.channels.sessions import PREFIX, UNKNOWN_BYTES, Kind
 from tests.helpers import open_fds, poll_until, run_script
 from tests.helpers.proxy import Proxy
 

@@ -55,7 +55,7 @@ class Side:
         pickles=True,
         checks_all=False,
         raw=None,
-        most_told_bytes=WINDOW,
+        acknowledge_bytes=WINDOW,
     ):
         self.socket = socket
         self.wire = wire_of(socket)
@@ -67,8 +67,8 @@ class Side:
             *(self.wire, self.lock, self.armed, self.raw, self.hub, np.ndarray),
             encoder or partial(encode_small, allow_pickle=pickles, most_bytes=4096),
             *(self.expected, decoder, UNKNOWN, checks_all, pickles, 100),
-            most_told_bytes,
         )
+        self.session.acknowledge_bytes = acknowledge_bytes
         self.session.peer = b""
 
     def send(self, obj):
@@ -404,7 +404,7 @@ def test_an_acknowledgement_that_falls_due_is_left_to_the_long_way(sides):
 
 
 def test_so_is_one_for_many_bytes(sockets):
-    left, right = Side(sockets[0]), Side(sockets[1], most_told_bytes=1000)
+    left, right = Side(sockets[0]), Side(sockets[1], acknowledge_bytes=1000)
     for _ in range(3):
         assert left.send(b"x" * 400)
     assert len(right.take()) == 1
@@ -589,7 +589,7 @@ def test_a_message_that_has_to_be_acknowledged_is_left_as_it_is(sockets):
         decoded.append(args)
         return decode_small(*args)
 
-    left, right = Side(sockets[0]), Side(sockets[1], decoder=counting, most_told_bytes=300)
+    left, right = Side(sockets[0]), Side(sockets[1], decoder=counting, acknowledge_bytes=300)
     assert left.send(b"x" * 100)
     assert left.send(b"y" * 100)
     assert right.take() == [b"x" * 100]
@@ -831,7 +831,7 @@ def test_a_lock_that_is_none_is_locked(sides):
     side = sides[0]
     side.session.use(
         *(side.wire, None, side.armed, side.raw, side.hub, np.ndarray, encode_small, {0: 0}, decode_small),
-        *(UNKNOWN, False, True, 100, WINDOW),
+        *(UNKNOWN, False, True, 100),
     )
     assert side.take() == []
 
