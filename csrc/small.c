@@ -19,7 +19,7 @@
 #define KIND_PICKLE 1
 #define KIND_ARRAY 3
 #define MESSAGE_COST 256
-#define SMALL_PART_BYTES 4632 /* a larger one is no small message, whatever is in it */
+#define SMALL_PART_BYTES 16920 /* a larger one is no small message, whatever is in it */
 #define AFTER_BYTES 2 /* of a pickle of bytes: what follows these */
 #define BATCH 64
 #define MOST_AT_ONCE 16384

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ACKNOWLEDGE_MESSAGES",
-    "LARGE_BYTES",
+    "LENT_BYTES",
     "PREFIX_BYTES",
     "SESSION_BYTES",
     "Kind",
@@ -52,7 +52,9 @@ ACKNOWLEDGE_MESSAGES = 1024
 ACKNOWLEDGE_BYTES = 2 << 20
 # While the other end keeps taking messages no more than this is on its way, so that the copies stay in the cache.
 PACE_BYTES = 8 << 20
-LARGE_BYTES = 1 << 16  # from here on a message is lent, or else not copied where that can be avoided
+LENT_BYTES = (
+    1 << 14
+)  # from here on a message is lent, where that is possible: that takes longer than to send less
 # Of what is lent: twice that and some of the largest ones, and rarer answers, for both sides copy at once.
 LENT_PACE_BYTES = 16 << 20
 LENT_PACE_MESSAGES = 3
@@ -187,7 +189,7 @@ class Session(Stream):
 
     def pace_of(self, nbytes: int) -> int:
         """Return how many bytes may be on their way with a message of this size while others keep being taken."""
-        if self.lends and nbytes >= LARGE_BYTES:
+        if self.lends and nbytes >= LENT_BYTES:
             return min(self.window_there, max(LENT_PACE_BYTES, LENT_PACE_MESSAGES * nbytes))
         return self.pace
 

@@ -24,7 +24,7 @@ from shmengine.channels.ports import DialPort, ListenPort, Port
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.sessions import (
     ACKNOWLEDGE_MESSAGES,
-    LARGE_BYTES,
+    LENT_BYTES,
     PREFIX_BYTES,
     Kind,
     Session,
@@ -40,8 +40,9 @@ from shmengine.stats import ChannelStats
 __all__ = ["SocketLink", "pair"]
 
 PEER_SECONDS = 10.0
-SMALL_BYTES = 1 << 12  # up to here few steps count, and not few copies
+SMALL_BYTES = 1 << 14  # up to here few steps count, and not few copies
 SMALL_FRAME_BYTES = SMALL_BYTES + 512
+LARGE_BYTES = 1 << 16  # from here on a message that travels is not copied where that can be avoided
 ALIGNMENT = 16  # of frames that are used where they arrived; malloc gives it
 DRAIN_NS = 500_000_000  # after a death, for what the kernel still has of the dead
 PACE_NS = 10_000_000  # that a sender waits for room within the pace; then it goes on until the buffer is full
@@ -197,11 +198,12 @@ class SocketLink(FrameLink):
         They are bytes, frames of ZeroMQ, which it sends without another copy, or memory that is lent.
         """
         prefix = self._session.prefix
+        if nbytes >= LENT_BYTES:
+            self._port.offer(self._session)
+            if (lent := self._session.lend(number, pieces, nbytes)) is not None:
+                return [lent]
         if nbytes < LARGE_BYTES:
             return [b"".join((prefix(_DATA, number), *pieces))]
-        self._port.offer(self._session)
-        if (lent := self._session.lend(number, pieces, nbytes)) is not None:
-            return [lent]
         most = self._session.part_bytes
         if nbytes <= most:
             return [self._frame([prefix(_DATA, number), *pieces], nbytes)]
