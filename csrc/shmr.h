@@ -274,9 +274,10 @@ typedef struct {
 
 /* A new file for so many bytes of loans, in one direction. -1: errno says why. */
 int shmr_loans_file(uint64_t bytes);
-/* NULL: no memory. Of what follows one, once; each says whether it was possible. */
+/* NULL: no memory. */
 shmr_loans *shmr_loans_new(void);
 void shmr_loans_free(shmr_loans *l);
+/* Of these three one, once; each says whether it was possible. */
 /* Such a file, for either side. The descriptor is the caller's, and stays open as long. It is mapped when it is needed. */
 int shmr_loans_use(shmr_loans *l, int fd);
 /* A new file, which is lent. */
@@ -284,14 +285,12 @@ int shmr_loans_make(shmr_loans *l, uint64_t bytes);
 /* What another process needs for it, and opens as the borrower. */
 const shmr_file *shmr_loans_offer(const shmr_loans *l);
 int shmr_loans_accept(shmr_loans *l, int pid, const shmr_file *offer);
-/* See that it is mapped, before what is there is copied. */
-int shmr_loans_map(shmr_loans *l);
 /* Lend a copy of the bytes of all pieces; 0: there is no room, or no memory. */
 int shmr_loans_lend(shmr_loans *l, const shmr_piece *pieces, uint32_t count, shmr_loan *out);
 /* Does it lie in that memory? */
 int shmr_loans_has(const shmr_loans *l, const shmr_loan *loan);
-/* Copy what was lent. CORRUPT: it lies nowhere. */
-int shmr_loans_copy(const shmr_loans *l, const shmr_loan *loan, void *target);
+/* Copy what was lent. CORRUPT: it lies nowhere; SYSTEM: it could not be read. */
+int shmr_loans_copy(shmr_loans *l, const shmr_loan *loan, void *target);
 /* Be through with it: its memory may be lent again. */
 void shmr_loans_give_back(shmr_loans *l, const shmr_loan *loan);
 /* The lender's: if nothing is lent, keep no memory. */
@@ -341,6 +340,7 @@ int shmr_stream_receive(shmr_stream *s, uint64_t taken, int64_t deadline, shmr_m
 /* Memory for the message that was last announced, good until the next one is received or another one is announced. NULL:
  * there is none, and the message is dropped as it comes. */
 void shmr_stream_give_memory(shmr_stream *s, void *memory);
+
 /* ---- bytes ---------------------------------------------------------------------------------------------------- */
 
 uint32_t shmr_crc32c(uint32_t crc, const void *bytes, uint64_t length);

@@ -220,6 +220,10 @@ uint32_t shmr_pidfd_pid(int fd);
 int shmr_reserve(shmr *h, uint64_t offset, uint64_t bytes);
 int shmr_reserve_extent(shmr *h, uint32_t extent);
 bool shmr_reserve_in(int fd, uint64_t offset, uint64_t bytes);
+int shmr_allocate(int fd, uint64_t offset, uint64_t bytes);
+
+/* ---- shmr_loan.c --------------------------------------------------------------------------------------------- */
+int shmr_loans_map(shmr_loans *l);
 
 /* ---- shmr_arena.c: call with h->lock held -------------------------------------------------------------------- */
 #define SHMR_NOWHERE UINT64_MAX

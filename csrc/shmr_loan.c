@@ -9,6 +9,7 @@
  * loan, since that alone suffers if it is not; the borrower copies what is within bounds, and looks at the copy. One thread
  * lends at a time, and gives memory back.
  */
+#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <sys/mman.h>
@@ -23,7 +24,7 @@
 #define TMPFS 0x01021994
 #define DATA UINT64_C(4096)
 #define LINE UINT64_C(64)
-#define LOANS 256                 /* at once */
+#define LOANS 504                 /* at once */
 #define NEAR (UINT64_C(16) << 20) /* of data: used again, where that is possible, rather than more of it: in the cache */
 #define PUNCH (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
 #define STEP (UINT64_C(1) << 20)  /* of memory that is had before it is written to */
@@ -88,7 +89,7 @@ int shmr_loans_use(shmr_loans *l, int fd) {
 
 int shmr_loans_map(shmr_loans *l) {
     if (l->memory) return 1;
-    if (!shmr_file_is_ours(&l->file, NULL) || !shmr_reserve_in(l->file.fd, 0, DATA)) return 0;
+    if (!shmr_file_is_ours(&l->file, NULL) || shmr_allocate(l->file.fd, 0, DATA) != 0) return 0;
     void *memory = mmap(NULL, l->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, l->file.fd, 0);
     if (memory == MAP_FAILED) return 0;
     l->memory = memory;
@@ -180,12 +181,27 @@ int shmr_loans_has(const shmr_loans *l, const shmr_loan *loan) {
     return loan->begin >= DATA && loan->begin <= l->bytes && loan->length <= l->bytes - loan->begin;
 }
 
-int shmr_loans_copy(const shmr_loans *l, const shmr_loan *loan, void *target) {
+int shmr_loans_copy(shmr_loans *l, const shmr_loan *loan, void *target) {
     if (!shmr_loans_has(l, loan)) return shmr_fail(SHMR_CORRUPT, 0, "bounds of memory that was lent");
-    memcpy(target, l->memory + loan->begin, loan->length);
+    if (shmr_loans_map(l)) {
+        memcpy(target, l->memory + loan->begin, loan->length);
+        return SHMR_OK;
+    }
+    /* There is no room for it among our addresses. */
+    if (!shmr_file_is_ours(&l->file, NULL)) return shmr_fail(SHMR_SYSTEM, EBADF, "its file was closed by other code");
+    uint64_t got = 0;
+    while (got < loan->length) {
+        ssize_t more = pread(l->file.fd, (char *)target + got, loan->length - got, (off_t)(loan->begin + got));
+        if (more > 0) got += (uint64_t)more;
+        if (more == 0 || (more < 0 && errno != EINTR)) return shmr_fail(SHMR_SYSTEM, errno, "read of memory that was lent");
+    }
     return SHMR_OK;
 }
 
 void shmr_loans_give_back(shmr_loans *l, const shmr_loan *loan) {
-    shmr_count_set(place(l, loan->number), (int64_t)(loan->number + 1)); /* after the copy, before it is lent again */
+    int64_t back = (int64_t)(loan->number + 1);
+    if (shmr_loans_map(l))
+        shmr_count_set(place(l, loan->number), back); /* after the copy, before it is lent again */
+    else if (shmr_file_is_ours(&l->file, NULL))
+        (void)!pwrite(l->file.fd, &back, sizeof back, (off_t)(loan->number % LOANS * sizeof back));
 }

@@ -137,7 +137,7 @@ static bool cgroup_has_room(uint64_t bytes, int64_t slack_max) {
 
 /* posix_fallocate that gets on while signals come all the time: many kernels undo a call in which one comes, so then
  * less is asked for at once. An error number, or 0. */
-static int allocate(int fd, uint64_t offset, uint64_t bytes) {
+int shmr_allocate(int fd, uint64_t offset, uint64_t bytes) {
     uint64_t piece = bytes;
     while (bytes) {
         if (piece > bytes) piece = bytes;
@@ -156,7 +156,7 @@ static int allocate(int fd, uint64_t offset, uint64_t bytes) {
 
 /* Memory for part of another file, unless the file system or the cgroup is full. */
 bool shmr_reserve_in(int fd, uint64_t offset, uint64_t bytes) {
-    return cgroup_has_room(bytes, SLACK_MAX) && allocate(fd, offset, bytes) == 0;
+    return cgroup_has_room(bytes, SLACK_MAX) && shmr_allocate(fd, offset, bytes) == 0;
 }
 
 /* Reserve part of the region. NO_MEMORY: the file system or the cgroup is full. With h->lock held. */
@@ -165,7 +165,7 @@ int shmr_reserve(shmr *h, uint64_t offset, uint64_t bytes) {
     if (status != SHMR_OK) return status;
     if (!cgroup_has_room(bytes, SLACK_MIN))
         return shmr_fail(SHMR_NO_MEMORY, ENOMEM, "the memory cgroup has too little headroom");
-    int error = allocate(h->file.fd, offset, bytes);
+    int error = shmr_allocate(h->file.fd, offset, bytes);
     if (error == ENOSPC || error == ENOMEM)
         return shmr_fail(SHMR_NO_MEMORY, error, "the file system that holds the region is full");
     if (error) return shmr_fail(SHMR_SYSTEM, error, "posix_fallocate");
@@ -178,12 +178,12 @@ int shmr_reserve_extent(shmr *h, uint32_t extent) {
     if (status != SHMR_OK) return status;
     if (!cgroup_has_room(SHMR_EXTENT, SLACK_MAX))
         return shmr_fail(SHMR_NO_MEMORY, ENOMEM, "the memory cgroup has too little headroom");
-    int error = allocate(h->file.fd, offset, SHMR_PAGE);
+    int error = shmr_allocate(h->file.fd, offset, SHMR_PAGE);
     if (error == 0) {
         char *address = h->base + offset;
         *(volatile char *)address = 0; /* the page must be mapped for the collapse to find it */
         if (madvise(address, SHMR_EXTENT, MADV_COLLAPSE) == 0) return SHMR_OK;
-        error = allocate(h->file.fd, offset, SHMR_EXTENT);
+        error = shmr_allocate(h->file.fd, offset, SHMR_EXTENT);
     }
     if (error == ENOSPC || error == ENOMEM)
         return shmr_fail(SHMR_NO_MEMORY, error, "the file system that holds the region is full");

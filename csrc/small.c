@@ -385,7 +385,7 @@ static PyObject *stream_take(Stream *self, PyObject *box) {
     PyObject *expected = PyDict_GetItem(self->expected, zero); /* borrowed */
     /* What is decoded here should not be decoded once more on the long way: who knows what that does. */
     if (nbytes > SMALL_PART_BYTES || !may_take(self, (long long)nbytes) ||
-        !is_sound(self, frame, nbytes - PREFIX_BYTES, &header) ||
+        !is_sound(self, frame, nbytes - PREFIX_BYTES, &header) || (header.kind == KIND_PICKLE && header.parts) ||
         header.number != (uint64_t)(expected ? PyLong_AsLongLong(expected) : 0))
         Py_RETURN_FALSE;
 

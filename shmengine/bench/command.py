@@ -91,7 +91,9 @@ def run(options: argparse.Namespace) -> int:
     if not to_stdout:
         _show(report)
     if trouble is None and options.suite is not None and report.missing:
-        return _fail("some benches failed, and are not in the results", 1)
+        return _fail(
+            "some benches failed, and are not in the results, or not wholly; what pytest says is above", 1
+        )
     return 0 if trouble is None else _fail(trouble)
 
 
@@ -167,7 +169,7 @@ def _run_suite(options: argparse.Namespace) -> Any:
         if report is None or (status and not report.promises):
             raise ValueError(f"pytest ended with status {status}; what it says is above")
         if status:  # not at the price of all the others
-            report.missing["some benches"] = f"pytest ended with status {status}; what it says is above"
+            report.missing["some benches"] = f"pytest ended with status {status}"
         return report
 
 

@@ -140,7 +140,7 @@ class Hub:
             busy = bool(finishing or self._closing or any(port.busy for port in list(self._ports.values())))
             idle = 0 if busy else idle + 1
             self._awake = self._awake or idle < REST_LOOKS
-            if idle == REST_LOOKS:
+            if idle >= REST_LOOKS:
                 for port in list(self._ports.values()):
                     if port.lock.acquire(blocking=False):
                         try:

@@ -19,6 +19,7 @@ __all__ = ["Borrowed", "Lender", "Lent", "Loans", "accept", "new_file", "use"]
 _WHAT = "an end of a channel"
 _OFFER = struct.Struct("<iQQ")
 _LOAN_BYTES = ffi.sizeof("shmr_loan")
+MOST_BYTES = 1 << 60  # more than a file can have; then there is none
 
 
 class Loans:
@@ -43,7 +44,7 @@ class Loans:
 
 def new_file(nbytes: int) -> Descriptor | None:
     """Return a new file for so many bytes that are lent in one direction; None: none can be made."""
-    fd = lib.shmr_loans_file(nbytes)
+    fd = lib.shmr_loans_file(min(nbytes, MOST_BYTES))
     return None if fd < 0 else Descriptor(fd, _WHAT)
 
 

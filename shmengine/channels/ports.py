@@ -71,7 +71,7 @@ class Port:
         self.links: dict[bytes, SocketLink] = {}
         self.greeting_until = 0.0  # somebody is expected to say who he is
         self.closed = False
-        self._answered = False  # somebody who has offered memory, while parts were taken in
+        self._posted = False  # something, while parts were sorted
         self.denied = ""
         self.raw: deque[Part] = deque()
         self.is_local = address.startswith("ipc:")
@@ -111,9 +111,10 @@ class Port:
         if self.armed and alone is not None and alone.received > received:
             self.waiters[alone.key][0].wake()
         self._sort()
-        if self._answered:  # sending may have swallowed the sign that something has come
-            self._answered = False
-            more = self.pump(most)
+        while self._posted:  # sending may have swallowed the sign that something has come
+            self._posted = False
+            more = self.wire.receive(self.raw, most, alone)
+            self._sort()
         return more
 
     def _request(self, session: Session, peer: bytes) -> None:
@@ -152,7 +153,7 @@ class Port:
         answer = session.borrow(part, process_behind(part.source))
         if session.peer is not None:
             self.post(session.peer, answer)
-            self._answered = True
+            self._posted = True
 
     def _hand_over(self, session: Session) -> None:
         peer = session.peer

@@ -2,7 +2,7 @@
 
 A sender keeps a copy of each message until the other end has taken it. Both say in their greeting what they have, and
 how much may wait with them, and go on from there. Each part that travels begins with a prefix, and a whole frame
-follows::
+follows, or what says where it lies (`Kind`)::
 
     | kind, 8 bytes | number, 8 | how many messages of the other end its user has taken, 8 | frame
 
@@ -52,9 +52,7 @@ ACKNOWLEDGE_MESSAGES = 1024
 ACKNOWLEDGE_BYTES = 2 << 20
 # While the other end keeps taking messages no more than this is on its way, so that the copies stay in the cache.
 PACE_BYTES = 8 << 20
-LENT_BYTES = (
-    1 << 14
-)  # from here on a message is lent, where that is possible: that takes longer than to send less
+LENT_BYTES = 17 << 10  # from here on a message is lent, where that is possible; less is sent sooner than lent
 # Of what is lent: twice that and some of the largest ones, and rarer answers, for both sides copy at once.
 LENT_PACE_BYTES = 16 << 20
 LENT_PACE_MESSAGES = 3

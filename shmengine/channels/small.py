@@ -116,7 +116,9 @@ def decode_small(raw: bytes, kind: int, parts: int, prefix: int, in_band: int) -
         if known is None:
             return _first_seen(raw, prefix)
         shape, dtype, nbytes = known
-        return _ndarray(shape, dtype, bytearray(raw[-nbytes:]))
+        return _ndarray(
+            shape, dtype, bytearray(raw[-nbytes:] if nbytes < 4096 else memoryview(raw)[-nbytes:])
+        )
     return UNKNOWN
 
 
@@ -170,6 +172,8 @@ def open_small(raw: bytes, kinds: tuple[int, ...]) -> tuple[Any, int]:
         raw
     )
     if (magic, version, flags, total) != (FRAME_MAGIC, FRAME_VERSION, 0, len(raw)) or kind not in kinds:
+        return UNKNOWN, 0
+    if kind == KIND_PICKLE and parts:
         return UNKNOWN, 0
     end = HEADER_BYTES + checked
     if not prefix + in_band <= checked or end > total or crc32c(raw[_CHECKED_FROM:end]) != crc:

@@ -14,6 +14,7 @@ import numpy as np
 
 from shmengine._native.status import deadline_of
 from shmengine.arrays import Bytes, address_of
+from shmengine.channels.compression import SMALLEST_BYTES
 from shmengine.channels.end import End
 from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
 from shmengine.channels.greetings import Proof
@@ -73,6 +74,8 @@ class SocketLink(FrameLink):
         self._meter = Meter()
         super().__init__(options, self._meter.seconds_per_byte)
         self._checks_all = options.check == "payload"
+        # What could be compressed goes the long way, where that is seen to.
+        self._small_bytes = SMALLEST_BYTES if options.compression else SMALL_BYTES
         self._known = (KIND_ARRAY, KIND_PICKLE) if options.allow_pickle else (KIND_ARRAY,)
         self._pid = 0
         self._closed = False
@@ -97,7 +100,7 @@ class SocketLink(FrameLink):
             port.raw,
             port.hub,
             np.ndarray,
-            partial(encode_small, allow_pickle=self.options.allow_pickle, most_bytes=SMALL_BYTES),
+            partial(encode_small, allow_pickle=self.options.allow_pickle, most_bytes=self._small_bytes),
             self._expected,
             decode_small,
             UNKNOWN,
@@ -120,7 +123,7 @@ class SocketLink(FrameLink):
 
     def encode(self, obj: Any) -> Any:
         """Make an object ready for `send`: a small frame in one piece, any other as `FrameLink` does."""
-        frame = encode_small(obj, allow_pickle=self.options.allow_pickle, most_bytes=SMALL_BYTES)
+        frame = encode_small(obj, allow_pickle=self.options.allow_pickle, most_bytes=self._small_bytes)
         return super().encode(obj) if frame is None else frame
 
     def send(self, message: Any, priority: int, deadline: int) -> bool:

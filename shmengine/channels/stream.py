@@ -126,7 +126,7 @@ class StreamLink(FrameLink):
         if used is None:
             return ffi.gc(stream, lib.shmr_stream_free)
         # They stay for as long as any thread uses the stream, also when the interpreter ends meanwhile.
-        stream = ffi.gc(stream, lambda stream, _used=used: lib.shmr_stream_free(stream))
+        stream = ffi.gc(stream, lambda stream, _free=lib.shmr_stream_free, _used=used: _free(stream))
         lib.shmr_stream_lend(stream, used.handle)
         return stream
 
@@ -244,6 +244,7 @@ class StreamLink(FrameLink):
 
     def _refuse(self, status: int, descriptor: Descriptor | None, what: str) -> NoReturn:
         self._check(descriptor)
+        self._check(self._borrowed)
         if status == CORRUPT:
             self.counts.corrupt += 1
         fail(status, f"{what} over a {self.capabilities.mechanism}")

@@ -101,18 +101,18 @@ static void all_can_be_lent_and_no_more(void) {
 }
 
 static void so_many_at_once(void) {
-    shmr_loan loans[300];
+    shmr_loan loans[600];
     int count = 0;
     open_loans(MIB);
-    while (count < 300 && lend(64, (char)count, &loans[count])) count++;
-    CHECK_EQ(count, 256);
+    while (count < 600 && lend(64, (char)count, &loans[count])) count++;
+    CHECK_EQ(count, 504);
     shmr_loans_give_back(borrower, &loans[1]); /* in whatever order: the oldest one is not back */
-    CHECK(!lend(64, 0, &loans[299]));
+    CHECK(!lend(64, 0, &loans[599]));
     shmr_loans_give_back(borrower, &loans[0]);
-    CHECK(lend(64, 44, &loans[256]));
-    CHECK(lend(64, 45, &loans[257]));
-    CHECK(!lend(64, 46, &loans[258]));
-    for (int i = 2; i < 258; i++) expect(&loans[i], 64, i < 256 ? (char)i : (char)(i - 212));
+    CHECK(lend(64, 44, &loans[504]));
+    CHECK(lend(64, 45, &loans[505]));
+    CHECK(!lend(64, 46, &loans[506]));
+    for (int i = 2; i < 506; i++) expect(&loans[i], 64, i < 504 ? (char)i : (char)(i - 460));
     close_loans();
 }
 

@@ -763,11 +763,21 @@ static void without_loans_it_travels(void) {
     OK(send_bytes(sent, LOANED, 0, NOT_AT_ALL));
     CHECK(disarm_faults());
     expect(sent, LOANED);
-    OK(send_bytes(sent, LOANED, 0, NOT_AT_ALL));
-    break_calls(FAULT_MMAP, ENOMEM); /* at the receiver: it waits there */
+    OK(send_bytes(sent, 20, 0, NOT_AT_ALL));
+    expect(sent, 20);
+    OK(send_bytes(sent + 1, LOANED, 0, NOT_AT_ALL)); /* who lends has mapped it then; who borrows reads the file */
+    for (int i = 1; i < 4; i++) {
+        break_calls(FAULT_MMAP, ENOMEM);
+        expect(sent + i, LOANED);
+        CHECK(disarm_faults());
+        OK(send_bytes(sent + i + 1, LOANED, 0, NOT_AT_ALL)); /* its memory is back: there is no room for two */
+    }
+    int files = shmr_loans_offer(borrower)->fd, copy = dup(files);
+    dup2(fd, files); /* by other code */
     for (int i = 0; i < 2; i++) CHECK_STATUS(receive(NOT_AT_ALL), SHMR_SYSTEM);
-    CHECK(disarm_faults());
-    expect(sent, LOANED);
+    dup2(copy, files);
+    close(copy);
+    expect(sent + 4, LOANED);
     close_loans();
     open_pipe(1 << 20);
     open_loans(LOANED);

@@ -64,7 +64,11 @@ def receive_again(end, array, count):
     return end.stats()
 
 
-@pytest.mark.parametrize(("array", "smaller"), [(SMOOTH, True), (NOISE, False)], ids=["smooth", "noise"])
+@pytest.mark.parametrize(
+    ("array", "smaller"),
+    [(SMOOTH, True), (SMOOTH[:1500], True), (NOISE, False)],
+    ids=["smooth", "smooth and short", "noise"],
+)
 def test_how_much_goes_over_the_wire(ends, mechanism, compression, array, smaller):
     """In both directions; and both ends count the same."""
     left, right = ends

@@ -656,6 +656,7 @@ def test_a_slow_path_changes_nothing_but_the_time(server):
             assert number == i
             assert (block == i).all()
         left.close()
+        assert list(right) == []
         right.close()
         wait_until_finished(left)
 
@@ -675,6 +676,7 @@ def test_a_path_that_is_gone_for_a_while_comes_back(server):
         assert [right.receive(60) for _ in range(100)] == list(range(100))
         assert [left.receive(60) for _ in range(100)] == [-i for i in range(100)]
         left.close()
+        assert list(right) == []  # it has come through: with the proxy the path ends
         right.close()
         wait_until_finished(left)
 

@@ -18,6 +18,7 @@ from shmengine.channels import zeromq
 from shmengine.channels.link import Counts
 from shmengine.channels.sessions import PREFIX, PREFIX_BYTES, Kind, Session
 from shmengine.channels.small import UNKNOWN, decode_small, encode_small
+from shmengine.channels.socket import SMALL_BYTES
 from shmengine.channels.zeromq import wire_of
 from shmengine.codec import HEADER_BYTES, decode, encode, number_of
 from tests.helpers.arrays import same
@@ -65,7 +66,7 @@ class Side:
         self.expected = {0: 0}
         self.session.use(
             *(self.wire, self.lock, self.armed, self.raw, self.hub, np.ndarray),
-            encoder or partial(encode_small, allow_pickle=pickles, most_bytes=4096),
+            encoder or partial(encode_small, allow_pickle=pickles, most_bytes=SMALL_BYTES),
             *(self.expected, decoder, UNKNOWN, checks_all, pickles, 100),
         )
         self.session.acknowledge_bytes = acknowledge_bytes
