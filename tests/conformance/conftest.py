@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import pytest
 
 from shmengine.engine import Engine
 from tests.helpers.channels import MECHANISMS, make_pair
+from tests.helpers.limits import message_queues
 from tests.helpers.partners import STARTS, Partners
 
 BACKENDS = ["serial", "thread", "process"]
@@ -72,7 +74,8 @@ def wait_for_file(path, value=None):
 
 @pytest.fixture(params=MECHANISMS)
 def mechanism(request):
-    return request.param
+    with message_queues() if request.param == "mqueue" else contextlib.nullcontext():
+        yield request.param
 
 
 @pytest.fixture(params=STARTS)

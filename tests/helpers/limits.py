@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +40,18 @@ def mount_namespace_run(
 ) -> subprocess.CompletedProcess[str]:
     """`run_script` with a /dev/shm of its own of that size."""
     return run_script(source, prefix=[*prefix, *mount_namespace_prefix(shm_size)], **options)
+
+
+@contextmanager
+def message_queues(*, alone: bool = False) -> Iterator[None]:
+    """Within it this process may have message queues, beside other tests or alone.
+
+    The kernel counts those of all processes of a user together, also those that are made in a user namespace.
+    """
+    path = Path(tempfile.gettempdir(), f"shmengine-tests-queues-{os.getuid()}")
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 @dataclass(frozen=True)

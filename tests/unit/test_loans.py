@@ -22,14 +22,21 @@ from shmengine.channels.sessions import PREFIX, PREFIX_BYTES, Kind, Session
 from shmengine.errors import Corrupt, PeerLost
 from tests.helpers import poll_until, run_script
 from tests.helpers.channels import sending
+from tests.helpers.limits import message_queues
 from tests.helpers.partners import FOREVER
 
 LENDING = ["pipe", "mqueue", "socket"]
 LARGE = 1 << 20
 
 
+@pytest.fixture(autouse=True)
+def queues():
+    with message_queues():
+        yield
+
+
 @pytest.fixture(params=LENDING)
-def ends(request):
+def ends(request, queues):
     left, right = shm.channel(request.param)
     yield left, right
     left.close()
@@ -88,9 +95,9 @@ def test_large_messages_are_lent_and_small_ones_are_not(ends):
             assert np.array_equal(right.receive(FOREVER), block(1, nbytes))
     assert lent_bytes() <= 4096
     lend_from_now_on(left, right)
-    with sending(left, [block(7)]):
-        assert np.array_equal(right.receive(FOREVER), block(7))
+    left.send(block(7), FOREVER)
     assert lent_bytes() > LARGE
+    assert np.array_equal(right.receive(FOREVER), block(7))
 
 
 def test_what_arrives_is_the_receivers_own(ends):
@@ -402,7 +409,9 @@ def test_an_idle_socket_keeps_no_memory():
     left, right = shm.channel("socket")
     with left, right:
         lend_from_now_on(left, right)
+        left.send(block(1), FOREVER)
         assert lent_bytes() > LARGE
+        assert np.array_equal(right.receive(FOREVER), block(1))
         poll_until(lambda: lent_bytes() <= 4096)
         with sending(left, [block(3)]):
             assert np.array_equal(right.receive(FOREVER), block(3))
