@@ -7,6 +7,7 @@ beginning; sockets find out whether the other end can open one.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from shmengine._native import ffi, lib
@@ -167,11 +168,13 @@ class Borrowed:
         It refers to nothing.
     """
 
-    __slots__ = ("_loan", "_loans", "nbytes")
+    __slots__ = ("_copied", "_loan", "_loans", "_target", "nbytes")
 
     def __init__(self, loans: Loans, before: int, reference: Any) -> None:
         self._loans = loans
         self._loan = ffi.new("shmr_loan *")
+        self._target: Bytes | None = None
+        self._copied = ffi.new("int *")
         if len(reference) != _LOAN_BYTES:
             raise Corrupt("a reference to memory that was lent has another length", "parts")
         ffi.memmove(self._loan, reference, _LOAN_BYTES)
@@ -182,9 +185,16 @@ class Borrowed:
     def __len__(self) -> int:
         return self.nbytes
 
-    def copy_to(self, target: Bytes) -> None:
-        """Copy what was lent, into as many bytes."""
-        lib.shmr_loans_copy(self._loans.handle, self._loan, ffi.cast("void *", address_of(target)))
+    def copy(self, make: Callable[[int], Bytes]) -> Bytes:
+        """Return a copy of what was lent, in memory from `make`; the same one again, made once.
+
+        A handler of a signal may raise before the caller has it, time and again: who began anew would never end.
+        """
+        if self._target is None:
+            self._target = make(int(self._loan.length))
+        address = ffi.cast("void *", address_of(self._target))
+        lib.shmr_loans_copy(self._loans.handle, self._loan, address, self._copied)
+        return self._target
 
     def give_back(self) -> None:
         """Be through with it; another call does no harm, as long as nothing that came later was given back."""

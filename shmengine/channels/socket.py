@@ -279,9 +279,7 @@ class SocketLink(FrameLink):
                 self._port.acknowledge(self._session)
             return GOODBYE
         if type(borrowed := parts[0]) is Borrowed:
-            whole = self._memory(len(borrowed) - PREFIX_BYTES)
-            borrowed.copy_to(whole)
-            return whole
+            return borrowed.copy(self._memory)
         if len(parts) > 1:
             pieces = [memoryview(part)[PREFIX_BYTES:] for part in parts]
             whole = self._memory(sum(map(len, pieces)))

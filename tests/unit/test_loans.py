@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket as sockets
 import threading
 import time
@@ -185,6 +186,38 @@ def test_checks_and_compression_are_of_what_is_lent(check, compression, mechanis
             assert np.array_equal(got["one"], obj["one"])
             assert got["two"][0] == obj["two"][0]
             assert np.array_equal(got["two"][1], obj["two"][1])
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt."""
+
+
+@pytest.mark.parametrize("mechanism", LENDING)
+def test_a_receive_that_is_interrupted_time_and_again_ends(mechanism):
+    """Also if what is lent takes longer to copy than from one signal to the next."""
+    large = 48 << 20
+    left, right = shm.channel(mechanism)
+    with left, right:
+        lend_from_now_on(left, right)
+        left.send(block(5, large), FOREVER)
+
+        def handle(number, frame):
+            raise Interrupted
+
+        before = signal.signal(signal.SIGALRM, handle)
+        array = None
+        try:
+            while array is None:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0.001)
+                    array = right.receive(FOREVER)
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                except Interrupted:
+                    pass
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert np.array_equal(array, block(5, large))
 
 
 # --- other processes -------------------------------------------------------------------------------
@@ -512,8 +545,8 @@ def make_lender(nbytes=4 * LARGE):
 
 def copy_of(borrower, part):
     borrowed = Borrowed(borrower, PREFIX_BYTES, part.reference[PREFIX_BYTES:])
-    target = np.empty(len(borrowed) - PREFIX_BYTES, np.uint8)
-    borrowed.copy_to(target)
+    target = borrowed.copy(lambda nbytes: np.empty(nbytes, np.uint8))
+    assert borrowed.copy(no_memory) is target  # it is made once
     return borrowed, target
 
 
