@@ -319,7 +319,7 @@ typedef struct {
  * have (mq_msgsize, at least 32); 0: a pipe. NULL: no memory. */
 shmr_stream *shmr_stream_new(int fd, uint32_t fragment_bytes);
 void shmr_stream_free(shmr_stream *s);
-/* Send large messages, or receive them, through memory that is lent, where that has room; of a queue. NULL: do so no more. */
+/* Send large messages, or receive them, through memory that is lent, where that has room. NULL: do so no more. */
 void shmr_stream_lend(shmr_stream *s, shmr_loans *loans);
 /* Send the bytes of all pieces as one message. WOULD_BLOCK, TIMEOUT, INTERRUPTED: a part of it may be on its way; go on
  * with the same one, or give it up. */
