@@ -35,7 +35,18 @@ setup(
             "shmengine._native._handles",
             [
                 f"csrc/{name}.c"
-                for name in ("handles", "claims", "leases", "message", "directions", "wire", "small", "stack")
+                for name in (
+                    "handles",
+                    "claims",
+                    "leases",
+                    "message",
+                    "directions",
+                    "wire",
+                    "borrowed",
+                    "sending",
+                    "small",
+                    "stack",
+                )
             ],
             include_dirs=["csrc", np.get_include()],
             depends=["csrc/handles.h", "csrc/ends.h", "csrc/wire.h", "csrc/shmr.h", "csrc/shmr_status.h"],

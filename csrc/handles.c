@@ -359,6 +359,8 @@ static PyObject *connect(PyObject *module, PyObject *args) {
 static PyMethodDef module_methods[] = {{"connect", connect, METH_VARARGS, "Say where the core's functions are."},
                                        {"connect_zeromq", connect_zeromq, METH_VARARGS,
                                         "Say where ZeroMQ's functions are."},
+                                       {"connect_loans", connect_loans, METH_VARARGS,
+                                        "Say where the core's functions for memory that is lent are."},
                                        {"guard_stacks", guard_stacks, METH_VARARGS,
                                         "Come before the handlers of the signals that ask for a stack."},
                                        {"tell_stack", tell_stack, METH_VARARGS, "Handle the first of them."},

@@ -52,6 +52,7 @@ extern PyTypeObject InboxType, OutboxType;
 int directions_init(void);
 
 PyObject *connect_zeromq(PyObject *module, PyObject *args); /* wire.c */
+PyObject *connect_loans(PyObject *module, PyObject *args);  /* borrowed.c */
 int add_wire(PyObject *module);
 
 PyObject *guard_stacks(PyObject *module, PyObject *args); /* stack.c */

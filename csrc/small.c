@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
-/* Small messages through a socket, each in one call that runs no Python code between its steps.
+/* Messages through a socket, small ones and such that are lent, each in one call that runs no Python code between its
+ * steps.
  *
- *   Stream  what a session counts, and the two short ways through it: `send_small` and `take_small`
+ *   Stream  what a session counts, and the two short ways through it: `send_small` (sending.c) and `take_small`
  *
  * What is not as almost always (no room, a new connection, somebody who waits, a large part) is left to Python
  * (sessions.py, ports.py).
@@ -9,34 +10,10 @@
 #include "wire.h"
 
 #include <string.h>
-#include <time.h>
 
-#define PREFIX_BYTES 24 /* of a part: kind, number, how many were taken; sessions.py */
-#define DATA 4
-#define ACKNOWLEDGE 6
-#define HEADER_BYTES 64 /* of a frame; codec.py */
-#define CHECKED_FROM 8
-#define KIND_PICKLE 1
-#define KIND_ARRAY 3
-#define MESSAGE_COST 256
-#define SMALL_PART_BYTES 16920 /* a larger one is no small message, whatever is in it */
-#define AFTER_BYTES 2 /* of a pickle of bytes: what follows these */
+#define IN_PLACE_BYTES 8500 /* from here on ZeroMQ has read a part to memory of its own: an array is used there */
+#define ALIGNMENT 16        /* that it needs for that */
 #define BATCH 64
-#define MOST_AT_ONCE 16384
-#define LOOK_EVERY 64
-#define LOOK_NS 50000000
-
-typedef struct {
-    char magic[4];
-    uint32_t crc;
-    uint8_t version, kind;
-    uint16_t flags;
-    uint32_t producer;
-    uint64_t in_band, total, checked, number;
-    uint32_t parts, prefix;
-    char unused[8];
-} frame_header;
-_Static_assert(sizeof(frame_header) == HEADER_BYTES, "as codec.py packs it");
 
 static PyObject *name_popleft, *name_locked, *name_awake, *zero;
 
@@ -44,8 +21,9 @@ static PyObject *name_popleft, *name_locked, *name_awake, *zero;
 static const size_t objects[] = {
     offsetof(Stream, kept),       offsetof(Stream, inbox),  offsetof(Stream, peer),       offsetof(Stream, wire),
     offsetof(Stream, lock),       offsetof(Stream, armed),  offsetof(Stream, raw),        offsetof(Stream, hub),
-    offsetof(Stream, last.frame), offsetof(Stream, last.kind), offsetof(Stream, array_type), offsetof(Stream, encode),
-    offsetof(Stream, expected),   offsetof(Stream, decode), offsetof(Stream, unknown)};
+    offsetof(Stream, last.beginning),  offsetof(Stream, last.kind), offsetof(Stream, array_type), offsetof(Stream, begin),
+    offsetof(Stream, encode),     offsetof(Stream, expected), offsetof(Stream, decode),   offsetof(Stream, unknown),
+    offsetof(Stream, make),       offsetof(Stream, lender), offsetof(Stream, lenders)};
 #define OBJECTS (sizeof objects / sizeof *objects)
 
 static PyObject **object_at(Stream *self, size_t index) { return (PyObject **)((char *)self + objects[index]); }
@@ -87,11 +65,12 @@ static PyObject *stream_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 }
 
 static PyObject *stream_use(Stream *self, PyObject *args) {
-    PyObject *wire, *lock, *armed, *raw, *hub, *array_type, *encode, *expected, *decode, *unknown;
-    int checks_all, allows_pickle;
-    long long most_told;
-    if (!PyArg_ParseTuple(args, "O!OO!OOOOO!OOppL", &WireType, &wire, &lock, &PySet_Type, &armed, &raw, &hub,
-                          &array_type, &encode, &PyDict_Type, &expected, &decode, &unknown, &checks_all, &allows_pickle, &most_told))
+    PyObject *wire, *lock, *armed, *raw, *hub, *array_type, *begin, *encode, *expected, *decode, *unknown, *make;
+    int checks_all, allows_pickle, as_is;
+    long long small_bytes, most_told;
+    if (!PyArg_ParseTuple(args, "O!OO!OOOOOO!OOOpppLL", &WireType, &wire, &lock, &PySet_Type, &armed, &raw, &hub,
+                          &array_type, &begin, &encode, &PyDict_Type, &expected, &decode, &unknown, &make, &checks_all,
+                          &allows_pickle, &as_is, &small_bytes, &most_told))
         return NULL;
     Py_XSETREF(self->wire, (Wire *)Py_NewRef(wire));
     Py_XSETREF(self->lock, Py_NewRef(lock));
@@ -99,19 +78,43 @@ static PyObject *stream_use(Stream *self, PyObject *args) {
     Py_XSETREF(self->raw, Py_NewRef(raw));
     Py_XSETREF(self->hub, Py_NewRef(hub));
     Py_XSETREF(self->array_type, Py_NewRef(array_type));
+    Py_XSETREF(self->begin, Py_NewRef(begin));
     Py_XSETREF(self->encode, Py_NewRef(encode));
     Py_XSETREF(self->expected, Py_NewRef(expected));
     Py_XSETREF(self->decode, Py_NewRef(decode));
     Py_XSETREF(self->unknown, Py_NewRef(unknown));
+    Py_XSETREF(self->make, Py_NewRef(make));
     self->checks_all = (char)checks_all;
     self->allows_pickle = (char)allows_pickle;
+    self->as_is = (char)as_is;
+    self->small_bytes = small_bytes;
     self->most_told = most_told;
     self->sends = self->receives = 1;
     Py_RETURN_NONE;
 }
 
-/* Whether the socket is to be had for as long as the GIL is kept, with a connection, and the service awake. */
-static int is_ready(Stream *self) {
+/* lend_from(lender, handle, loan): None: lend nothing */
+static PyObject *stream_lend_from(Stream *self, PyObject *args) {
+    PyObject *lender;
+    unsigned long long handle, loan;
+    if (!PyArg_ParseTuple(args, "OKK", &lender, &handle, &loan)) return NULL;
+    self->lends = (shmr_loans *)(uintptr_t)handle;
+    self->loan = (shmr_loan *)(uintptr_t)loan;
+    Py_XSETREF(self->lender, Py_NewRef(lender));
+    Py_RETURN_NONE;
+}
+
+/* borrow_from(lender, handle): None: nobody lends */
+static PyObject *stream_borrow_from(Stream *self, PyObject *args) {
+    PyObject *lender;
+    unsigned long long handle;
+    if (!PyArg_ParseTuple(args, "OK", &lender, &handle)) return NULL;
+    self->borrows = (shmr_loans *)(uintptr_t)handle;
+    Py_XSETREF(self->lenders, Py_NewRef(lender));
+    Py_RETURN_NONE;
+}
+
+int is_ready(Stream *self) {
     if (!PyBytes_CheckExact(self->peer) || !self->wire->socket || PySet_GET_SIZE(self->armed)) return 0;
     PyObject *locked = PyObject_CallMethodNoArgs(self->lock, name_locked);
     PyObject *awake = locked ? PyObject_GetAttr(self->hub, name_awake) : NULL;
@@ -122,19 +125,22 @@ static int is_ready(Stream *self) {
     return ready;
 }
 
-/* The same, and the socket has parts for this stream alone: no peer there has a name. */
-static int may_pump(Stream *self) { return is_ready(self) && !PyBytes_GET_SIZE(self->peer); }
+int may_pump(Stream *self) { return is_ready(self) && !PyBytes_GET_SIZE(self->peer); }
 
-static long long item(PyObject *entry, Py_ssize_t index) { return PyLong_AsLongLong(PyTuple_GET_ITEM(entry, index)); }
+long long item(PyObject *entry, Py_ssize_t index) { return PyLong_AsLongLong(PyTuple_GET_ITEM(entry, index)); }
 
-/* The first or last entry of a deque of tuples, borrowed; NULL: it is empty. */
-static PyObject *entry_of(PyObject *deque, Py_ssize_t index) {
+PyObject *entry_of(PyObject *deque, Py_ssize_t index) {
     PyObject *entry = PyObject_Size(deque) > 0 ? PySequence_GetItem(deque, index) : NULL;
     Py_XDECREF(entry);
     return entry;
 }
 
-static long long next_number(Stream *self) {
+long long on_the_way(Stream *self) {
+    PyObject *last = entry_of(self->kept, -1);
+    return last ? item(last, 1) - self->released : 0;
+}
+
+long long next_number(Stream *self) {
     PyObject *last = entry_of(self->kept, -1);
     return last ? item(last, 0) + 1 : self->acknowledged;
 }
@@ -144,17 +150,23 @@ static void drop_first(PyObject *deque) {
     Py_XDECREF(entry);
 }
 
-/* Forget what is kept up to a number, or to the first part that is not bytes: the caller's then. NULL: there is none. */
+/* Whether a part that was kept is just forgotten: `bytes`, or a message of ZeroMQ. Others are used again. */
+static int is_plain(PyObject *part) { return PyBytes_CheckExact(part) || Py_IS_TYPE(part, &PartType); }
+
+static void let_go_of_first(Stream *self, PyObject *entry) {
+    self->acknowledged = item(entry, 0) + 1;
+    self->released = item(entry, 1);
+    self->messages = item(entry, 3);
+    self->answers = 1;
+    drop_first(self->kept);
+}
+
+/* Forget what is kept up to a number, or to the first part that is not plain: the caller's then. NULL: there is none. */
 static PyObject *let_go(Stream *self, long long until) {
     PyObject *entry;
     while ((entry = entry_of(self->kept, 0)) && item(entry, 0) < until) {
-        PyObject *part = PyTuple_GET_ITEM(entry, 2);
-        self->acknowledged = item(entry, 0) + 1;
-        self->released = item(entry, 1);
-        self->messages = item(entry, 3);
-        self->answers = 1;
-        PyObject *other = PyBytes_CheckExact(part) ? NULL : Py_NewRef(part);
-        drop_first(self->kept);
+        PyObject *part = PyTuple_GET_ITEM(entry, 2), *other = is_plain(part) ? NULL : Py_NewRef(part);
+        let_go_of_first(self, entry);
         if (other) return other;
     }
     return NULL;
@@ -175,175 +187,44 @@ int stream_feed(Stream *self, Part *part, PyObject *entry) {
     uint64_t prefix[3];
     memcpy(prefix, zmq.data(&part->message), PREFIX_BYTES);
     int kind = prefix[0] & 0xff;
-    if (kind != ACKNOWLEDGE && (kind != DATA || prefix[1] != (uint64_t)self->received)) return 0;
+    if (kind != ACKNOWLEDGE && ((kind != DATA && kind != LOAN) || prefix[1] != (uint64_t)self->received)) return 0;
+    PyObject *what = Py_NewRef((PyObject *)part);
     long long cost = (long long)size + MESSAGE_COST;
-    if (kind == DATA && self->waiting + cost > self->look_at) return 0;
+    if (kind == LOAN) {
+        if (!self->borrows || size != PREFIX_BYTES + sizeof(shmr_loan)) goto unusual;
+        Borrowed *borrowed = borrowed_new(self->lenders, self->borrows, PREFIX_BYTES,
+                                          (const char *)zmq.data(&part->message) + PREFIX_BYTES);
+        if (!borrowed) goto unusual;
+        Py_SETREF(what, (PyObject *)borrowed);
+        cost = borrowed->nbytes + MESSAGE_COST;
+    }
+    if (kind != ACKNOWLEDGE && self->waiting + cost > self->look_at) goto unusual;
     PyObject *first = entry_of(self->kept, 0), *last = entry_of(self->kept, -1);
     if (first && prefix[2] > (uint64_t)item(first, 0)) {
-        /* Somebody, or a part that was kept, may wait for the room; and what is not bytes is used again. */
-        if (self->handed_over != next_number(self) || !self->armed || PySet_GET_SIZE(self->armed)) return 0;
-        if (!PyBytes_CheckExact(PyTuple_GET_ITEM(first, 2)) || !PyBytes_CheckExact(PyTuple_GET_ITEM(last, 2))) return 0;
+        /* Somebody, or a part that was kept, may wait for the room; and what is not plain is used again. */
+        if (self->handed_over != next_number(self) || !self->armed || PySet_GET_SIZE(self->armed)) goto unusual;
+        if (!is_plain(PyTuple_GET_ITEM(first, 2)) || !is_plain(PyTuple_GET_ITEM(last, 2))) goto unusual;
         long long until = prefix[2] > INT64_MAX ? INT64_MAX : (long long)prefix[2];
-        for (PyObject *other; (other = let_go(self, until));) Py_DECREF(other); /* large ones between small ones */
+        while ((first = entry_of(self->kept, 0)) && item(first, 0) < until) {
+            /* Large ones between small ones: to let go of these may run Python, and let go of the GIL. */
+            if (!is_plain(PyTuple_GET_ITEM(first, 2))) goto unusual;
+            let_go_of_first(self, first);
+        }
     }
-    if (kind == ACKNOWLEDGE) return 1;
+    if (kind == ACKNOWLEDGE) {
+        Py_DECREF(what);
+        return 1;
+    }
     PyTuple_SET_ITEM(entry, 0, PyLong_FromLongLong(self->received));
     PyTuple_SET_ITEM(entry, 1, PyLong_FromLong(DATA));
-    PyTuple_SET_ITEM(entry, 2, Py_NewRef((PyObject *)part));
+    PyTuple_SET_ITEM(entry, 2, what);
     if (PyErr_Occurred() || append(self->inbox, entry) < 0) return -1;
     self->received++;
     self->waiting += cost;
     return 1;
-}
-
-/* ---- Sending ----------------------------------------------------------------------------------------------------- */
-
-/* The bytes of an object that is as the last one was, which alone differ in their frames; NULL: it is not. */
-static const void *bytes_of(Stream *self, PyObject *obj) {
-    Template *last = &self->last;
-    if (!last->frame) return NULL;
-    if (PyBytes_CheckExact(obj))
-        return last->kind == (PyObject *)&PyBytes_Type && PyBytes_GET_SIZE(obj) == last->nbytes ? PyBytes_AS_STRING(obj)
-                                                                                                 : NULL;
-    if ((PyObject *)Py_TYPE(obj) != self->array_type) return NULL;
-    PyArrayObject *array = (PyArrayObject *)obj;
-    if ((PyObject *)PyArray_DESCR(array) != last->kind || PyArray_NDIM(array) != last->dimensions ||
-        !(PyArray_FLAGS(array) & NPY_ARRAY_C_CONTIGUOUS))
-        return NULL;
-    for (int i = 0; i < last->dimensions; i++)
-        if (PyArray_DIM(array, i) != last->shape[i]) return NULL;
-    return PyArray_DATA(array);
-}
-
-/* Remember a frame for others alike, if the object's bytes are where they are expected in it. */
-static void remember(Stream *self, PyObject *obj, PyObject *frame) {
-    Template *last = &self->last;
-    const char *data;
-    Py_ssize_t nbytes, after = 0;
-    PyObject *kind;
-    if (PyBytes_CheckExact(obj)) {
-        kind = (PyObject *)&PyBytes_Type;
-        data = PyBytes_AS_STRING(obj);
-        nbytes = PyBytes_GET_SIZE(obj);
-        after = AFTER_BYTES;
-    } else if ((PyObject *)Py_TYPE(obj) == self->array_type && PyArray_NDIM((PyArrayObject *)obj) <= MOST_DIMENSIONS) {
-        PyArrayObject *array = (PyArrayObject *)obj;
-        kind = (PyObject *)PyArray_DESCR(array);
-        data = PyArray_DATA(array);
-        PyObject *size = PyObject_GetAttrString(obj, "nbytes");
-        nbytes = size ? PyLong_AsSsize_t(size) : 0;
-        Py_XDECREF(size);
-        last->dimensions = PyArray_NDIM(array);
-        for (int i = 0; i < last->dimensions; i++) last->shape[i] = PyArray_DIM(array, i);
-    } else {
-        return;
-    }
-    Py_ssize_t at = PyBytes_GET_SIZE(frame) - after - nbytes;
-    Py_CLEAR(last->frame);
-    if (nbytes <= 0 || at < HEADER_BYTES || memcmp(PyBytes_AS_STRING(frame) + at, data, (size_t)nbytes) != 0) return;
-    Py_XSETREF(last->kind, Py_NewRef(kind));
-    last->frame = Py_NewRef(frame);
-    last->at = at;
-    last->nbytes = nbytes;
-}
-
-static void seal(unsigned char *frame, uint64_t nbytes, uint64_t number, int checks_all) {
-    frame_header header;
-    memcpy(&header, frame, HEADER_BYTES);
-    header.number = number;
-    if (checks_all) header.checked = nbytes - HEADER_BYTES;
-    memcpy(frame, &header, HEADER_BYTES);
-    header.crc = zmq.crc32c(0, frame + CHECKED_FROM, HEADER_BYTES - CHECKED_FROM + header.checked);
-    memcpy(frame, &header, CHECKED_FROM);
-}
-
-/* A part with an object's frame, not sealed; NULL, without an exception: it is not small. */
-static PyObject *part_of(Stream *self, PyObject *obj) {
-    const void *data = bytes_of(self, obj);
-    PyObject *frame = data ? Py_NewRef(self->last.frame) : PyObject_CallOneArg(self->encode, obj);
-    if (!frame || !PyBytes_CheckExact(frame) || PyBytes_GET_SIZE(frame) < HEADER_BYTES) {
-        Py_XDECREF(frame);
-        return NULL;
-    }
-    Py_ssize_t nbytes = PyBytes_GET_SIZE(frame);
-    PyObject *part = PyBytes_FromStringAndSize(NULL, PREFIX_BYTES + nbytes);
-    if (part) {
-        char *target = PyBytes_AS_STRING(part) + PREFIX_BYTES;
-        memcpy(target, PyBytes_AS_STRING(frame), (size_t)nbytes);
-        if (data)
-            memcpy(target + self->last.at, data, (size_t)self->last.nbytes);
-        else
-            remember(self, obj, frame);
-    }
-    Py_DECREF(frame);
-    return part;
-}
-
-/* Whether the connection has got a part. */
-static int to_peer(Stream *self, const void *part, size_t nbytes) {
-    void *socket = self->wire->socket;
-    Py_ssize_t name = PyBytes_GET_SIZE(self->peer);
-    if (name && zmq.send(socket, PyBytes_AS_STRING(self->peer), (size_t)name, DONTWAIT | SNDMORE) < 0) return 0;
-    int sent = zmq.send(socket, part, nbytes, DONTWAIT) >= 0;
-    if (name && !sent) self->wire->half = 1;
-    return sent;
-}
-
-static PyObject *stream_send_small(Stream *self, PyObject *const *args, Py_ssize_t count) {
-    if (count != 2) {
-        PyErr_SetString(PyExc_TypeError, "send_small() takes an object and a time");
-        return NULL;
-    }
-    long long looked = PyLong_AsLongLong(args[1]);
-    if (looked == -1 && PyErr_Occurred()) return NULL;
-    if (!self->sends) Py_RETURN_FALSE;
-    PyObject *part = part_of(self, args[0]);
-    if (!part) return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
-    PyObject *entry = PyTuple_New(4);
-    if (!entry) {
-        Py_DECREF(part);
-        return NULL;
-    }
-    PyTuple_SET_ITEM(entry, 2, part);
-    if (next_number(self) % LOOK_EVERY == 0) {
-        if (!may_pump(self)) goto unusual;
-        if (wire_pump(self->wire, self->raw, MOST_AT_ONCE, self) < 0) goto failed;
-    }
-
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    Py_ssize_t nbytes = PyBytes_GET_SIZE(part);
-    PyObject *last = entry_of(self->kept, -1);
-    long long number = next_number(self);
-    long long end = (last ? item(last, 1) : self->released) + nbytes + MESSAGE_COST;
-    long long messages = last ? item(last, 3) : self->messages;
-    if (!self->sends || self->handed_over != number || end - self->released > self->pace ||
-        now.tv_sec * 1000000000LL + now.tv_nsec - looked > LOOK_NS || !is_ready(self) || self->wire->half)
-        goto unusual;
-    unsigned char *at = (unsigned char *)PyBytes_AS_STRING(part);
-    uint64_t prefix[3] = {DATA, (uint64_t)number, (uint64_t)self->taken};
-    memcpy(at, prefix, PREFIX_BYTES);
-    seal(at + PREFIX_BYTES, (uint64_t)(nbytes - PREFIX_BYTES), (uint64_t)messages, self->checks_all);
-    PyTuple_SET_ITEM(entry, 0, PyLong_FromLongLong(number));
-    PyTuple_SET_ITEM(entry, 1, PyLong_FromLongLong(end));
-    PyTuple_SET_ITEM(entry, 3, PyLong_FromLongLong(messages + 1));
-    if (PyErr_Occurred() || append(self->kept, entry) < 0) goto failed;
-    self->quick_sent++;
-    self->quick_sent_bytes += (unsigned long long)(nbytes - PREFIX_BYTES);
-    /* From here on it is sent. If the connection has just ended the service will give it to the next one. */
-    if (to_peer(self, at, (size_t)nbytes)) {
-        self->handed_over = self->handed_over_most = number + 1;
-        self->told = self->taken;
-        self->told_bytes = self->taken_bytes;
-    }
-    Py_DECREF(entry);
-    Py_RETURN_TRUE;
 unusual:
-    Py_DECREF(entry);
-    Py_RETURN_FALSE;
-failed:
-    Py_DECREF(entry);
-    return NULL;
+    Py_DECREF(what);
+    return PyErr_Occurred() ? -1 : 0;
 }
 
 /* ---- Receiving --------------------------------------------------------------------------------------------------- */
@@ -354,15 +235,26 @@ static int is_sound(Stream *self, const unsigned char *frame, uint64_t nbytes, f
     memcpy(header, frame, HEADER_BYTES);
     return memcmp(header->magic, "SHMF", 4) == 0 && header->version == 1 && header->flags == 0 &&
            (header->kind == KIND_ARRAY || (header->kind == KIND_PICKLE && self->allows_pickle)) &&
-           header->total == nbytes && header->checked <= nbytes - HEADER_BYTES &&
+           header->total == nbytes && header->checked <= nbytes - HEADER_BYTES && header->checked <= CHECKED_BYTES &&
            header->in_band <= header->checked && header->prefix <= header->checked - header->in_band &&
            zmq.crc32c(0, frame + CHECKED_FROM, HEADER_BYTES - CHECKED_FROM + header->checked) == header->crc;
 }
 
-/* Whether the short way may go on: nobody is on the long one, and no acknowledgement falls due with this message. */
-static int may_take(Stream *self, long long nbytes) {
-    return self->receives && self->taken + 1 - self->told < self->most_told &&
-           self->taken_bytes + nbytes - self->told_bytes < self->acknowledge_bytes && is_ready(self);
+/* Whether the short way may go on: nobody is on the long one. */
+static int may_take(Stream *self) { return self->receives && is_ready(self) && !self->wire->half; }
+
+/* Tell the other end what was taken, if that is due; if it cannot be told, the service will do so. */
+static void acknowledge(Stream *self) {
+    if (self->taken - self->told < self->most_told && self->taken_bytes - self->told_bytes < self->acknowledge_bytes) return;
+    uint64_t prefix[3] = {ACKNOWLEDGE, 0, (uint64_t)self->taken};
+    zmq_msg message;
+    if (zmq.init_size(&message, PREFIX_BYTES) < 0) return;
+    memcpy(zmq.data(&message), prefix, PREFIX_BYTES);
+    if (to_peer(self, &message)) {
+        self->told = self->taken;
+        self->told_bytes = self->taken_bytes;
+    }
+    zmq.close(&message);
 }
 
 static PyObject *stream_take(Stream *self, PyObject *box) {
@@ -370,38 +262,64 @@ static PyObject *stream_take(Stream *self, PyObject *box) {
         PyErr_SetString(PyExc_TypeError, "take_small() needs a list");
         return NULL;
     }
-    if (!may_take(self, 0)) Py_RETURN_FALSE;
+    if (!may_take(self)) Py_RETURN_FALSE;
     if (PyObject_Size(self->inbox) == 0 && PyObject_Size(self->raw) == 0 && may_pump(self) &&
         wire_pump(self->wire, self->raw, BATCH, self) < 0)
         return NULL;
     PyObject *entry = entry_of(self->inbox, 0);
-    if (!entry || item(entry, 0) != self->taken || item(entry, 1) != DATA ||
-        !Py_IS_TYPE(PyTuple_GET_ITEM(entry, 2), &PartType))
-        Py_RETURN_FALSE;
-    zmq_msg *message = &((Part *)PyTuple_GET_ITEM(entry, 2))->message;
-    uint64_t nbytes = zmq.size(message);
-    const unsigned char *frame = (const unsigned char *)zmq.data(message) + PREFIX_BYTES;
-    frame_header header;
-    PyObject *expected = PyDict_GetItem(self->expected, zero); /* borrowed */
-    /* What is decoded here should not be decoded once more on the long way: who knows what that does. */
-    if (nbytes > SMALL_PART_BYTES || !may_take(self, (long long)nbytes) ||
-        !is_sound(self, frame, nbytes - PREFIX_BYTES, &header) || (header.kind == KIND_PICKLE && header.parts) ||
-        header.number != (uint64_t)(expected ? PyLong_AsLongLong(expected) : 0))
-        Py_RETURN_FALSE;
+    if (!entry || item(entry, 0) != self->taken || item(entry, 1) != DATA) Py_RETURN_FALSE;
+    PyObject *part = PyTuple_GET_ITEM(entry, 2);
+    Borrowed *borrowed = Py_IS_TYPE(part, BorrowedType) ? (Borrowed *)part : NULL;
+    if (!borrowed && !Py_IS_TYPE(part, &PartType)) Py_RETURN_FALSE;
+    Py_ssize_t nbytes = borrowed ? borrowed->nbytes : (Py_ssize_t)zmq.size(&((Part *)part)->message);
+    if (nbytes > (borrowed ? MOST_LENT_BYTES + MOST_BEGINNING_BYTES : SMALL_PART_BYTES)) Py_RETURN_FALSE;
 
     Py_INCREF(entry); /* from here to the next look Python runs: handlers of signals, other threads */
-    PyObject *obj = PyObject_CallFunction(self->decode, "y#iIIK", (const char *)frame,
-                                          (Py_ssize_t)(nbytes - PREFIX_BYTES), (int)header.kind, header.parts,
-                                          header.prefix, (unsigned long long)header.in_band);
+    const unsigned char *frame;
+    PyObject *memory = part;
+    if (!borrowed) {
+        frame = (const unsigned char *)zmq.data(&((Part *)part)->message) + PREFIX_BYTES;
+    } else {
+        if (borrowed_copy(borrowed, self->make, 0) < 0) {
+            Py_DECREF(entry);
+            if (!PyErr_ExceptionMatches(PyExc_MemoryError) && !PyErr_ExceptionMatches(PyExc_ValueError)) return NULL;
+            PyErr_Clear(); /* the long way has something to say about it */
+            Py_RETURN_FALSE;
+        }
+        memory = borrowed->target;
+        frame = borrowed->bytes;
+    }
+    frame_header header;
+    PyObject *expected = PyDict_GetItem(self->expected, zero); /* borrowed */
+    unsigned long long number = expected ? PyLong_AsUnsignedLongLong(expected) : 0;
+    if (PyErr_Occurred()) { /* somebody has sent the last number that there is */
+        PyErr_Clear();
+        Py_DECREF(entry);
+        Py_RETURN_FALSE;
+    }
+    /* What is decoded here should not be decoded once more on the long way: who knows what that does. */
+    if (!is_sound(self, frame, (uint64_t)(nbytes - PREFIX_BYTES), &header) ||
+        (header.kind == KIND_PICKLE && (header.parts || nbytes > SMALL_PART_BYTES)) ||
+        header.number != number) {
+        Py_DECREF(entry);
+        Py_RETURN_FALSE;
+    }
+    int in_place = header.kind == KIND_ARRAY && (uintptr_t)frame % ALIGNMENT == 0 && (borrowed || nbytes >= IN_PLACE_BYTES);
+    PyObject *obj = PyObject_CallFunction(
+        self->decode, "y#iIIKKO", (const char *)frame,
+        (Py_ssize_t)(in_place ? HEADER_BYTES + header.prefix : nbytes - PREFIX_BYTES), (int)header.kind, header.parts,
+        header.prefix, (unsigned long long)header.in_band, (unsigned long long)header.total, in_place ? memory : Py_None);
     PyObject *following = obj ? PyLong_FromUnsignedLongLong(header.number + 1) : NULL;
-    int done = following && obj != self->unknown && entry_of(self->inbox, 0) == entry && may_take(self, (long long)nbytes);
+    int done = following && obj != self->unknown && entry_of(self->inbox, 0) == entry && may_take(self);
     if (done && (PyList_Append(box, obj) < 0 || PyDict_SetItem(self->expected, zero, following) < 0)) done = 0;
     if (done) {
+        if (borrowed) borrowed_give_back(borrowed);
         drop_first(self->inbox);
         self->taken++;
-        self->taken_bytes += (long long)nbytes;
+        self->taken_bytes += nbytes;
         self->quick_received++;
-        self->quick_received_bytes += nbytes - PREFIX_BYTES;
+        self->quick_received_bytes += (unsigned long long)(nbytes - PREFIX_BYTES);
+        acknowledge(self);
     }
     int failed = !following || PyErr_Occurred();
     Py_DECREF(entry);
@@ -428,6 +346,8 @@ static PyMemberDef stream_members[] = {
     HIDDEN(waiting),
     HIDDEN(look_at),
     COUNTER(pace),
+    COUNTER(lent_pace),
+    {"offered", T_BOOL, offsetof(Stream, offered), 0, "memory was offered over this connection, or cannot be"},
     HIDDEN(taken),
     HIDDEN(taken_bytes),
     HIDDEN(told),
@@ -440,14 +360,18 @@ static PyMemberDef stream_members[] = {
     {NULL, 0, 0, 0, NULL}};
 static PyMethodDef stream_methods[] = {
     {"use", (PyCFunction)stream_use, METH_VARARGS,
-     "use($self, wire, lock, armed, raw, hub, array_type, encode, expected, decode, unknown, checks_all,\n"
-     "    allows_pickle, most_told, /)\n--\n\nSay what `send_small` and `take_small` need, and let them be used."},
+     "use($self, wire, lock, armed, raw, hub, array_type, begin, encode, expected, decode, unknown, make, checks_all,\n"
+     "    allows_pickle, as_is, small_bytes, most_told, /)\n--\n\nSay what `send_small` and `take_small` need, and let them be used."},
     {"send_small", (PyCFunction)(void (*)(void))stream_send_small, METH_FASTCALL,
      "send_small($self, obj, looked, /)\n--\n\nSend an object; False: it has to go the long way."},
     {"take_small", (PyCFunction)stream_take, METH_O,
      "take_small($self, box, /)\n--\n\nAppend the next message to a list, and have it taken; False: go the long way."},
+    {"lend_from", (PyCFunction)stream_lend_from, METH_VARARGS,
+     "lend_from($self, lender, handle, loan, /)\n--\n\nLend arrays, too; None, 0, 0: do so no more."},
+    {"borrow_from", (PyCFunction)stream_borrow_from, METH_VARARGS,
+     "borrow_from($self, lender, handle, /)\n--\n\nTake what is lent, too; None, 0: do so no more."},
     {"let_go", (PyCFunction)stream_let_go, METH_O,
-     "let_go($self, until, /)\n--\n\nForget what is kept up to a number, or to the first part that is not bytes, and\n"
+     "let_go($self, until, /)\n--\n\nForget what is kept up to a number, or to the first part that can be used again, and\n"
      "return that; or None."},
     {NULL, NULL, 0, NULL}};
 PyTypeObject StreamType = {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 /* A socket of pyzmq's, used beside it: parts are taken out of it in one call that no handler of a signal interrupts.
  *
- *   Wire    the socket      Part    what it has brought: a buffer that ZeroMQ has filled
+ *   Wire    the socket      Part    what it has brought, or takes: a message of ZeroMQ
  */
 #include "wire.h"
 
@@ -11,11 +11,13 @@ struct zmq zmq;
 
 static PyObject *name_append;
 
-/* connect_zeromq(crc32c, msg_init, msg_close, msg_more, msg_get, msg_size, msg_data, msg_recv, send) */
+/* connect_zeromq(crc32c, msg_init, msg_close, msg_more, msg_get, msg_size, msg_data, msg_recv, msg_send, msg_init_size,
+ * msg_copy, send) */
 PyObject *connect_zeromq(PyObject *module, PyObject *args) {
     (void)module;
-    unsigned long long at[9];
-    if (!PyArg_ParseTuple(args, "KKKKKKKKK", &at[0], &at[1], &at[2], &at[3], &at[4], &at[5], &at[6], &at[7], &at[8]))
+    unsigned long long at[12];
+    if (!PyArg_ParseTuple(args, "KKKKKKKKKKKK", &at[0], &at[1], &at[2], &at[3], &at[4], &at[5], &at[6], &at[7], &at[8],
+                          &at[9], &at[10], &at[11]))
         return NULL;
     zmq.crc32c = (uint32_t(*)(uint32_t, const void *, uint64_t))(uintptr_t)at[0];
     zmq.init = (int (*)(zmq_msg *))(uintptr_t)at[1];
@@ -25,7 +27,10 @@ PyObject *connect_zeromq(PyObject *module, PyObject *args) {
     zmq.size = (size_t(*)(const zmq_msg *))(uintptr_t)at[5];
     zmq.data = (void *(*)(zmq_msg *))(uintptr_t)at[6];
     zmq.recv = (int (*)(zmq_msg *, void *, int))(uintptr_t)at[7];
-    zmq.send = (int (*)(void *, const void *, size_t, int))(uintptr_t)at[8];
+    zmq.send_msg = (int (*)(zmq_msg *, void *, int))(uintptr_t)at[8];
+    zmq.init_size = (int (*)(zmq_msg *, size_t))(uintptr_t)at[9];
+    zmq.copy = (int (*)(zmq_msg *, zmq_msg *))(uintptr_t)at[10];
+    zmq.send = (int (*)(void *, const void *, size_t, int))(uintptr_t)at[11];
     Py_RETURN_NONE;
 }
 
@@ -36,6 +41,15 @@ int append(PyObject *deque, PyObject *entry) {
 }
 
 /* ---- Part -------------------------------------------------------------------------------------------------------- */
+
+Part *part_new(size_t nbytes) {
+    Part *part = PyObject_New(Part, &PartType);
+    if (!part) return NULL;
+    if (zmq.init_size(&part->message, nbytes) == 0) return part;
+    PyObject_Free(part);
+    PyErr_NoMemory();
+    return NULL;
+}
 
 static void part_dealloc(Part *self) {
     zmq.close(&self->message);
@@ -69,7 +83,7 @@ PyTypeObject PartType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "shmengine._native._handles.Part",
     .tp_basicsize = sizeof(Part),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .tp_doc = "What a socket has brought: a writable buffer, of nobody else.",
+    .tp_doc = "A message of ZeroMQ, that a socket has brought, or that it takes: a buffer.",
     .tp_dealloc = (destructor)part_dealloc,
     .tp_as_buffer = &part_buffer,
     .tp_as_sequence = &part_sequence,
@@ -172,5 +186,5 @@ PyTypeObject WireType = {
 int add_wire(PyObject *module) {
     name_append = PyUnicode_InternFromString("append");
     if (!name_append || PyModule_AddType(module, &WireType) < 0 || PyModule_AddType(module, &PartType) < 0) return -1;
-    return add_stream(module);
+    return add_borrowed(module) < 0 ? -1 : add_stream(module);
 }

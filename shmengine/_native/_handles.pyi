@@ -89,6 +89,14 @@ class Part:
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+class Borrowed:
+    def __init__(self, owner: object, handle: int, before: int, reference: Any) -> None: ...
+    def __len__(self) -> int: ...
+    def copy(self, make: Callable[[int], Array], /) -> Array: ...
+    def give_back(self) -> None: ...
+
+def connect_loans(fail: Callable[[int, str], object], *addresses: int) -> None: ...
+
 class Stream:
     _kept: deque[tuple[int, int, Any, int]]
     """(number, position of its end in the stream, part, messages up to it) of what may have to be sent again."""
@@ -107,6 +115,8 @@ class Stream:
     _waiting: int  # bytes in the inbox, and of what was taken from it since they were last counted
     _look_at: int  # from so many on a part goes the long way, which counts them
     pace: int
+    lent_pace: int
+    offered: bool
     acknowledge_bytes: int
     _taken: int
     _taken_bytes: int
@@ -124,17 +134,23 @@ class Stream:
         raw: deque[Part],
         hub: object,
         array_type: type,
+        begin: Callable[[Any], bytes | None],
         encode: Callable[[Any], bytes | None],
         expected: dict[int, int],
-        decode: Callable[[bytes, int, int, int, int], object],
+        decode: Callable[[bytes, int, int, int, int, int, Any], object],
         unknown: object,
+        make: Callable[[int], Array],
         checks_all: bool,
         allows_pickle: bool,
+        as_is: bool,
+        small_bytes: int,
         most_told: int,
         /,
     ) -> None: ...
     def send_small(self, obj: Any, looked: int, /) -> bool: ...
     def take_small(self, box: list[Any], /) -> bool: ...
+    def lend_from(self, lender: object, handle: int, loan: int, /) -> None: ...
+    def borrow_from(self, lender: object, handle: int, /) -> None: ...
     def let_go(self, until: int, /) -> Any: ...
 
 class Wire:

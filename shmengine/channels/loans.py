@@ -7,19 +7,26 @@ beginning; sockets find out whether the other end can open one.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from typing import Any
 
 from shmengine._native import ffi, lib
-from shmengine.arrays import Bytes, address_of
+from shmengine._native._handles import Borrowed, connect_loans
+from shmengine._native.status import fail
 from shmengine.descriptors import Descriptor
 from shmengine.errors import Corrupt, ShmError
 
-__all__ = ["Borrowed", "Lender", "Lent", "Loans", "accept", "new_file", "use"]
+__all__ = ["Borrowed", "Lender", "Lent", "Loans", "accept", "borrow", "new_file", "use"]
+
+connect_loans(
+    fail,
+    *(
+        int(ffi.cast("uintptr_t", ffi.addressof(lib, f"shmr_loans_{name}")))
+        for name in ("lend", "has", "copy", "give_back")
+    ),
+)
 
 _WHAT = "an end of a channel"
 _OFFER = struct.Struct("<iQQ")
-_LOAN_BYTES = ffi.sizeof("shmr_loan")
 MOST_BYTES = 1 << 60  # more than a file can have; then there is none
 
 
@@ -30,6 +37,8 @@ class Loans:
     ----------
     handle
         For the core.
+    address : int
+        The same.
 
     Raises
     ------
@@ -41,6 +50,7 @@ class Loans:
         if handle == ffi.NULL:
             raise MemoryError("no memory for a channel")
         self.handle: Any = ffi.gc(handle, lib.shmr_loans_free)
+        self.address = int(ffi.cast("uintptr_t", handle))
 
 
 def new_file(nbytes: int) -> Descriptor | None:
@@ -122,10 +132,15 @@ class Lender(Loans):
         self._loan = ffi.new("shmr_loan *")  # the last one, whatever a signal's handler raises
         self._last: Lent | None = None
 
+    @property
+    def loan_address(self) -> int:
+        """Where it says whether there is something to take back."""
+        return int(ffi.cast("uintptr_t", self._loan))
+
     def lend(self, number: int, prefix: bytes, pieces: list[Any], nbytes: int) -> Lent | None:
         """Lend a copy of some pieces; return a part of that number and size, or None if there is no room.
 
-        If the session has not kept the part before (`last`), call `take_back` first.
+        Call `kept` when the session has kept it. If the one before was not kept (`last`), call `take_back` first.
         """
         buffers = [ffi.from_buffer(piece) for piece in pieces]
         parts = ffi.new("shmr_piece[]", [(buffer, len(buffer)) for buffer in buffers])
@@ -141,8 +156,12 @@ class Lender(Loans):
         last = self._last
         return last if last is not None and last.loan == self._loan.number else None
 
+    def kept(self) -> None:
+        """Note that the last part of `lend` was kept: there is nothing to take back."""
+        self._loan.length = 0
+
     def take_back(self) -> None:
-        """Take back the last loan, if it was not given back."""
+        """Take back the last loan of `lend`, if it was not given back."""
         if self._loan.length:
             lib.shmr_loans_give_back(self.handle, self._loan)
 
@@ -151,8 +170,8 @@ class Lender(Loans):
         lib.shmr_loans_rest(self.handle)
 
 
-class Borrowed:
-    """A part that has come as a reference.
+def borrow(loans: Loans, before: int, reference: Any) -> Borrowed:
+    """Return a part that has come as a reference.
 
     Parameters
     ----------
@@ -167,35 +186,7 @@ class Borrowed:
     Corrupt
         It refers to nothing.
     """
-
-    __slots__ = ("_copied", "_loan", "_loans", "_target", "nbytes")
-
-    def __init__(self, loans: Loans, before: int, reference: Any) -> None:
-        self._loans = loans
-        self._loan = ffi.new("shmr_loan *")
-        self._target: Bytes | None = None
-        self._copied = ffi.new("int *")
-        if len(reference) != _LOAN_BYTES:
-            raise Corrupt("a reference to memory that was lent has another length", "parts")
-        ffi.memmove(self._loan, reference, _LOAN_BYTES)
-        if not lib.shmr_loans_has(loans.handle, self._loan):
-            raise Corrupt("a reference to memory that nobody has lent", "parts")
-        self.nbytes = before + int(self._loan.length)
-
-    def __len__(self) -> int:
-        return self.nbytes
-
-    def copy(self, make: Callable[[int], Bytes]) -> Bytes:
-        """Return a copy of what was lent, in memory from `make`; the same one again, made once.
-
-        A handler of a signal may raise before the caller has it, time and again: who began anew would never end.
-        """
-        if self._target is None:
-            self._target = make(int(self._loan.length))
-        address = ffi.cast("void *", address_of(self._target))
-        lib.shmr_loans_copy(self._loans.handle, self._loan, address, self._copied)
-        return self._target
-
-    def give_back(self) -> None:
-        """Be through with it; another call does no harm, as long as nothing that came later was given back."""
-        lib.shmr_loans_give_back(self._loans.handle, self._loan)
+    try:
+        return Borrowed(loans, loans.address, before, reference)
+    except ValueError as error:
+        raise Corrupt(str(error), "parts") from None

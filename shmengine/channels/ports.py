@@ -143,9 +143,8 @@ class Port:
 
     def offer(self, session: Session) -> None:
         """Offer memory to the other end, once for each connection until that has it. Under the lock."""
-        if self.is_local and session.peer is not None and not (session.lends or session.offered):
-            part = session.offer()
-            if part is not None:
+        if session.peer is not None and not (session.lends or session.offered):
+            if self.is_local and (part := session.offer()) is not None:
                 self.post(session.peer, part)
             session.offered = True
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from shmengine import config
 from shmengine._native._handles import Stream
 from shmengine.channels.link import Counts
-from shmengine.channels.loans import Borrowed, Lender, Lent, Loans, accept
+from shmengine.channels.loans import Borrowed, Lender, Lent, Loans, accept, borrow
 from shmengine.channels.meter import Meter
 from shmengine.errors import Corrupt
 
@@ -52,7 +52,7 @@ ACKNOWLEDGE_MESSAGES = 1024
 ACKNOWLEDGE_BYTES = 2 << 20
 # While the other end keeps taking messages no more than this is on its way, so that the copies stay in the cache.
 PACE_BYTES = 8 << 20
-LENT_BYTES = 17 << 10  # from here on a message is lent, where that is possible; less is sent sooner than lent
+LENT_BYTES = 1 << 12  # from here on a message is lent, where that is possible; less is sent sooner than lent
 # Of what is lent: twice that and some of the largest ones, and rarer answers, for both sides copy at once.
 LENT_PACE_BYTES = 16 << 20
 LENT_PACE_MESSAGES = 3
@@ -124,7 +124,7 @@ class Session(Stream):
     lends : bool
         Whether the other end has the memory that this one lends.
     offered : bool
-        Whether it was asked to, over this connection.
+        Whether it was asked to, over this connection, or cannot be.
     """
 
     def __init__(
@@ -149,12 +149,12 @@ class Session(Stream):
         self.misses = False  # something came that should have come after something else
         self._telling = (0, 0)
         self._shown = -1
-        self.acknowledge_bytes = min(ACKNOWLEDGE_BYTES, window // 8)
+        self.acknowledge_bytes = min(ACKNOWLEDGE_BYTES, window // 4)
         self._spare: list[Any] = []  # parts whose memory can be used again, all of one size
         self._copies_until = 0  # the number before which parts may have been handed over more than once
+        self.lent_pace = min(window, LENT_PACE_BYTES)
         self._lender: Lender | None = None
         self._borrowed: Loans | None = None  # of the other end
-        self.offered = False
         self.lends = False
 
     # --- sending -----------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class Session(Stream):
     def pace_of(self, nbytes: int) -> int:
         """Return how many bytes may be on their way with a message of this size while others keep being taken."""
         if self.lends and nbytes >= LENT_BYTES:
-            return min(self.window_there, max(LENT_PACE_BYTES, LENT_PACE_MESSAGES * nbytes))
+            return max(self.lent_pace, min(self.window_there, LENT_PACE_MESSAGES * nbytes))
         return self.pace
 
     def has_room(self, nbytes: int, window: int) -> bool:
@@ -205,6 +205,8 @@ class Session(Stream):
             number += 1
         if len(parts) == 1:
             kept.append((number, end + len(parts[0]) + MESSAGE_COST, parts[0], messages + 1))
+            if type(parts[0]) is Lent and self._lender is not None:
+                self._lender.kept()
             return
         entries: list[tuple[int, int, Any, int]] = []
         for part in parts:
@@ -284,19 +286,24 @@ class Session(Stream):
         borrowed = accept(pid, bytes(memoryview(part)[PREFIX_BYTES:]))
         if borrowed is not None:
             self._borrowed = borrowed
-            self.acknowledge_bytes = min(LENT_ACKNOWLEDGE_BYTES, self.window // 8)
+            self.borrow_from(borrowed, borrowed.address)
+            self.acknowledge_bytes = min(LENT_ACKNOWLEDGE_BYTES, self.window // 4)
         return self.prefix(Kind.BORROWS, borrowed is not None)
 
     def _answered(self, borrows: int) -> None:
         """Note whether the other end has what was offered; if not, nothing is lent in this session."""
         if borrows:
             self.lends = self._lender is not None
+            if self._lender is not None:
+                self.lend_from(self._lender, self._lender.address, self._lender.loan_address)
         elif not self.lends:
             self._lender = None
 
     def end_loans(self) -> None:
         """Lend nothing more, and borrow nothing."""
         self.lends = False
+        self.lend_from(None, 0, 0)
+        self.borrow_from(None, 0)
         self._borrowed = None
         if self._lender is not None:
             self._lender.rest()
@@ -363,7 +370,7 @@ class Session(Stream):
         try:
             if self._borrowed is None:
                 raise Corrupt("a reference to memory of which nobody has told", "parts")
-            return Borrowed(self._borrowed, PREFIX_BYTES, memoryview(part)[PREFIX_BYTES:])
+            return borrow(self._borrowed, PREFIX_BYTES, memoryview(part)[PREFIX_BYTES:])
         except Corrupt as error:
             self.counts.corrupt += 1
             self.refusal = f"it has sent what makes no sense: {error}"
@@ -483,6 +490,7 @@ class Session(Stream):
         _, received, taken = PREFIX.unpack_from(part)
         self.window_there = min(self.window, greeting.window)
         self.pace = min(self.window_there, PACE_BYTES)
+        self.lent_pace = min(self.window_there, LENT_PACE_BYTES)
         self._acknowledge(taken)
         self._handed_over = max(self._acknowledged, min(received, self.next_number))
         if self.missed_since:

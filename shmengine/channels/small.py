@@ -30,7 +30,7 @@ from shmengine.codec import (
 )
 from shmengine.errors import ShmError
 
-__all__ = ["UNKNOWN", "decode_small", "encode_small", "open_small", "seal_small"]
+__all__ = ["UNKNOWN", "beginning_of", "decode_small", "encode_small", "open_small", "seal_small"]
 
 UNKNOWN: Final = object()
 """What `decode_small` returns for a frame that is none of these, or that has an error."""
@@ -57,8 +57,8 @@ def encode_small(obj: Any, *, allow_pickle: bool, most_bytes: int = MOST_BYTES) 
     if cls is _ndarray:
         if not 0 < obj.nbytes <= most_bytes or not obj.flags.c_contiguous:
             return None
-        beginning = _beginnings.get((obj.dtype, obj.shape))
-        return _first_array(obj) if beginning is None else beginning + obj.tobytes()
+        beginning = beginning_of(obj)
+        return None if beginning is None else beginning + obj.tobytes()
     if allow_pickle and (cls in VALUES or (cls is dict and _has_few(obj))):
         if (cls is bytes or cls is str) and len(obj) > MOST_TEXT:
             return None
@@ -79,12 +79,15 @@ def _has_few(obj: dict[Any, Any]) -> bool:
     return True
 
 
-def _first_array(array: np.ndarray[Any, Any]) -> bytes | None:
-    if not is_plain_dtype(array.dtype) or array.dtype.names is not None:
-        return None  # with names: equal dtypes may differ in titles
-    frame = encode(array, memmap_mode=None).to_bytes()
-    _remember(_beginnings, (array.dtype, array.shape), frame[: -array.nbytes])
-    return frame
+def beginning_of(array: np.ndarray[Any, Any]) -> bytes | None:
+    """Return what the frame of a C-contiguous array begins with, before its bytes; None: it is no simple one."""
+    beginning = _beginnings.get((array.dtype, array.shape))
+    if beginning is None:
+        if not is_plain_dtype(array.dtype) or array.dtype.names is not None:
+            return None  # with names: equal dtypes may differ in titles
+        beginning = b"".join(encode(array, memmap_mode=None).pieces()[:-1])
+        _remember(_beginnings, (array.dtype, array.shape), beginning)
+    return beginning
 
 
 def _first_value(obj: Any, raw: bytes) -> bytes | None:
@@ -96,14 +99,19 @@ def _first_value(obj: Any, raw: bytes) -> bytes | None:
     return frame
 
 
-def decode_small(raw: bytes, kind: int, parts: int, prefix: int, in_band: int) -> Any:
+def decode_small(
+    raw: bytes, kind: int, parts: int, prefix: int, in_band: int, total: int, memory: Any = None
+) -> Any:
     """Return the object of a frame whose header and checksum are sound; `UNKNOWN`: `decode` knows more.
 
     Parameters
     ----------
     raw : bytes
-    kind, parts, prefix, in_band : int
+        The frame; with `memory`, its header and table.
+    kind, parts, prefix, in_band, total : int
         What the header says; `kind` is not that of a pickle if that is not allowed.
+    memory : buffer or None
+        What ends with the frame: writable, of nobody else, and aligned as an array needs it, that is made in it.
     """
     if kind == KIND_PICKLE and not parts:
         start = HEADER_BYTES + prefix
@@ -112,18 +120,22 @@ def decode_small(raw: bytes, kind: int, parts: int, prefix: int, in_band: int) -
         except Exception:
             return UNKNOWN
     if kind == KIND_ARRAY and not in_band:
-        known = _arrays.get((raw[HEADER_BYTES : HEADER_BYTES + prefix], len(raw)))
+        known = _arrays.get((raw[HEADER_BYTES : HEADER_BYTES + prefix], total))
         if known is None:
-            return _first_seen(raw, prefix)
+            return _first_seen(
+                raw[HEADER_BYTES : HEADER_BYTES + prefix], total, bytearray(raw) if memory is None else memory
+            )
         shape, dtype, nbytes = known
+        if memory is not None:
+            return _ndarray(shape, dtype, memory, len(memory) - nbytes)
         return _ndarray(
             shape, dtype, bytearray(raw[-nbytes:] if nbytes < 4096 else memoryview(raw)[-nbytes:])
         )
     return UNKNOWN
 
 
-def _first_seen(raw: bytes, prefix: int) -> Any:
-    frame = np.frombuffer(bytearray(raw), np.uint8)
+def _first_seen(table: bytes, total: int, memory: Any) -> Any:
+    frame = np.frombuffer(memory, np.uint8)[-total:]
     try:
         array: np.ndarray[Any, Any] = decode(frame)
     except ShmError:
@@ -133,7 +145,7 @@ def _first_seen(raw: bytes, prefix: int) -> Any:
     is_last = address_of(array) + array.nbytes == address_of(frame) + frame.nbytes
     if array.nbytes and array.flags.c_contiguous and is_last and array.dtype.names is None:
         known = (array.shape, array.dtype, array.nbytes)
-        _remember(_arrays, (raw[HEADER_BYTES : HEADER_BYTES + prefix], len(raw)), known)
+        _remember(_arrays, (table, total), known)
     return array
 
 
@@ -178,4 +190,4 @@ def open_small(raw: bytes, kinds: tuple[int, ...]) -> tuple[Any, int]:
     end = HEADER_BYTES + checked
     if not prefix + in_band <= checked or end > total or crc32c(raw[_CHECKED_FROM:end]) != crc:
         return UNKNOWN, 0
-    return decode_small(raw, kind, parts, prefix, in_band), number
+    return decode_small(raw, kind, parts, prefix, in_band, total), number

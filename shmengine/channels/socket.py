@@ -31,7 +31,14 @@ from shmengine.channels.sessions import (
     Session,
     most_part_bytes,
 )
-from shmengine.channels.small import UNKNOWN, decode_small, encode_small, open_small, seal_small
+from shmengine.channels.small import (
+    UNKNOWN,
+    beginning_of,
+    decode_small,
+    encode_small,
+    open_small,
+    seal_small,
+)
 from shmengine.channels.waiter import Waiter
 from shmengine.channels.zeromq import zmq
 from shmengine.codec import KIND_ARRAY, KIND_PICKLE
@@ -41,7 +48,7 @@ from shmengine.stats import ChannelStats
 __all__ = ["SocketLink", "pair"]
 
 PEER_SECONDS = 10.0
-SMALL_BYTES = 1 << 14  # up to here few steps count, and not few copies
+SMALL_BYTES = 1 << 16  # up to here few steps count, and not few copies
 SMALL_FRAME_BYTES = SMALL_BYTES + 512
 LARGE_BYTES = 1 << 16  # from here on a message that travels is not copied where that can be avoided
 ALIGNMENT = 16  # of frames that are used where they arrived; malloc gives it
@@ -100,12 +107,16 @@ class SocketLink(FrameLink):
             port.raw,
             port.hub,
             np.ndarray,
+            beginning_of,
             partial(encode_small, allow_pickle=self.options.allow_pickle, most_bytes=self._small_bytes),
             self._expected,
             decode_small,
             UNKNOWN,
+            aligned_empty,
             self._checks_all,
             self.options.allow_pickle,
+            not self.options.compression,
+            self._small_bytes,
             ACKNOWLEDGE_MESSAGES,
         )
         port.links[session.key] = self

@@ -209,7 +209,7 @@ class StreamLink(FrameLink):
         if type(wire) is not bytes:
             return super()._open(wire)
         _, _, _, _, kind, parts, prefix, in_band, priority, number = _fields_of(self._fields)
-        obj = decode_small(wire, kind, parts, prefix, in_band) if kind in self._known else UNKNOWN
+        obj = decode_small(wire, kind, parts, prefix, in_band, len(wire)) if kind in self._known else UNKNOWN
         if obj is UNKNOWN:
             return super()._open(np.frombuffer(bytearray(wire), np.uint8))
         nbytes = len(wire)

@@ -27,6 +27,9 @@ _FUNCTIONS = (
     "zmq_msg_size",
     "zmq_msg_data",
     "zmq_msg_recv",
+    "zmq_msg_send",
+    "zmq_msg_init_size",
+    "zmq_msg_copy",
     "zmq_send",
 )
 

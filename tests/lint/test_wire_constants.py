@@ -1,4 +1,4 @@
-"""What csrc/small.c knows of parts and frames is what sessions.py, codec.py and socket.py say."""
+"""What csrc/small.c and sending.c know of parts and frames is what sessions.py, codec.py and socket.py say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shmengine import codec
 from shmengine.channels import link, ports, sessions, socket
 from tests.helpers.scripts import ROOT
 
-SOURCES = "".join((ROOT / "csrc" / name).read_text() for name in ("wire.h", "small.c"))
+SOURCES = "".join((ROOT / "csrc" / name).read_text() for name in ("wire.h", "small.c", "sending.c"))
 DEFINED = dict(re.findall(r"^#define (\w+) (\d+)\b", SOURCES, re.MULTILINE))
 
 
@@ -24,6 +24,8 @@ DEFINED = dict(re.findall(r"^#define (\w+) (\d+)\b", SOURCES, re.MULTILINE))
         ("PREFIX_BYTES", sessions.PREFIX_BYTES),
         ("DATA", sessions.Kind.DATA),
         ("ACKNOWLEDGE", sessions.Kind.ACKNOWLEDGE),
+        ("LOAN", sessions.Kind.LOAN),
+        ("LENT_BYTES", sessions.LENT_BYTES),
         ("MESSAGE_COST", sessions.MESSAGE_COST),
         ("HEADER_BYTES", codec.HEADER_BYTES),
         ("CHECKED_FROM", codec._CHECKED_FROM),
@@ -32,6 +34,7 @@ DEFINED = dict(re.findall(r"^#define (\w+) (\d+)\b", SOURCES, re.MULTILINE))
         ("LOOK_EVERY", socket.LOOK_EVERY),
         ("LOOK_NS", link.LOOK_NS),
         ("MOST_AT_ONCE", ports.MOST_AT_ONCE),
+        ("ALIGNMENT", socket.ALIGNMENT),
         ("SMALL_PART_BYTES", sessions.PREFIX_BYTES + socket.SMALL_FRAME_BYTES),
     ],
 )

@@ -400,7 +400,7 @@ def test_a_message_for_which_a_receiver_has_no_memory_is_dropped(monkeypatch):
         lend_from_now_on(left, right)
         with monkeypatch.context() as patch:
             patch.setattr(socket_module, "aligned_empty", no_memory)
-            left.send(block(1), FOREVER)
+            left.send(block(1, 2 * LARGE), FOREVER)
             with pytest.raises(MemoryError, match="dropped"):
                 right.receive(FOREVER)
         left.send(block(2), FOREVER)
@@ -544,7 +544,7 @@ def make_lender(nbytes=4 * LARGE):
 
 
 def copy_of(borrower, part):
-    borrowed = Borrowed(borrower, PREFIX_BYTES, part.reference[PREFIX_BYTES:])
+    borrowed = loans.borrow(borrower, PREFIX_BYTES, part.reference[PREFIX_BYTES:])
     target = borrowed.copy(lambda nbytes: np.empty(nbytes, np.uint8))
     assert borrowed.copy(no_memory) is target  # it is made once
     return borrowed, target
@@ -593,7 +593,7 @@ def test_offers_of_nobody(pid):
 def test_references_that_make_no_sense(reference):
     _, borrower = make_lender()
     with pytest.raises(Corrupt, match="memory that"):
-        Borrowed(borrower, 0, reference)
+        loans.borrow(borrower, 0, reference)
 
 
 def test_the_process_behind_a_connection():
@@ -702,7 +702,7 @@ def test_what_nobody_has_kept_is_lent_again(after):
             lent = lend(session)
             session.keep([lent])
             borrower = loans.accept(os.getpid(), session._lender.offer)
-            Borrowed(borrower, PREFIX_BYTES, lent.reference[PREFIX_BYTES:]).give_back()
+            loans.borrow(borrower, PREFIX_BYTES, lent.reference[PREFIX_BYTES:]).give_back()
         if after == "taken":
             session.feed(PREFIX.pack(Kind.ACKNOWLEDGE, 0, session.next_number))
 
@@ -717,7 +717,7 @@ def test_what_was_kept_is_lent_until_it_is_given_back():
     assert lend(session, nbytes=LARGE // 4) is not None
     session.feed(PREFIX.pack(Kind.ACKNOWLEDGE, 0, 1))  # it has taken that, and says so before it does
     borrower = loans.accept(os.getpid(), session._lender.offer)
-    Borrowed(borrower, PREFIX_BYTES, first.reference[PREFIX_BYTES:]).give_back()
+    loans.borrow(borrower, PREFIX_BYTES, first.reference[PREFIX_BYTES:]).give_back()
     assert lend(session, nbytes=LARGE // 2 + 1) is not None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 import weakref
@@ -13,17 +14,22 @@ import numpy as np
 import pytest
 import zmq
 
-from shmengine._native._handles import Stream, Wire, connect_zeromq
-from shmengine.channels import zeromq
+from shmengine._native._handles import Stream, Wire, connect_loans, connect_zeromq
+from shmengine.channels import loans, zeromq
+from shmengine.channels.frames import aligned_empty
 from shmengine.channels.link import Counts
-from shmengine.channels.sessions import PREFIX, PREFIX_BYTES, Kind, Session
-from shmengine.channels.small import UNKNOWN, decode_small, encode_small
+from shmengine.channels.loans import Lender
+from shmengine.channels.sessions import LENT_BYTES, PREFIX, PREFIX_BYTES, Kind, Session
+from shmengine.channels.small import UNKNOWN, beginning_of, decode_small, encode_small
 from shmengine.channels.socket import SMALL_BYTES
 from shmengine.channels.zeromq import wire_of
 from shmengine.codec import HEADER_BYTES, decode, encode, number_of
 from tests.helpers.arrays import same
 
 WINDOW = 1 << 20
+LARGE = 1 << 20
+CHECKED = 1 << 17
+LOANS = 504  # at once
 SMALL = [
     b"x" * 64,
     b"",
@@ -53,6 +59,9 @@ class Side:
         *,
         encoder=None,
         decoder=decode_small,
+        make=aligned_empty,
+        begin=beginning_of,
+        as_is=True,
         pickles=True,
         checks_all=False,
         raw=None,
@@ -65,12 +74,13 @@ class Side:
         self.raw = deque() if raw is None else raw
         self.expected = {0: 0}
         self.session.use(
-            *(self.wire, self.lock, self.armed, self.raw, self.hub, np.ndarray),
+            *(self.wire, self.lock, self.armed, self.raw, self.hub, np.ndarray, begin),
             encoder or partial(encode_small, allow_pickle=pickles, most_bytes=SMALL_BYTES),
-            *(self.expected, decoder, UNKNOWN, checks_all, pickles, 100),
+            *(self.expected, decoder, UNKNOWN, make, checks_all, pickles, as_is, SMALL_BYTES, 100),
         )
         self.session.acknowledge_bytes = acknowledge_bytes
         self.session.peer = b""
+        self.session.offered = True
 
     def send(self, obj):
         return self.session.send_small(obj, time.monotonic_ns())
@@ -120,7 +130,7 @@ def test_what_is_sent_is_a_frame_as_any_other(sockets, obj, checks_all):
         part = sockets[1].recv()
         assert PREFIX.unpack_from(part) == (Kind.DATA, number, 0)
         assert part[PREFIX_BYTES:] == frame(obj, number, checksum=checks_all)
-        assert side.session._kept[-1][2] == part
+        assert memoryview(side.session._kept[-1][2]) == part
     assert side.session.messages == side.session.next_number == side.session.quick_sent == 3
     assert side.session.quick_sent_bytes == 3 * len(frame(obj))
 
@@ -393,23 +403,46 @@ def test_all_in_their_order(sides):
     assert [right.take() for _ in range(91)] == [[number] for number in range(90)] + [[]]
 
 
-def test_an_acknowledgement_that_falls_due_is_left_to_the_long_way(sides):
+def acknowledged(side):
+    """Look what has come; return how many messages were acknowledged."""
+    side.wire.receive(side.raw, -1, side.session)
+    assert not side.raw
+    return side.session._acknowledged
+
+
+def test_an_acknowledgement_goes_when_it_falls_due(sides):
     left, right = sides
-    for number in range(200):
+    for number in range(250):
         assert left.send(number)
-    taken = 0
-    while right.take():
-        taken += 1
-    assert taken == 99
-    assert right.session.next_message() is not None
+    for number in range(250):
+        assert right.take() == [number]
+        assert acknowledged(left) == right.session._told == (number + 1) // 100 * 100
 
 
-def test_so_is_one_for_many_bytes(sockets):
-    left, right = Side(sockets[0]), Side(sockets[1], acknowledge_bytes=1000)
-    for _ in range(3):
+def test_so_does_one_for_many_bytes(sockets):
+    left, right = Side(sockets[0]), Side(sockets[1], acknowledge_bytes=1200)
+    told = []
+    for _ in range(6):
         assert left.send(b"x" * 400)
-    assert len(right.take()) == 1
-    assert right.take() == []
+        assert right.take() == [b"x" * 400]
+        told.append(acknowledged(left))
+    assert told == [0, 0, 3, 3, 3, 6]
+
+
+def test_an_acknowledgement_that_the_connection_does_not_take_is_still_owed():
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.router_mandatory = True
+        side = Side(router, acknowledge_bytes=1)
+        with context.socket(zmq.PUSH) as push, context.socket(zmq.PULL) as pull:
+            pull.bind("inproc://parts")
+            push.connect("inproc://parts")
+            push.send(PREFIX.pack(Kind.DATA, 0, 0) + frame(7))
+            wire_of(pull).receive(side.raw, 1, None)
+        side.session.feed(side.raw.popleft())
+        side.session.peer = b"nobody"
+        assert side.take() == [7]
+        assert side.session.is_behind
+        assert side.session.owes_acknowledgement
 
 
 @pytest.mark.parametrize("change", UNUSUAL, ids=lambda change: change.__name__)
@@ -445,7 +478,7 @@ BAD = {
     "prefix": lambda good: good[:52] + b"\xff" * 4 + good[56:],
     "checked": lambda good: good[:32] + b"\xff" * 8 + good[40:],
     "number": lambda good: frame(1, 5),
-    "large": lambda good: frame(b"x" * 20_000),
+    "large": lambda good: frame(b"x" * 80_000),
     "empty": lambda good: b"",
 }
 
@@ -461,12 +494,12 @@ def test_what_is_not_sound_is_left_to_the_long_way(sides, damage):
 
 
 @pytest.mark.parametrize(
-    ("kind", "body"), [(Kind.DATA, frame(1)), (Kind.DATA, frame(b"x" * 20_000)), (Kind.GOODBYE, b"")]
+    ("kind", "body"), [(Kind.DATA, frame(1)), (Kind.DATA, frame(b"x" * 80_000)), (Kind.GOODBYE, b"")]
 )
 def test_what_the_long_way_has_taken_in_is_left_to_it(sides, kind, body):
     """If it is bytes, large, or no message."""
     right = sides[1]
-    if len(body) > 17_000:
+    if len(body) > 70_000:
         sides[0].post(kind, 0, 0, body)
         right.wire.receive(right.raw, 1, None)
         right.session.feed(right.raw.popleft())
@@ -582,7 +615,7 @@ def test_a_message_that_another_takes_meanwhile_is_his(sockets):
     assert right.take() == [2]
 
 
-def test_a_message_that_has_to_be_acknowledged_is_left_as_it_is(sockets):
+def test_a_message_that_cannot_be_acknowledged_now_is_left_as_it_is(sockets):
     """Decoding it may do what can be done once, such as to take over a descriptor."""
     decoded = []
 
@@ -594,6 +627,7 @@ def test_a_message_that_has_to_be_acknowledged_is_left_as_it_is(sockets):
     assert left.send(b"x" * 100)
     assert left.send(b"y" * 100)
     assert right.take() == [b"x" * 100]
+    right.wire.half = True
     assert right.take() == []
     assert len(decoded) == 1
 
@@ -689,7 +723,10 @@ def test_memory_that_is_used_again_is_put_aside_by_the_long_way(sides, where):
 
 
 def test_all_that_was_acknowledged_goes_what_lies_between_small_ones_too(sides):
-    """Else nobody would say so again, and who waits for the room would wait for ever."""
+    """Else nobody would say so again, and who waits for the room would wait for ever.
+
+    But not among what nobody interrupts: who lets go of a frame of pyzmq's lets go of the GIL, and looks for signals.
+    """
     left, right = sides
     session = left.session
     assert left.send(0)
@@ -699,9 +736,10 @@ def test_all_that_was_acknowledged_goes_what_lies_between_small_ones_too(sides):
     assert left.send(4)
     right.post(Kind.ACKNOWLEDGE, 0, 5)
     assert left.wire.receive(left.raw, -1, session) is False
-    assert not left.raw
-    assert not session.outstanding
-    assert session._released == sum(PREFIX_BYTES + len(frame(number)) + 256 for number in range(5))
+    assert [number for number, _, _, _ in session._kept] == [1, 2, 3, 4]
+    assert session.feed(left.raw.popleft()) == (Kind.ACKNOWLEDGE, False, True)
+    assert not session._kept
+    assert session._acknowledged == session.messages == 5
 
 
 def test_memory_of_what_may_still_be_on_its_way_is_not_used_again(sides, sockets):
@@ -831,8 +869,8 @@ def test_a_session_before_its_use_lets_nothing_go(sides):
 def test_a_lock_that_is_none_is_locked(sides):
     side = sides[0]
     side.session.use(
-        *(side.wire, None, side.armed, side.raw, side.hub, np.ndarray, encode_small, {0: 0}, decode_small),
-        *(UNKNOWN, False, True, 100),
+        *(side.wire, None, side.armed, side.raw, side.hub, np.ndarray, beginning_of, encode_small, {0: 0}),
+        *(decode_small, UNKNOWN, aligned_empty, False, True, True, SMALL_BYTES, 100),
     )
     assert side.take() == []
 
@@ -862,3 +900,420 @@ def test_a_stream_in_a_cycle_is_collected(sides):
     sides.clear()
     gc.collect()
     assert alive() is None
+
+
+# --- what is lent --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lending(sides):
+    """Two sides, of which the left one lends."""
+    lend(*sides, 4 * LARGE)
+    yield sides
+    for side in sides:
+        side.session.end_loans()
+        side.session._inbox.clear()
+
+
+def lend(left, right, nbytes):
+    lender = Lender(nbytes)
+    borrower = loans.accept(os.getpid(), lender.offer)
+    assert borrower is not None
+    left.session._lender, left.session.lends = lender, True
+    left.session.lend_from(lender, lender.address, lender.loan_address)
+    right.session._borrowed = borrower
+    right.session.borrow_from(borrower, borrower.address)
+    left.session.lent_pace = right.session._look_at = 1 << 40
+
+
+def waits(side):
+    """Let what has come be taken in; return the kinds of the parts that wait for `take`."""
+    side.wire.receive(side.raw, -1, side.session)
+    assert not side.raw
+    return [type(part).__name__ for _, _, part in side.session._inbox]
+
+
+@pytest.mark.parametrize("checks_all", [False, True])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(512.0),
+        np.arange(20_000, dtype=">i4").reshape(2, 50, 200),
+        np.arange(LARGE // 2, dtype="u1"),
+        np.arange(1024).astype("M8[s]"),
+    ],
+    ids=lambda array: f"{array.dtype}-{array.shape}",
+)
+def test_an_array_is_lent(sockets, array, checks_all):
+    left, right = Side(sockets[0], checks_all=checks_all), Side(sockets[1], checks_all=checks_all)
+    lend(left, right, 4 * LARGE)
+    short = not checks_all or array.nbytes < CHECKED
+    for number in range(5):
+        assert left.send(array.copy()) is short
+        if not short:
+            return
+        assert waits(right) == ["Borrowed"]
+        assert right.session._waiting >= array.nbytes
+        [got] = right.take()
+        assert same(got, array)
+        assert got.flags.writeable
+        assert got.flags.aligned
+        got[:] = array[::-1]  # it is the receiver's own
+        assert right.expected[0] == number + 1
+    assert left.session.quick_sent == right.session.quick_received == 5
+    assert left.session.quick_sent_bytes == right.session.quick_received_bytes > 5 * array.nbytes
+
+
+@pytest.mark.parametrize(
+    ("array", "goes"),
+    [
+        (np.zeros(LENT_BYTES - 1, "u1"), True),
+        (np.zeros(LENT_BYTES // 2, "u2")[::2], True),
+        (np.zeros((1,) * 5 + (LENT_BYTES,), "u1"), True),
+        (np.zeros((64, 128)).T, False),
+        (np.zeros(LENT_BYTES, [("a", "u1")]), False),
+        (np.zeros(LARGE + 1, "u1"), False),
+        (np.zeros(LENT_BYTES, object), False),
+    ],
+    ids=["short", "not contiguous", "many dimensions", "transposed", "with names", "large", "objects"],
+)
+def test_what_is_not_lent_travels(lending, array, goes):
+    """In the short way, if it is small and simple."""
+    left, right = lending
+    goes = goes and array.flags.c_contiguous
+    assert left.send(array) is goes
+    assert waits(right) == ["Part"] * goes
+
+
+def test_arrays_travel_where_there_is_no_room_for_them(lending):
+    """In order with the others; and those that are too large for that wait."""
+    left, right = lending
+    left.session.pace = 1 << 40
+    sizes = [LARGE - 4096, 40_000, LARGE // 2, 5_000]
+    sent = [np.full(sizes[number % 4], number % 251, "u1") for number in range(40)]
+    kinds, got, number, waited = set(), [], 0, 0
+    while len(got) < len(sent):
+        while number < len(sent) and left.send(sent[number]):
+            number += 1
+        waited += number < len(sent)
+        assert sent[min(number, 39)].nbytes > SMALL_BYTES or number == 40
+        kinds.update(waits(right))
+        got += right.take()
+    assert waited > 5
+    assert kinds == {"Borrowed", "Part"}
+    assert all(map(same, got, sent))
+
+
+def test_as_many_loans_as_there_can_be(lending):
+    left, right = lending
+    left.session.pace = 1 << 40
+    array = np.arange(LENT_BYTES, dtype="u1")
+    for _ in range(3):
+        for number in range(LOANS + 96):
+            array[0] = number % 251
+            assert left.send(array)
+        assert waits(right) == ["Borrowed"] * LOANS + ["Part"] * 96
+        for number in range(LOANS + 96):
+            assert right.take()[0][0] == number % 251
+
+
+def test_nothing_is_lent_beyond_the_pace_of_that(lending):
+    left, right = lending
+    left.session.lent_pace = 4 * 5_000
+    sent = 0
+    while left.send(np.zeros(4_500, "u1")):
+        sent += 1
+    assert sent == 4
+    assert waits(right) == ["Borrowed"] * 4
+
+
+def test_who_sends_looks_what_was_acknowledged_before_he_waits(lending):
+    left, right = lending
+    left.session.lent_pace = 4 * 5_000
+    for number in range(50):
+        assert left.send(np.full(4_500, number, "u1"))
+        assert right.take()[0][0] == number
+        right.post(Kind.ACKNOWLEDGE, 0, number + 1)
+    assert left.session.next_number == 50
+
+
+def test_memory_is_offered_before_an_array_travels(sides):
+    left, right = sides
+    left.session.offered = False
+    assert left.send(np.zeros(LENT_BYTES - 1, "u1"))
+    assert not left.send(np.zeros(LENT_BYTES, "u1"))
+    left.session.offered = True
+    assert left.send(np.zeros(LENT_BYTES, "u1"))
+    assert waits(right) == ["Part"] * 2
+
+
+@pytest.mark.parametrize("every", [2, LOANS + 1])
+def test_what_is_lent_in_either_way_is_given_back_once(lending, every):
+    """The long way takes back what it has lent and a handler of a signal has kept from being sent, and nothing else."""
+    left, right = lending
+    session = left.session
+    nbytes = LARGE // 4
+    assert session.lend(0, [bytes(nbytes)], nbytes) is not None  # and there the handler raises
+    assert not left.send(np.zeros(nbytes, "u1"))
+    for number in range(2000):
+        if number % every:
+            assert left.send(np.zeros(nbytes, "u1"))
+        else:
+            part = session.lend(number, [bytes(nbytes)], nbytes)
+            assert part is not None
+            session.keep([part])
+            session.handed_over(number)
+            left.socket.send(part.reference)
+        assert waits(right) == ["Borrowed"]
+        assert right.session.next_message() is not None
+        right.session.take()
+        right.post(Kind.ACKNOWLEDGE, 0, number + 1)
+        left.wire.receive(left.raw, -1, session)
+        while left.raw:
+            session.feed(left.raw.popleft())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda array: array.resize(10, refcheck=False),
+        lambda array: setattr(array, "shape", (30, 10)),
+        lambda array: setattr(array, "shape", (300,)),
+        lambda array: setattr(array, "dtype", "i8"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Setting the dtype:DeprecationWarning")
+def test_an_array_that_somebody_changes_meanwhile_is_no_pattern_for_others(sockets, change):
+    def begin(array):
+        beginning = beginning_of(array)
+        if armed:
+            armed.pop()
+            change(array)
+        return beginning
+
+    left, right = Side(sockets[0], begin=begin), Side(sockets[1])
+    for others in (np.arange(10.0), np.arange(300.0).reshape(30, 10), np.arange(300.0), np.arange(300)):
+        armed = [True]
+        assert left.send(np.arange(300.0).reshape(10, 30).copy()) in (True, False)
+        for _ in range(2):
+            assert left.send(others)
+        got = []
+        while more := right.take():
+            got += more
+        assert same(got[-1], others)
+        assert same(got[-2], others)
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [None, b"x" * 10, b"x" * 100, bytearray(100), frame(np.zeros(300)), b"x" * 2000],
+    ids=["none", "short", "rubbish", "no bytes", "another length", "long"],
+)
+def test_a_beginning_that_does_not_suit_is_none(sockets, beginning):
+    left = Side(sockets[0], begin=lambda array: beginning)
+    assert left.send(np.arange(4.0)), "as a whole frame, of the encoder"
+    assert same(decode(np.frombuffer(bytearray(sockets[1].recv()[PREFIX_BYTES:]), np.uint8)), np.arange(4.0))
+
+
+def test_an_error_of_who_begins_is_the_senders(sockets):
+    def broken(array):
+        raise ValueError("no")
+
+    left = Side(sockets[0], begin=broken)
+    with pytest.raises(ValueError, match="no"):
+        left.send(np.arange(4.0))
+    assert not left.session._kept
+
+
+def test_compressed_sessions_lend_no_arrays_as_they_are(sockets):
+    left, right = Side(sockets[0], as_is=False), Side(sockets[1])
+    lend(left, right, 4 * LARGE)
+    assert left.send(np.zeros(LENT_BYTES, "u1"))
+    assert waits(right) == ["Part"]
+    assert not left.send(np.zeros(SMALL_BYTES + 1, "u1"))
+
+
+def test_a_peer_with_a_name_borrows_too():
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as dealer:
+        router.router_mandatory = True
+        router.bind("inproc://wire")
+        dealer.routing_id = b"name"
+        dealer.connect("inproc://wire")
+        dealer.send(b"hello")
+        assert router.recv_multipart() == [b"name", b"hello"]
+        left, right = Side(router), Side(dealer)
+        named_peer(left)
+        lend(left, right, LARGE)
+        left.session.keep([left.session.prefix(Kind.DATA, 0) + frame(0)])
+        left.session.handed_over(0)
+        right.session.received = right.session._taken = right.expected[0] = 1
+        array = np.arange(LENT_BYTES)
+        assert left.send(array)
+        assert waits(right) == ["Borrowed"]
+        assert same(right.take()[0], array)
+
+
+def test_the_last_number_that_there_is(sides):
+    """Who says so is not believed, but it has to be expected after it."""
+    left, right = sides
+    for number in (2**63 - 1, 2**63, 2**64 - 1, 2**64):
+        right.expected[0] = number
+        left.post(Kind.DATA, right.session.received, 0, frame(1, number % 2**64))
+        assert right.take() == [1] * (number < 2**64)
+        if number == 2**64:
+            assert right.session.next_message() is not None
+
+
+def test_a_reference_to_nothing_is_left_to_the_long_way(lending):
+    left, right = lending
+    for body in (b"", bytes(23), bytes(24), b"\xff" * 24, bytes(25)):
+        left.post(Kind.LOAN, 0, 0, body)
+        assert right.take() == []
+        assert len(right.raw) == 1
+        right.raw.clear()
+
+
+def test_a_reference_before_any_offer_is_left_to_the_long_way(sides):
+    left, right = sides
+    left.post(Kind.LOAN, 0, 0, bytes(24))
+    assert right.take() == []
+    assert len(right.raw) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda good: b"",
+        lambda good: good[:40],
+        lambda good: good[:-1],
+        lambda good: good[:20] + b"x" + good[21:],
+        lambda good: frame(np.arange(LENT_BYTES), 1),
+        lambda good: frame([np.arange(LENT_BYTES)]),
+        lambda good: frame(b"x" * 100_000),
+    ],
+    ids=["nothing", "no header", "short", "damaged", "another number", "parts", "a large pickle"],
+)
+def test_what_is_lent_and_not_sound_is_left_to_the_long_way(lending, damage):
+    left, right = lending
+    raw = damage(frame(np.arange(LENT_BYTES)))
+    lent = left.session.lend(0, [raw], len(raw))
+    left.socket.send(lent.reference)
+    assert right.take() == []
+    assert waits(right) == ["Borrowed"]
+    assert right.session.next_message() is not None
+
+
+@pytest.mark.parametrize("error", [MemoryError, ValueError])
+def test_where_there_is_no_memory_for_what_is_lent_the_long_way_says_so(sockets, error):
+    def fails(nbytes):
+        raise error
+
+    left, right = Side(sockets[0]), Side(sockets[1], make=fails)
+    lend(left, right, LARGE)
+    assert left.send(np.arange(LENT_BYTES, dtype="u1"))
+    assert right.take() == []
+    assert waits(right) == ["Borrowed"]
+
+
+def test_a_handler_that_raises_while_memory_is_made_loses_nothing(sockets):
+    def interrupted(nbytes):
+        if calls:
+            calls.pop()
+            raise KeyboardInterrupt
+        return aligned_empty(nbytes)
+
+    calls = [1, 2]
+    left, right = Side(sockets[0]), Side(sockets[1], make=interrupted)
+    lend(left, right, LARGE)
+    array = np.arange(LENT_BYTES, dtype="u1")
+    assert left.send(array)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            right.take()
+    assert same(right.take()[0], array)
+
+
+@pytest.mark.parametrize("made", [lambda nbytes: bytearray(nbytes - 1), lambda nbytes: None])
+def test_memory_that_does_not_suit_is_not_written_to(lending, made):
+    left, right = lending
+    lent = left.session.lend(0, [b"x" * 5000], 5000)
+    borrowed = loans.borrow(right.session._borrowed, PREFIX_BYTES, lent.reference[PREFIX_BYTES:])
+    with pytest.raises((ValueError, TypeError)):
+        borrowed.copy(made)
+
+
+def test_another_array_of_many_bytes_has_memory_of_its_own(sides):
+    """It is used where ZeroMQ has read it to."""
+    left, right = sides
+    got = []
+    for number in range(10):
+        assert left.send(np.full(3_000, number))
+        got += right.take()
+    assert all((array == number).all() and array.flags.writeable for number, array in enumerate(got))
+    got[3][:] = 77
+    assert all((array == number).all() for number, array in enumerate(got) if number != 3)
+
+
+def test_memory_that_a_handler_has_made_meanwhile_is_the_one(lending):
+    left, right = lending
+    lent = left.session.lend(0, [b"x" * 5000], 5000)
+    borrowed = loans.borrow(right.session._borrowed, PREFIX_BYTES, lent.reference[PREFIX_BYTES:])
+    made = []
+
+    def make(nbytes):
+        made.append(borrowed.copy(aligned_empty))
+        return aligned_empty(nbytes)
+
+    assert borrowed.copy(make) is made[0]
+    assert bytes(made[0]) == b"x" * 5000
+
+
+def test_what_is_lent_in_a_file_that_other_code_has_closed_is_an_error():
+    lender = Lender(LARGE)
+    part = lender.lend(0, bytes(PREFIX_BYTES), [b"x" * 100], 100)
+    file = loans.new_file(LARGE)
+    unmapped = loans.use(file)
+    borrowed = loans.borrow(unmapped, PREFIX_BYTES, part.reference[PREFIX_BYTES:])
+    number = file.number
+    with open(os.devnull) as other:
+        os.dup2(other.fileno(), number)
+    with pytest.raises(OSError, match="lent: its file was closed by other code"):
+        borrowed.copy(aligned_empty)
+    borrowed.give_back()
+    os.close(number)
+
+
+def test_an_array_for_which_nothing_can_be_lent_keeps_to_the_pace_of_others(lending):
+    left, right = lending
+    nbytes = 4 * LARGE - 4096
+    assert left.session.lend(0, [bytes(nbytes)], nbytes) is not None
+    left.session._lender.kept()
+    left.session.pace = 3 * 5_000
+    sent = 0
+    while left.send(np.zeros(4_500, "u1")):
+        sent += 1
+    assert sent == 3
+    assert waits(right) == ["Part"] * 3
+
+
+def test_a_lent_frame_with_much_to_check_is_left_to_the_long_way(lending):
+    left, right = lending
+    raw = frame(np.arange(CHECKED, dtype="u1"), checksum=True)
+    left.socket.send(left.session.lend(0, [raw], len(raw)).reference)
+    assert right.take() == []
+    assert waits(right) == ["Borrowed"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda side: connect_loans(1),
+        lambda side: side.session.lend_from(1),
+        lambda side: side.session.borrow_from(1),
+        lambda side: loans.Borrowed(1),
+    ],
+)
+def test_what_is_no_argument(sides, call):
+    with pytest.raises(TypeError):
+        call(sides[0])
