@@ -26,7 +26,7 @@ class Waiter:
         self.fd = self._epoll.fileno()
 
     def arm(self) -> None:
-        """Be woken from here on. Under the port's lock, and when its socket has nothing more."""
+        """Be woken from here on, once. Under the port's lock, and when its socket has nothing more."""
         if self._woken:
             try:
                 os.eventfd_read(self._event)
@@ -40,6 +40,7 @@ class Waiter:
         if not self._woken:
             self._woken = True
             os.eventfd_write(self._event, 1)
+        self._port.armed.discard(self)  # the short ways are open again
 
     def wait(self, deadline: int) -> None:
         """Wait, after `arm`, until it may be time to look again; until the deadline at the latest."""

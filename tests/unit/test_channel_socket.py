@@ -1039,6 +1039,28 @@ def test_small_messages_go_the_short_ways(check):
         assert received.wire_bytes_received == sent.wire_bytes_sent
 
 
+def test_whoever_looks_now_and_then_goes_the_short_ways_too(ends):
+    """To look in vain is to ask to be woken: once."""
+    left, right = ends
+    left.send("warm")
+    assert right.receive(20) == "warm"
+    session, port = right._link._session, right._link._port
+
+    def received():
+        with port.lock:
+            port.pump(-1)
+        return session.received
+
+    for number in range(1, 1001, 10):
+        with pytest.raises(shm.WouldBlock):
+            right.try_receive()
+        for more in range(10):
+            left.send(number + more)
+        poll_until(lambda all_of_them=number + 10: received() == all_of_them, 20)
+        assert [right.try_receive() for _ in range(10)] == list(range(number, number + 10))
+    assert session.quick_received > 0
+
+
 def test_threads_that_go_short_and_long_ways_keep_their_order(ends):
     """Small messages do not overtake large ones of the same thread, nor does one come twice."""
     left, right = ends
