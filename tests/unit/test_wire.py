@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import threading
 import time
@@ -1017,13 +1018,15 @@ def test_as_many_loans_as_there_can_be(lending):
             assert right.take()[0][0] == number % 251
 
 
+def sent_at_once(side):
+    """How many arrays of 4,500 bytes go, while nobody takes any."""
+    return next(number for number in itertools.count() if not side.send(np.zeros(4_500, "u1")))
+
+
 def test_nothing_is_lent_beyond_the_pace_of_that(lending):
     left, right = lending
     left.session.lent_pace = 4 * 5_000
-    sent = 0
-    while left.send(np.zeros(4_500, "u1")):
-        sent += 1
-    assert sent == 4
+    assert sent_at_once(left) == 4
     assert waits(right) == ["Borrowed"] * 4
 
 
@@ -1290,10 +1293,7 @@ def test_an_array_for_which_nothing_can_be_lent_keeps_to_the_pace_of_others(lend
     assert left.session.lend(0, [bytes(nbytes)], nbytes) is not None
     left.session._lender.kept()
     left.session.pace = 3 * 5_000
-    sent = 0
-    while left.send(np.zeros(4_500, "u1")):
-        sent += 1
-    assert sent == 3
+    assert sent_at_once(left) == 3
     assert waits(right) == ["Part"] * 3
 
 
