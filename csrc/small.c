@@ -35,6 +35,7 @@ static int stream_traverse(Stream *self, visitproc visit, void *arg) {
 
 static int stream_clear(Stream *self) {
     self->sends = self->receives = 0;
+    self->lends = self->borrows = NULL; /* their owners go */
     for (size_t i = 0; i < OBJECTS; i++) Py_CLEAR(*object_at(self, i));
     return 0;
 }
