@@ -20,7 +20,8 @@ from shmengine.channels.zeromq import end_context, uninterrupted, zmq
 from shmengine.region import call_at_process_end
 
 if TYPE_CHECKING:
-    from shmengine.channels.ports import ListenPort, Port
+    from shmengine.channels.listening import ListenPort
+    from shmengine.channels.ports import Port
     from shmengine.channels.socket import SocketLink
 
 __all__ = ["EXIT_SECONDS", "THREAD", "Hub", "enter"]

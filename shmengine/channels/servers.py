@@ -14,12 +14,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from shmengine._native.status import deadline_of
+from shmengine.channels.dialing import DialPort
 from shmengine.channels.end import End
 from shmengine.channels.greetings import Proof, is_gone
 from shmengine.channels.keys import Keys
 from shmengine.channels.link import Counts, Options
+from shmengine.channels.listening import ListenPort
 from shmengine.channels.open import check_options
-from shmengine.channels.ports import DialPort, ListenPort, Port
+from shmengine.channels.ports import Port
 from shmengine.channels.presence import Fate
 from shmengine.channels.sessions import SESSION_BYTES, Session, most_part_bytes
 from shmengine.channels.socket import PEER_SECONDS, SocketLink

@@ -15,13 +15,15 @@ import numpy as np
 from shmengine._native.status import deadline_of
 from shmengine.arrays import Bytes, address_of
 from shmengine.channels.compression import SMALLEST_BYTES
+from shmengine.channels.dialing import DialPort
 from shmengine.channels.end import End
 from shmengine.channels.frames import GOODBYE, FrameLink, aligned_empty
 from shmengine.channels.greetings import Proof
 from shmengine.channels.link import NOTHING, Capabilities, Link, Options
+from shmengine.channels.listening import ListenPort
 from shmengine.channels.loans import Borrowed
 from shmengine.channels.meter import Meter
-from shmengine.channels.ports import DialPort, ListenPort, Port
+from shmengine.channels.ports import Port
 from shmengine.channels.presence import Fate, Presence, PresenceToken
 from shmengine.channels.sessions import (
     ACKNOWLEDGE_MESSAGES,

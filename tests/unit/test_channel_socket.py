@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import shmengine as shm
-from shmengine.channels import hub, ports
+from shmengine.channels import dialing, hub
 from shmengine.channels.greetings import Greeting, Proof, identity_of_this_process, is_gone
 from shmengine.channels.link import Counts
 from shmengine.channels.sessions import PREFIX, Kind, Session, most_part_bytes
@@ -829,6 +829,28 @@ def test_without_the_secret_nobody_is_the_other_end(ends):
     assert right.receive(20) == "still works"
 
 
+def test_a_stranger_who_is_turned_away_and_leaves_ends_nobody():
+    """ZeroMQ reads nothing of his any more; a beat that was due then ended the process."""
+    script = """
+        import time, zmq, shmengine as shm, shmengine.channels.socket as module
+        module.PEER_SECONDS = 0.5
+        left, right = shm.channel("socket")
+        with left, right:
+            left.send(1)
+            assert right.receive(20) == 1
+            with zmq.Context() as context, context.socket(zmq.PAIR) as stranger:
+                stranger.linger = 0
+                stranger.connect(f"ipc://@{left._link._name}")
+                for _ in range(10):
+                    stranger.send(b"anything")
+                    time.sleep(0.02)
+            time.sleep(1)
+            left.send(2)
+            assert right.receive(20) == 2
+    """
+    run_script(script, check=True)
+
+
 # --- interruptions ----------------------------------------------------------------------------------------
 
 
@@ -1224,7 +1246,7 @@ def test_a_server_removes_no_file_and_takes_no_address(tmp_path):
 
 def test_a_listener_of_another_user_is_refused(tmp_path, monkeypatch):
     with shm.listen(f"ipc://{tmp_path}/theirs") as server:
-        monkeypatch.setattr(ports, "user_behind", lambda fd: os.geteuid() + 1)
+        monkeypatch.setattr(dialing, "user_behind", lambda fd: os.geteuid() + 1)
         with pytest.raises(shm.PeerLost, match="a process of another user"):
             shm.connect(server.address, timeout=20)
 

@@ -1,0 +1,140 @@
+"""The socket of a session that connects: it says who it is, and again on each new connection."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+from shmengine._native._handles import Part
+from shmengine.channels.greetings import Greeting, Proof
+from shmengine.channels.keys import Keys
+from shmengine.channels.local import user_behind
+from shmengine.channels.ports import GREETING_SECONDS, LINGER_MS, NOW, Port
+from shmengine.channels.sessions import PREFIX_BYTES, Kind, Session
+from shmengine.channels.zeromq import uninterrupted, zmq
+
+__all__ = ["DialPort"]
+
+
+class DialPort(Port):
+    """The socket of a session that connects."""
+
+    def __init__(
+        self, kind: int, address: str, session: Session, proof: Proof, peer_timeout: float, auth: Keys | None
+    ) -> None:
+        super().__init__(kind, address, peer_timeout, auth, serves=False, alone=session)
+        self._session = session
+        self._proof = proof
+        self._meets_pair = kind == zmq.PAIR
+        self._hung_up = False
+        self._nonce = b""
+        self.answered = threading.Event()
+        self._socket.ipv6 = "[" in address
+        self._address = address
+        try:
+            self.add(session)
+            self._dial()
+        except (zmq.ZMQError, OSError):
+            self.close()
+            raise
+        self.hub.watch(self)
+
+    def on_event(self, event: int, fd: int) -> None:  # noqa: ARG002  there is one connection
+        session = self._session
+        if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+            self._greet()
+        elif event == zmq.Event.DISCONNECTED:
+            self._nonce = b""
+            self.cut_off(session)
+            if not self.is_local:
+                self._hang_up()
+                self._dial()
+        elif event == zmq.Event.HANDSHAKE_FAILED_AUTH and session.missed_since == 0:
+            session.refusal = "it does not know the key of this end"
+            self.answered.set()
+            self.wake_all()
+
+    def _hang_up(self) -> None:
+        """Drop the connection, and what it or one that has ended was given and had not sent.
+
+        ZeroMQ would send it over the next one, before the greeting: over a slow path that takes too long. To make a
+        connection only where there is one (``IMMEDIATE``) is no way: it drops also what has come and was not read.
+        """
+        self._socket.linger = 0
+        uninterrupted(self._socket.disconnect, self._address)
+        self._socket.linger = LINGER_MS
+
+    def _dial(self) -> None:
+        self._hung_up = False
+        uninterrupted(self._socket.connect, self._address)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the service should look here again soon."""
+        return self._hung_up or super().busy
+
+    def serve(self) -> None:
+        super().serve()
+        if self._hung_up:
+            self._dial()
+        elif self._nonce and self.greeting_until == 0 and self._session.peer is None:
+            if self._meets_pair and self._session.missed_since:
+                # A PAIR turns away whoever comes while it has not done with the last connection. So would this one, if
+                # it was to dial at once.
+                self._nonce = b""
+                self._hang_up()
+                self._hung_up = True
+            else:
+                self._greet()  # the answer, or the question, was lost on arrival
+
+    def _greet(self) -> None:
+        if self._session.refusal:
+            return
+        self._nonce = os.urandom(16)
+        greeting = self._proof.greeting(
+            Kind.HELLO, self._session.key, self._nonce, window=self._session.window
+        )
+        self.post(b"", self._session.greet(Kind.HELLO, greeting))
+        self.greeting_until = time.monotonic() + GREETING_SECONDS
+
+    def post(self, peer: bytes, part: Any) -> bool:  # noqa: ARG002  there is one
+        try:
+            self._send(part, NOW, False)
+        except zmq.Again:  # the last connection is not quite over
+            return False
+        return True
+
+    def _sort(self) -> None:
+        raw, session = self.raw, self._session
+        while raw:
+            part = raw[0]
+            if session.peer is not None:
+                self._feed(session, part)
+            elif not part.more and len(part) >= PREFIX_BYTES:
+                self._read_answer(part)
+            raw.popleft()
+
+    def _read_answer(self, part: Part) -> None:
+        session, kind = self._session, memoryview(part)[0]
+        if kind not in (Kind.WELCOME, Kind.REFUSAL):
+            return
+        greeting = Greeting.unpack(part)
+        if greeting is None or greeting.key != session.key or greeting.nonce != self._nonce:
+            return
+        if not self._proof.holds(Kind(kind), greeting):
+            return
+        user = user_behind(part.source) if self.is_local else os.geteuid()
+        if user < 0:  # this connection has ended; who is there the next one will show
+            return
+        self._nonce, self.greeting_until = b"", 0.0
+        if user != os.geteuid():
+            session.refusal = "it is a process of another user"
+        elif kind == Kind.REFUSAL:
+            session.refusal = greeting.text
+        else:
+            session.connected(b"", part, greeting, part.source)
+            self._hand_over(session)
+        self.answered.set()
+        self.wake_all()
