@@ -146,8 +146,11 @@ class HostPlugin(WorkerPlugin):  # type: ignore[misc]  # likewise
         self._backend: ProcessBackend | None = None
         self._kept: dict[str, Any] = {}  # number of a reference -> our own to the same object
 
-    def teardown(self, worker: Worker) -> None:  # noqa: ARG002  # likewise
-        """Be detached: the engine's end."""
+    async def teardown(self, worker: Worker) -> None:  # noqa: ARG002  # likewise
+        """Be detached: the engine's end. It may take a while, and others have engines in this process."""
+        await asyncio.to_thread(self._end)
+
+    def _end(self) -> None:
         with self._lock:
             self._closed = True
             backend, self._backend = self._backend, None

@@ -20,7 +20,8 @@ from distributed.security import Security
 
 import shmengine as shm
 from shmengine import cli
-from shmengine.engine import courier
+from shmengine.codec import encode
+from shmengine.engine import courier, hosts
 from tests.helpers import (
     children,
     descendants,
@@ -421,6 +422,25 @@ def test_frames_and_progress(cluster):
     pd.testing.assert_frame_equal(found, frame * 2)
     assert told[-1] == (20, 20)
     assert later[-1] == (2, 2)
+
+
+def test_an_engine_that_takes_long_to_end_holds_up_no_other():
+    """Those of other clients end in the event loop of the same worker of dask's."""
+    settings = encode({"workers": 1, "memory": 64 << 20}).to_bytes()
+    plugin = hosts.HostPlugin("any", settings)
+    plugin.setup(None)
+    backend = plugin.backend()
+
+    async def end():
+        with backend._core.pool._output:  # somebody does not read what its workers print
+            ending = asyncio.ensure_future(plugin.teardown(None))
+            await asyncio.sleep(0.1)
+            assert not ending.done()
+        await ending
+
+    asyncio.run(end())
+    with pytest.raises(shm.Closed):
+        plugin.backend()
 
 
 def test_over_tls(tmp_path):
