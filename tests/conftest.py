@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
@@ -11,6 +12,7 @@ import resource
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +22,7 @@ import pytest
 from shmengine.interrupts import SIGNALS
 from tests.helpers import mount_namespace_prefix
 from tests.helpers.leftovers import Inventory, adopt_orphans, orphan_zombies, take_inventory
-from tests.helpers.watchdog import DEFAULT_SECONDS, Watchdog
+from tests.helpers.watchdog import DEFAULT_SECONDS, REPORT, Watchdog
 
 # Suites of other projects, and what runs them: `make peers`.
 collect_ignore = ["peers"]
@@ -29,16 +31,25 @@ GRACE_SECONDS = float(os.environ.get("SHMENGINE_TEST_GRACE", "5"))
 """What is on its way out may take so long; this is no bound on speed (benches measure that)."""
 
 WATCHDOG = pytest.StashKey[Watchdog]()
+REPORT_FILE = pytest.StashKey[Any]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Here, because output is captured only from the next step on: the watchdog must reach the terminal.
     config.stash[WATCHDOG] = Watchdog(stderr=2)
+    if not hasattr(config, "workerinput"):
+        config.stash[REPORT_FILE] = report_file = tempfile.NamedTemporaryFile(prefix="shmengine-tests-")  # noqa: SIM115
+        os.environ[REPORT] = report_file.name
     # In each of thousands of interpreters a thread of OpenBLAS would spin for as long as NumPy's import takes.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     # Whoever first uses multiprocessing's shared memory starts this process; let it not be a test.
     multiprocessing.resource_tracker.ensure_running()
     adopt_orphans()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput") and (report := os.environ.get(REPORT)):
+        faulthandler.enable(open(report, "ab"))  # noqa: SIM115  for as long as this process lives
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -52,7 +63,15 @@ def pytest_xdist_setupnodes(specs: list[Any]) -> None:
         resource.setrlimit(resource.RLIMIT_MSGQUEUE, (least, most))
 
 
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if text := config.stash[REPORT_FILE].read().decode(errors="replace"):
+        terminalreporter.section("processes that hung or crashed")
+        terminalreporter.write_line(text)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
+    if (file := config.stash.get(REPORT_FILE, None)) is not None:
+        file.close()
     if (watchdog := config.stash.get(WATCHDOG, None)) is not None:
         watchdog.close()
 

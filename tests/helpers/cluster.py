@@ -58,6 +58,7 @@ class Cluster:
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
+            "PYTHONFAULTHANDLER": "1",  # for the watchdog
             "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": QUIET,
             "DASK_TEMPORARY_DIRECTORY": self._directory.name,
             **self._settings,

@@ -3,7 +3,8 @@
 It is a process and not a thread because a hanging extension may hold the interpreter's lock. It is told
 on standard input, one line a message, what runs and for how long it may; pytest's end closes the pipe.
 At the deadline it writes what pytest and its descendants are doing, sends SIGABRT (at which faulthandler,
-which pytest enables, writes the stacks of all threads), and then kills what is left.
+which pytest enables, writes the stacks of all threads), and then kills what is left. Where pytest runs tests in several
+processes, all of that is for the end of the run's output, too: `REPORT` is the name of a file for it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from __future__ import annotations
 import os
 import select
 import signal
+import stat
 import subprocess
 import sys
 import time
+from typing import BinaryIO
 
 DEFAULT_SECONDS = 120.0
+REPORT = "SHMENGINE_TEST_REPORT"
 
 
 class Watchdog:
@@ -67,13 +71,38 @@ def main(watched: int) -> None:
             # Run as a file, not as a module: it must start even when the package does not import.
             from leftovers import descendants, describe_process
 
-            print(f"\n\nwatchdog: {what} hangs; everything is stopped", file=sys.stderr)
+            say(f"\n\nwatchdog: {what} hangs; everything is stopped")
             others = descendants(watched) - descendants(os.getpid()) - {os.getpid()}
             for pid in sorted(others):
-                print(f"  {describe_process(pid)}", file=sys.stderr)
-            sys.stderr.flush()
+                say(f"  {describe_process(pid)}")
+            files = captured(others)
             end_all(watched, others)
+            for file in files:
+                say(file.read().decode(errors="replace"))
             return
+
+
+def say(text: str) -> None:
+    """Print it, and add it to the report."""
+    print(text, file=sys.stderr, flush=True)
+    if path := os.environ.get(REPORT):
+        with open(path, "a", encoding="utf-8") as report:
+            report.write(f"{text}\n")
+
+
+def captured(pids: set[int]) -> list[BinaryIO]:
+    """Return the files that these processes' stderr goes to, each once, at their ends: their stacks go there."""
+    files: dict[int, BinaryIO] = {}
+    for pid in pids:
+        path = f"/proc/{pid}/fd/2"
+        try:
+            status = os.stat(path)
+            if stat.S_ISREG(status.st_mode) and status.st_ino not in files:
+                files[status.st_ino] = open(path, "rb")  # noqa: SIM115  until the end of this process
+                files[status.st_ino].seek(0, os.SEEK_END)
+        except OSError:
+            continue
+    return list(files.values())
 
 
 def end_all(watched: int, others: set[int]) -> None:
