@@ -36,6 +36,7 @@ int shmr_arena_init(shmr *h) {
     a->own = sparse(h->g.extents);
     if (!a->run || !a->next || !a->previous || !a->record || !a->slab_at || !a->own)
         return shmr_fail(SHMR_SYSTEM, ENOMEM, "mmap of the allocator's tables");
+    shmr_runs_init(a);
     return SHMR_OK;
 }
 

@@ -77,6 +77,7 @@ struct shmr_arena {
     struct shmr_quick quick[SHMR_QUICK];
     struct shmr_slab *partial[SHMR_CLASSES], *slabs;
     uint32_t turn, turns_wait;
+    uint32_t turning; /* pages of one length that take turns, at least, if others have read them */
     uint64_t used_bytes, owned_bytes;
     uint32_t leave; /* extents of the region that this process must not take */
 };

@@ -9,17 +9,37 @@
  * Two-level segregated fit: M. Masmano et al., "TLSF: a new dynamic memory allocator for real-time systems",
  * ECRTS 2004.
  */
+#include <stdio.h>
+
 #include "shmr_runs.h"
 
 /* What others freed last is in the cache of who has read it, and each line that is written there has to be fetched from
  * that core. So blocks of these lengths take turns: with some megabytes in between, their lines have gone to the cache
- * that all cores share. Of shorter ones a writer's own cache still has most; of longer ones, one alone is enough. */
+ * that all cores share, of which they are to take a small part. Of shorter ones a writer's own cache still has most; of
+ * longer ones, one alone is enough. */
 #define TURNING_MIN (SHMR_LARGE_MIN / SHMR_PAGE)
 #define TURNING_MAX (2097152u / SHMR_PAGE)
-#define TURNING_FEW (4194304u / SHMR_PAGE)  /* fewer free pages than these: take one that was not among them, */
-#define TURNING_EVERY 3                     /* but not at once again, as it may never have been touched, */
-#define TURNING_REFUSED 4095                /* and much later if there was none to take */
-#define TURNING_MANY (8388608u / SHMR_PAGE) /* more than these: one of them is free for anything */
+#define TURNING_MOST (4194304u / SHMR_PAGE)
+#define TURNING_PART 8       /* of the common cache: fewer free pages than these: take one that was not among them, */
+#define TURNING_EVERY 3      /* but not at once again, as it may never have been touched, */
+#define TURNING_REFUSED 4095 /* and much later if there was none to take; */
+#define TURNING_MANY 2       /* more than so many times as many: one of them is free for anything */
+
+/* Bytes of the cache that all cores share; 0 if the kernel does not say. (glibc asks the processor, and is told in virtual
+ * machines what the real one has.) */
+static uint64_t common_cache(void) {
+    FILE *file = fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "re");
+    unsigned kib = 0;
+    if (!file) return 0;
+    if (fscanf(file, "%uK", &kib) != 1) kib = 0;
+    fclose(file);
+    return (uint64_t)kib << 10;
+}
+
+void shmr_runs_init(struct shmr_arena *a) {
+    uint64_t pages = common_cache() / TURNING_PART / SHMR_PAGE;
+    a->turning = pages && pages < TURNING_MOST ? (uint32_t)pages : TURNING_MOST;
+}
 
 /* The bin of a run: exact below 8 pages, then four a doubling. */
 uint32_t shmr_runs_bin(uint32_t pages) {
@@ -151,7 +171,7 @@ void shmr_runs_release(shmr *h, uint32_t page, bool elsewhere) {
     }
     bool turns = elsewhere && takes_turns(pages);
     list_quick(a, q, page, turns);
-    if (turns && q->count * pages > TURNING_MANY) flush_quick_one(h, q);
+    if (turns && q->count * pages > a->turning * TURNING_MANY) flush_quick_one(h, q);
 }
 
 static uint64_t take_run(shmr *h, uint32_t pages) {
@@ -188,13 +208,13 @@ static bool much_is_left(shmr *h) {
 static uint64_t take_another(shmr *h, uint32_t pages) {
     struct shmr_arena *a = &h->arena;
     const struct shmr_quick *q = quick_of(a, pages);
-    if (!takes_turns(pages) || q->pages != pages || !q->first || q->count * pages >= TURNING_FEW) return SHMR_NOWHERE;
+    if (!takes_turns(pages) || q->pages != pages || !q->first || q->count * pages >= a->turning) return SHMR_NOWHERE;
     if (a->turns_wait) {
         a->turns_wait--;
         return SHMR_NOWHERE;
     }
     uint64_t offset = take_run(h, pages);
-    bool few = a->owned_bytes < (uint64_t)TURNING_MANY * SHMR_PAGE;
+    bool few = a->owned_bytes < (uint64_t)a->turning * TURNING_MANY * SHMR_PAGE;
     if (offset == SHMR_NOWHERE && few && !shmr_any_waiter(shmr_header_of(h)->extent_waiters) && much_is_left(h) &&
         shmr_arena_grow(h, SHMR_EXTENT) == SHMR_OK)
         offset = take_run(h, pages);

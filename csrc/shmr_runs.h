@@ -12,6 +12,7 @@ enum { RUN_NONE = 0, RUN_FREE = 1, RUN_USED = 2, RUN_QUICK = 3 };
 static inline uint32_t run_kind(uint32_t word) { return word & 3u; }
 static inline uint32_t run_length(uint32_t word) { return word >> 2; }
 
+void shmr_runs_init(struct shmr_arena *a);
 uint32_t shmr_runs_bin(uint32_t pages);
 void shmr_runs_list(struct shmr_arena *a, uint32_t page, uint32_t pages); /* as a free one */
 void shmr_runs_unlist(struct shmr_arena *a, uint32_t page);

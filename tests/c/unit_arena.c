@@ -18,6 +18,7 @@ static void open_arena(uint64_t arena_bytes) {
     shmr_config config = small_config();
     config.arena_bytes = arena_bytes;
     h = create_region(&config, &fd);
+    h->arena.turning = 4 * MIB / SHMR_PAGE; /* as where the processor's cache is large */
     shadow = calloc(arena_bytes / UNIT, 1);
 }
 
@@ -340,6 +341,20 @@ static void middling_ones_take_turns(void) {
     }
 }
 
+/* Through fewer where the cache that all cores share is small. */
+static void less_where_the_cache_is_small(void) {
+    open_arena(256 * MIB);
+    h->arena.turning = MIB / SHMR_PAGE;
+    CHECK_EQ(turn(131072, 8), 1);
+    CHECK_EQ(turn(MIB, 1), 1); /* one is as much as they are to be */
+    struct allocation many[64];
+    for (int k = 0; k < 64; k++) REQUIRE(allocate(&many[k], 131072));
+    for (int k = 0; k < 64; k++) release(&many[k]);
+    CHECK(quick_bytes() > MIB && quick_bytes() <= 2 * MIB + MIB); /* and the one of the other length */
+    nothing_is_left();
+    close_arena();
+}
+
 /* Who claims and never sleeps gives back what is only kept for its next turn, too. */
 static void kept_until_somebody_is_short(void) {
     open_arena(64 * MIB);
@@ -485,6 +500,7 @@ int main(void) {
     RUN(size_classes);
     RUN(last_in_first_out);
     RUN(middling_ones_take_turns);
+    RUN(less_where_the_cache_is_small);
     RUN(turns_leave_room);
     RUN(kept_until_somebody_is_short);
     RUN(slabs);

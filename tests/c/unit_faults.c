@@ -5,6 +5,7 @@
 #include <sys/resource.h>
 
 #include "faults.h"
+#include "shmr_runs.h"
 
 static const int errors[] = {ENOMEM, ENOSPC, EMFILE, EIO, EINTR};
 static bool is_failure(int status) { return status == SHMR_SYSTEM || status == SHMR_NO_MEMORY; }
@@ -322,6 +323,27 @@ static void recovering_into_a_full_ring(void) {
     check_whole(late);
     leave_region(late);
     close(region);
+}
+
+static const char *fake_size;
+static const char *fake_cache(const char *path) { return strstr(path, "/cache/index3/size") ? fake_size : NULL; }
+
+/* Of what the kernel says about the processor's cache, too much is believed as little as nonsense. */
+static void the_common_cache(void) {
+    const struct { const char *text; uint64_t kib; } cases[] = {
+        {"8192K\n", 1024}, {"32768K\n", 4096}, {"16384K", 2048}, {"520192K\n", 4096}, {"4294967295K", 4096}, {"31K\n", 4096},
+        {"0K", 4096}, {"", 4096}, {"K", 4096}, {"-1K", 4096}, {"unknown\n", 4096}, {NULL, 4096},
+    };
+    struct shmr_arena a = {0};
+    for (uint32_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        fake_size = cases[i].text;
+        fake_file = fake_cache;
+        if (!fake_size) break_calls(FAULT_FOPEN, EMFILE);
+        shmr_runs_init(&a);
+        disarm_faults();
+        fake_file = NULL;
+        CHECK_EQ((uint64_t)a.turning * SHMR_PAGE, cases[i].kib << 10);
+    }
 }
 
 static const char *fake_stat;
@@ -645,6 +667,7 @@ int main(void) {
     RUN(recovering);
     RUN(recovering_without_a_list);
     RUN(recovering_into_a_full_ring);
+    RUN(the_common_cache);
     RUN(asking_the_kernel);
     RUN(wake_ups);
     RUN(closed_in_its_sleep);
