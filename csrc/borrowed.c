@@ -51,20 +51,24 @@ int borrowed_copy(Borrowed *self, PyObject *make, int lets_go_of_gil) {
     if (self->bytes) return 0;
     Py_buffer to;
     if (PyObject_GetBuffer(self->target, &to, PyBUF_WRITABLE) < 0) return -1;
-    int status = SHMR_OK, copied = 0;
     if ((uint64_t)to.len < self->loan.length) {
+        PyBuffer_Release(&to);
         PyErr_SetString(PyExc_ValueError, "too little memory for what was lent");
-    } else if (!lets_go_of_gil || self->loan.length <= HELD_BYTES) {
-        status = loans.copy(self->handle, &self->loan, to.buf, &copied);
+        return -1;
+    }
+    int status;
+    if (!lets_go_of_gil || self->loan.length <= HELD_BYTES) {
+        status = loans.copy(self->handle, &self->loan, to.buf);
     } else {
         Py_BEGIN_ALLOW_THREADS
-        status = loans.copy(self->handle, &self->loan, to.buf, &copied);
+        status = loans.copy(self->handle, &self->loan, to.buf);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&to);
-    if (copied) self->bytes = to.buf;
-    if (PyErr_Occurred()) return -1;
-    if (status == SHMR_OK) return 0;
+    if (status == SHMR_OK) {
+        self->bytes = to.buf;
+        return 0;
+    }
     PyObject *raised = PyObject_CallFunction(fail, "is", status, "receive: memory that the other end has lent");
     Py_XDECREF(raised);
     return -1;

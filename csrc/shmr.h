@@ -289,8 +289,8 @@ int shmr_loans_accept(shmr_loans *l, int pid, const shmr_file *offer);
 int shmr_loans_lend(shmr_loans *l, const shmr_piece *pieces, uint32_t count, shmr_loan *out);
 /* Does it lie in that memory? */
 int shmr_loans_has(const shmr_loans *l, const shmr_loan *loan);
-/* Copy what was lent, unless that was done (*copied), which only the callee knows if a signal interrupts the caller. CORRUPT: it lies nowhere; SYSTEM: it could not be read. */
-int shmr_loans_copy(shmr_loans *l, const shmr_loan *loan, void *target, int *copied);
+/* Copy what was lent. CORRUPT: it lies nowhere; SYSTEM: it could not be read. */
+int shmr_loans_copy(shmr_loans *l, const shmr_loan *loan, void *target);
 /* Be through with it: its memory may be lent again. */
 void shmr_loans_give_back(shmr_loans *l, const shmr_loan *loan);
 /* The lender's: if nothing is lent, keep no memory. */

@@ -176,7 +176,7 @@ const shmr_file *shmr_loans_offer(const shmr_loans *l);
 int shmr_loans_accept(shmr_loans *l, int pid, const shmr_file *offer);
 int shmr_loans_lend(shmr_loans *l, const shmr_piece *pieces, uint32_t count, shmr_loan *out);
 int shmr_loans_has(const shmr_loans *l, const shmr_loan *loan);
-int shmr_loans_copy(shmr_loans *l, const shmr_loan *loan, void *target, int *copied);
+int shmr_loans_copy(shmr_loans *l, const shmr_loan *loan, void *target);
 void shmr_loans_give_back(shmr_loans *l, const shmr_loan *loan);
 void shmr_loans_rest(shmr_loans *l);
 #define SHMR_PRIORITIES ...

@@ -181,12 +181,10 @@ int shmr_loans_has(const shmr_loans *l, const shmr_loan *loan) {
     return loan->begin >= DATA && loan->begin <= l->bytes && loan->length <= l->bytes - loan->begin;
 }
 
-int shmr_loans_copy(shmr_loans *l, const shmr_loan *loan, void *target, int *copied) {
-    if (*copied) return SHMR_OK;
+int shmr_loans_copy(shmr_loans *l, const shmr_loan *loan, void *target) {
     if (!shmr_loans_has(l, loan)) return shmr_fail(SHMR_CORRUPT, 0, "bounds of memory that was lent");
     if (shmr_loans_map(l)) {
         memcpy(target, l->memory + loan->begin, loan->length);
-        *copied = 1;
         return SHMR_OK;
     }
     /* There is no room for it among our addresses. */
@@ -197,7 +195,6 @@ int shmr_loans_copy(shmr_loans *l, const shmr_loan *loan, void *target, int *cop
         if (more > 0) got += (uint64_t)more;
         if (more == 0 || (more < 0 && errno != EINTR)) return shmr_fail(SHMR_SYSTEM, errno, "read of memory that was lent");
     }
-    *copied = 1;
     return SHMR_OK;
 }
 

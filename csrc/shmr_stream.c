@@ -418,7 +418,7 @@ static int borrow(shmr_stream *s, struct incoming *in, uint64_t length, const ch
     if (!(in->lent && in->length)) begin_message(in, length);
     in->lent = true;
     if (!in->memory && !in->discard) return SHMR_NO_MEMORY;
-    int copied = 0, status = in->memory ? shmr_loans_copy(s->loans, &loan, in->memory, &copied) : SHMR_OK;
+    int status = in->memory ? shmr_loans_copy(s->loans, &loan, in->memory) : SHMR_OK;
     if (status != SHMR_OK) return status;
     shmr_loans_give_back(s->loans, &loan);
     in->received = length;

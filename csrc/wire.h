@@ -66,7 +66,7 @@ extern struct zmq zmq;
 struct loans { /* of the core; shmr.h */
     int (*lend)(shmr_loans *, const shmr_piece *, uint32_t, shmr_loan *);
     int (*has)(const shmr_loans *, const shmr_loan *);
-    int (*copy)(shmr_loans *, const shmr_loan *, void *, int *);
+    int (*copy)(shmr_loans *, const shmr_loan *, void *);
     void (*give_back)(shmr_loans *, const shmr_loan *);
 };
 extern struct loans loans;
