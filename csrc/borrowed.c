@@ -19,7 +19,7 @@ PyObject *connect_loans(PyObject *module, PyObject *args) {
     Py_XSETREF(fail, Py_NewRef(raise));
     loans.lend = (int (*)(shmr_loans *, const shmr_piece *, uint32_t, shmr_loan *))(uintptr_t)lend;
     loans.has = (int (*)(const shmr_loans *, const shmr_loan *))(uintptr_t)has;
-    loans.copy = (int (*)(shmr_loans *, const shmr_loan *, void *, int *))(uintptr_t)copy;
+    loans.copy = (int (*)(shmr_loans *, const shmr_loan *, void *))(uintptr_t)copy;
     loans.give_back = (void (*)(shmr_loans *, const shmr_loan *))(uintptr_t)give_back;
     Py_RETURN_NONE;
 }
