@@ -443,6 +443,19 @@ def test_an_engine_that_takes_long_to_end_holds_up_no_other():
         plugin.backend()
 
 
+def test_an_engine_on_a_host_ends_at_the_end_of_that_process(monkeypatch):
+    def none_left(function):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    plugin = hosts.HostPlugin("any", encode({"workers": 1, "memory": 64 << 20}).to_bytes())
+    plugin.setup(None)
+    plugin.backend()
+    monkeypatch.setattr(asyncio, "to_thread", none_left)
+    asyncio.run(plugin.teardown(None))
+    with pytest.raises(shm.Closed):
+        plugin.backend()
+
+
 def test_over_tls(tmp_path):
     """All that crosses goes by the client, with its certificates."""
     security = Security.temporary()
