@@ -37,7 +37,8 @@ REPORT_FILE = pytest.StashKey[Any]()
 def pytest_configure(config: pytest.Config) -> None:
     # Here, because output is captured only from the next step on: the watchdog must reach the terminal.
     config.stash[WATCHDOG] = Watchdog(stderr=2)
-    if not hasattr(config, "workerinput"):
+    # Where others run the tests: what they print is far above the end.
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         config.stash[REPORT_FILE] = report_file = tempfile.NamedTemporaryFile(prefix="shmengine-tests-")  # noqa: SIM115
         os.environ[REPORT] = report_file.name
     # In each of thousands of interpreters a thread of OpenBLAS would spin for as long as NumPy's import takes.
@@ -64,7 +65,8 @@ def pytest_xdist_setupnodes(specs: list[Any]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if text := config.stash[REPORT_FILE].read().decode(errors="replace"):
+    file = config.stash.get(REPORT_FILE, None)
+    if file is not None and (text := file.read().decode(errors="replace")):
         terminalreporter.section("processes that hung or crashed")
         terminalreporter.write_line(text)
 

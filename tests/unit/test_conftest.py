@@ -18,6 +18,7 @@ from tests.helpers import (
     run_script,
     start_script,
 )
+from tests.helpers.watchdog import REPORT
 
 RUN_PYTEST = """
 import sys
@@ -35,7 +36,9 @@ def run_tests(tmp_path):
     def run(text):
         (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = watchdog(seconds)\n")
         (tmp_path / "test_it.py").write_text(textwrap.dedent(text))
-        return run_script(RUN_PYTEST, args=[str(ROOT), str(tmp_path)], env={"SHMENGINE_TEST_GRACE": "1"})
+        return run_script(
+            RUN_PYTEST, args=[str(ROOT), str(tmp_path)], env={"SHMENGINE_TEST_GRACE": "1", REPORT: None}
+        )
 
     return run
 
