@@ -10,12 +10,14 @@ from typing import Any
 from shmengine._native._handles import Part
 from shmengine.channels.greetings import Greeting, Proof
 from shmengine.channels.keys import Keys
-from shmengine.channels.local import user_behind
+from shmengine.channels.local import unread_bytes, user_behind
 from shmengine.channels.ports import GREETING_SECONDS, LINGER_MS, NOW, Port
 from shmengine.channels.sessions import PREFIX_BYTES, Kind, Session
 from shmengine.channels.zeromq import uninterrupted, zmq
 
 __all__ = ["DialPort"]
+
+PAIR_SECONDS = (0.25, 16.0)  # within which a `PAIR` is expected to answer; growing
 
 
 class DialPort(Port):
@@ -28,6 +30,8 @@ class DialPort(Port):
         self._session = session
         self._proof = proof
         self._meets_pair = kind == zmq.PAIR
+        self._patience = PAIR_SECONDS[0] if self._meets_pair else GREETING_SECONDS
+        self._fd = -1  # of the connection
         self._hung_up = False
         self._nonce = b""
         self.answered = threading.Event()
@@ -41,9 +45,11 @@ class DialPort(Port):
             raise
         self.hub.watch(self)
 
-    def on_event(self, event: int, fd: int) -> None:  # noqa: ARG002  there is one connection
+    def on_event(self, event: int, fd: int) -> None:
         session = self._session
-        if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+        if event == zmq.Event.CONNECTED:
+            self._fd = fd
+        elif event == zmq.Event.HANDSHAKE_SUCCEEDED:
             self._greet()
         elif event == zmq.Event.DISCONNECTED:
             self._nonce = b""
@@ -80,14 +86,18 @@ class DialPort(Port):
         if self._hung_up:
             self._dial()
         elif self._nonce and self.greeting_until == 0 and self._session.peer is None:
-            if self._meets_pair and self._session.missed_since:
-                # A PAIR turns away whoever comes while it has not done with the last connection. So would this one, if
-                # it was to dial at once.
-                self._nonce = b""
-                self._hang_up()
-                self._hung_up = True
+            if self._meets_pair and unread_bytes(self._fd):
+                # A PAIR turns away whoever comes while it has not done with another connection: of what he sends it
+                # reads the first message, and no more. (Of others ZeroMQ's thread reads all, whatever Python does.)
+                self._wait_and_dial()
             else:
                 self._greet()  # the answer, or the question, was lost on arrival
+
+    def _wait_and_dial(self) -> None:
+        """Hang up now, and dial when the service comes again: this end's own PAIR has to be done with it, too."""
+        self._nonce, self.greeting_until = b"", 0.0
+        self._hang_up()
+        self._hung_up = True
 
     def _greet(self) -> None:
         if self._session.refusal:
@@ -96,8 +106,12 @@ class DialPort(Port):
         greeting = self._proof.greeting(
             Kind.HELLO, self._session.key, self._nonce, window=self._session.window
         )
-        self.post(b"", self._session.greet(Kind.HELLO, greeting))
-        self.greeting_until = time.monotonic() + GREETING_SECONDS
+        if not self.post(b"", self._session.greet(Kind.HELLO, greeting)):
+            self._wait_and_dial()
+            return
+        self.greeting_until = time.monotonic() + self._patience
+        if self._meets_pair:
+            self._patience = min(2 * self._patience, PAIR_SECONDS[1])
 
     def post(self, peer: bytes, part: Any) -> bool:  # noqa: ARG002  there is one
         try:
@@ -134,6 +148,8 @@ class DialPort(Port):
         elif kind == Kind.REFUSAL:
             session.refusal = greeting.text
         else:
+            if self._meets_pair:
+                self._patience = PAIR_SECONDS[0]
             session.connected(b"", part, greeting, part.source)
             self._hand_over(session)
         self.answered.set()

@@ -53,6 +53,7 @@ class ListenPort(Port):
         self._file: SocketFile | None = None
         self._peers: dict[bytes, Session] = {}
         self._by_fd: dict[int, Session] = {}
+        self._ended: set[int] = set()  # descriptors of connections that have ended
         self.arrived: deque[Session] = deque()
         self.news = threading.Event()
         super().__init__(
@@ -129,8 +130,12 @@ class ListenPort(Port):
     def on_event(self, event: int, fd: int) -> None:
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
             self.greeting_until = time.monotonic() + GREETING_SECONDS
-        elif event == zmq.Event.DISCONNECTED and (session := self._by_fd.pop(fd, None)) is not None:
-            self.cut_off(session)
+        elif event == zmq.Event.ACCEPTED:
+            self._ended.discard(fd)
+        elif event == zmq.Event.DISCONNECTED:
+            self._ended.add(fd)
+            if (session := self._by_fd.pop(fd, None)) is not None:
+                self.cut_off(session)
 
     def cut_off(self, session: Session) -> None:
         if session.peer is not None:
@@ -211,6 +216,8 @@ class ListenPort(Port):
         self.read_events(
             pumps=False
         )  # so that none of an earlier connection with this descriptor comes later
+        if part.source in self._ended:  # and so has this very one
+            return
         session = self._session_of(greeting, part)
         if session is None or session.refusal:
             why = "it does not know this session any more, or takes no new ones"

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import fcntl
 import os
-import socket as unix
+import socket
 import stat
 import struct
+import termios
 
-__all__ = ["SocketFile", "check_free", "connection_of", "process_behind", "user_behind"]
+__all__ = ["SocketFile", "check_free", "process_behind", "socket_option", "unread_bytes", "user_behind"]
 
+_libc = ctypes.CDLL(None)
+_COUNT = struct.Struct("i")
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 
 
-def connection_of(fd: int) -> unix.socket:
-    """Return a copy of a connection whose descriptor is ZeroMQ's: that may have closed it, and it be any file by now.
+def socket_option(fd: int, level: int, option: int, size: int) -> bytes:
+    """Return an option of a connection whose descriptor is ZeroMQ's, of at most so many bytes; none: it has ended.
 
-    Raises
-    ------
-    OSError
-        It is no socket.
+    Not by way of a `socket.socket`: that would need a copy of the descriptor, which a handler of a signal that raises
+    loses.
     """
-    copy = os.dup(fd)
-    try:
-        return unix.socket(fileno=copy)
-    except OSError:
-        os.close(copy)
-        raise
+    found, length = ctypes.create_string_buffer(size), ctypes.c_uint32(size)
+    if _libc.getsockopt(fd, level, option, found, ctypes.byref(length)) != 0:
+        return b""
+    return found.raw[: length.value]
 
 
 def user_behind(fd: int) -> int:
@@ -40,15 +41,17 @@ def process_behind(fd: int) -> int:
     return _credentials(fd)[0]
 
 
-def _credentials(fd: int) -> tuple[int, int, int]:
+def unread_bytes(fd: int) -> int:
+    """Return how much memory what the other side of a Unix connection has not read takes; 0 if that is not known."""
     try:
-        with connection_of(fd) as connection:
-            pid, user, group = _CREDENTIALS.unpack(
-                connection.getsockopt(unix.SOL_SOCKET, unix.SO_PEERCRED, 12)
-            )
-            return pid, user, group
+        return int(_COUNT.unpack(fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(_COUNT.size)))[0])
     except OSError:
-        return -1, -1, -1
+        return 0
+
+
+def _credentials(fd: int) -> tuple[int, int, int]:
+    found = socket_option(fd, socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return _CREDENTIALS.unpack(found) if len(found) == _CREDENTIALS.size else (-1, -1, -1)
 
 
 def check_free(path: str) -> None:
@@ -69,7 +72,7 @@ def check_free(path: str) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise FileExistsError(errno.EEXIST, "a file is there that is no socket", path)
-    with unix.socket(unix.AF_UNIX) as probe:
+    with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         if probe.connect_ex(path) in (0, errno.EAGAIN):
             raise OSError(errno.EADDRINUSE, "somebody listens there", path)

@@ -7,7 +7,7 @@ import struct
 import time
 from collections.abc import Callable
 
-from shmengine.channels.local import connection_of
+from shmengine.channels.local import socket_option
 
 __all__ = ["Meter"]
 
@@ -68,10 +68,8 @@ class Meter:
 
 def _progress_of(fd: int) -> tuple[int, int] | None:
     """Return how many bytes of a connection have arrived, and how many wait; None: it has ended, or is no TCP."""
-    try:
-        with connection_of(fd) as connection:
-            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _PROGRESS.size)
-        acknowledged, waiting = _PROGRESS.unpack(info)
-    except (OSError, struct.error):
+    info = socket_option(fd, socket.IPPROTO_TCP, socket.TCP_INFO, _PROGRESS.size)
+    if len(info) < _PROGRESS.size:
         return None
+    acknowledged, waiting = _PROGRESS.unpack(info)
     return acknowledged, waiting

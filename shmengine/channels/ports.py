@@ -36,6 +36,8 @@ GREETING_SECONDS = 2.0  # within which a connection is expected to say who it is
 
 _EVENTS = (
     zmq.Event.LISTENING
+    | zmq.Event.CONNECTED
+    | zmq.Event.ACCEPTED
     | zmq.Event.HANDSHAKE_SUCCEEDED
     | zmq.Event.DISCONNECTED
     | zmq.Event.HANDSHAKE_FAILED_AUTH

@@ -24,7 +24,7 @@ from shmengine.channels.open import check_options
 from shmengine.channels.ports import Port
 from shmengine.channels.presence import Fate
 from shmengine.channels.sessions import SESSION_BYTES, Session, most_part_bytes
-from shmengine.channels.socket import PEER_SECONDS, SocketLink
+from shmengine.channels.socket import DRAIN_NS, PEER_SECONDS, SocketLink
 from shmengine.channels.zeromq import zmq
 from shmengine.errors import Closed, PeerLost, SerializationError, Timeout, UseAfterFork, WouldBlock
 
@@ -44,6 +44,7 @@ class _RemoteLink(SocketLink):
         super().__init__(options)
         self.counts = session.counts
         self._patience_ns = int(peer_timeout * 1e9)
+        self._dead_since = 0
         self._attach(port, session)
 
     def start(self) -> None:
@@ -62,7 +63,13 @@ class _RemoteLink(SocketLink):
         with self._port.lock:  # another thread may be noting that a connection has ended, or begun
             peer, missed_since, other = session.peer, session.missed_since, session.other
         if peer is not None:
-            return Fate.ALIVE
+            if not (self._port.is_local and is_gone(other)):
+                self._dead_since = 0
+                return Fate.ALIVE
+            # A forked child of the dead has inherited the connection, so it does not end. (Over TCP beats do that.)
+            now = time.monotonic_ns()
+            self._dead_since = self._dead_since or now
+            return Fate.ALIVE if now - self._dead_since < DRAIN_NS else Fate.LOST
         patience = 0 if is_gone(other) else self._patience_ns
         return Fate.ALIVE if time.monotonic_ns() - missed_since < patience else Fate.LOST
 
@@ -95,9 +102,7 @@ class Server:
         self._accepting = threading.Lock()
 
         def make(key: bytes) -> Session:
-            return Session(
-                key, Counts(), options.buffer_bytes, most_part_bytes(address, peer_timeout), accepted=False
-            )
+            return Session(key, Counts(), options.buffer_bytes, most_part_bytes(address), accepted=False)
 
         try:
             self._port = ListenPort(address, Proof(b""), peer_timeout, auth, make=make)
@@ -278,7 +283,7 @@ def connect(
         os.urandom(SESSION_BYTES),
         Counts(),
         options.buffer_bytes,
-        most_part_bytes(place.address, peer_timeout),
+        most_part_bytes(place.address),
     )
     try:
         port = DialPort(zmq.DEALER, place.address, session, Proof(b""), peer_timeout, place.keys)

@@ -12,7 +12,6 @@ Of what several steps change here each one can be repeated: a signal's handler m
 from __future__ import annotations
 
 import enum
-import math
 import struct
 import time
 from collections.abc import Iterator
@@ -42,11 +41,10 @@ __all__ = [
 
 PREFIX = struct.Struct("<B7xQQ")
 PREFIX_BYTES = PREFIX.size
-# Larger messages are cut: a part has to pass within half of `peer_timeout`, or nobody seems to be there. Within a
-# machine large ones do, too, and what fits into one part is received without another copy.
+# Larger messages are cut: over TCP a part has to pass between two beats, or nobody seems to be there. Within a machine
+# there are none, and what fits into one part is received without another copy.
 PART_BYTES = 1 << 19
 LOCAL_PART_BYTES = (1 << 24) + (1 << 16)  # an array of 16 MiB with its frame
-LOCAL_BYTES_PER_SECOND = 32 << 20  # that pass at least, whatever else goes on there
 MESSAGE_COST = 256  # bytes of memory that a small message takes beside its own
 ACKNOWLEDGE_MESSAGES = 1024
 ACKNOWLEDGE_BYTES = 2 << 20
@@ -512,11 +510,9 @@ def _on_the_way(part: Any) -> Any:
     return part.reference if type(part) is Lent else part
 
 
-def most_part_bytes(address: str, peer_timeout: float = math.inf) -> int:
-    """Return how large a part may be that comes from this address; or one that is sent, so that it passes in time."""
-    if not address.startswith("ipc:"):
-        return PART_BYTES
-    return int(max(PART_BYTES, min(LOCAL_PART_BYTES, LOCAL_BYTES_PER_SECOND * peer_timeout / 2)))
+def most_part_bytes(address: str) -> int:
+    """Return how large a part may be that comes from this address, or is sent there."""
+    return LOCAL_PART_BYTES if address.startswith("ipc:") else PART_BYTES
 
 
 def refusal(body: bytes) -> bytes:

@@ -528,7 +528,7 @@ class _PairLink(SocketLink):
         proof = Proof(self._secret)
         key = self._secret[:16]
         address = f"ipc://@{self._name}"
-        session = Session(key, self.counts, self.options.buffer_bytes, most_part_bytes(address, PEER_SECONDS))
+        session = Session(key, self.counts, self.options.buffer_bytes, most_part_bytes(address))
         port: Port
         if self._presence.side == 0:
             port = ListenPort(address, proof, PEER_SECONDS, alone=session)

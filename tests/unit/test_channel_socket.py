@@ -21,13 +21,13 @@ import numpy as np
 import pytest
 
 import shmengine as shm
-from shmengine.channels import dialing, hub
+from shmengine.channels import dialing, hub, local
 from shmengine.channels.greetings import Greeting, Proof, identity_of_this_process, is_gone
 from shmengine.channels.link import Counts
 from shmengine.channels.sessions import PREFIX, Kind, Session, most_part_bytes
 from shmengine.codec import encode
 from shmengine.tokens import start_time
-from tests.helpers import open_fds, poll_until, run_script
+from tests.helpers import open_fds, poll_until, run_script, start_script
 from tests.helpers.channels import nobody_serves
 from tests.helpers.proxy import Proxy
 
@@ -829,6 +829,117 @@ def test_without_the_secret_nobody_is_the_other_end(ends):
     assert right.receive(20) == "still works"
 
 
+def test_asking_what_is_behind_a_connection_keeps_no_descriptor_whatever_interrupts():
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_):
+        if asking:
+            asking.clear()
+            raise Interrupted
+
+    asking: list[bool] = []
+    here, there = socket.socketpair()
+    with here, there:
+        before = open_fds()
+        handler = signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 2e-4, 2e-4)
+        try:
+            interrupted = 0
+            while interrupted < 2000:
+                try:
+                    asking.append(True)
+                    for _ in range(1000):
+                        assert local.process_behind(here.fileno()) == os.getpid()
+                        assert local.unread_bytes(here.fileno()) == 0
+                    asking.clear()
+                except Interrupted:
+                    interrupted += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
+        assert open_fds() == before
+
+
+def test_whoever_is_turned_away_dials_again(ends):
+    """While somebody else is there, or what is left of him, nobody hears the other end."""
+    import zmq
+
+    left, right = ends
+    with pytest.raises(shm.WouldBlock):
+        left.try_receive()  # it listens now
+    hung_up = threading.Event()
+    with zmq.Context() as context, context.socket(zmq.PAIR) as stranger:
+        stranger.linger = 0
+        with stranger.get_monitor_socket(zmq.Event.HANDSHAKE_SUCCEEDED) as monitor:
+            stranger.connect(f"ipc://@{left._link._name}")
+            assert monitor.poll(60_000)
+            stranger.disable_monitor()
+        right.send("there")
+        port = right._link._port
+        hang_up = port._hang_up
+        port._hang_up = lambda: (hang_up(), hung_up.set())
+        assert hung_up.wait(60)
+    left.send("and back")
+    assert right.receive(60) == "and back"
+    assert left.receive(60) == "there"
+    assert left.stats().gaps == right.stats().gaps == 0
+
+
+def test_whoever_has_gone_when_his_greeting_is_read_is_not_there(tmp_path):
+    """What has become of his connection is known before his greeting is."""
+    import zmq
+
+    with shm.listen(f"ipc://{tmp_path}/here") as server:
+        port = server._port
+        with port.lock:  # the service sees nothing of it
+            with zmq.Context() as context, context.socket(zmq.DEALER) as guest:
+                guest.linger = 1000
+                guest.connect(server.address)
+                greeting = Proof(b"").greeting(Kind.HELLO, b"k" * 16, b"n" * 16)
+                guest.send(PREFIX.pack(Kind.HELLO, 0, 0) + greeting)
+                poll_until(lambda: port._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+            time.sleep(0.2)  # until ZeroMQ's thread has seen it leave; if not, nothing is tested
+            port.pump(-1)
+        with pytest.raises(shm.WouldBlock):
+            server.accept(0)
+        end = shm.connect(server.address, timeout=20)
+        with end, server.accept(20) as other:
+            end.send(1)
+            assert other.receive(20) == 1
+
+
+def test_a_dead_client_whose_child_lives_on_is_lost(tmp_path):
+    """The child has inherited the connection, which so does not end."""
+    script = """
+        import os, signal, sys, time, shmengine as shm
+        end = shm.connect(sys.argv[1], timeout=30)
+        end.send("there")
+        assert end.receive(60) == "go"
+        child = os.fork()
+        if child == 0:
+            os.closerange(0, 3)
+            time.sleep(1000)
+        end.send(child)
+        end.receive()
+    """
+    with (
+        shm.listen(f"ipc://{tmp_path}/here") as server,
+        start_script(script, args=[server.address]) as process,
+        server.accept(60) as end,
+    ):
+        assert end.receive(60) == "there"
+        end.send("go")
+        child = end.receive(60)
+        try:
+            process.kill()
+            process.wait()
+            with pytest.raises(shm.PeerLost):
+                end.receive(60)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
 def test_a_stranger_who_is_turned_away_and_leaves_ends_nobody():
     """ZeroMQ reads nothing of his any more; a beat that was due then ended the process."""
     script = """
@@ -1196,9 +1307,8 @@ def test_acknowledgements_of_what_was_never_sent_do_no_harm():
 
 
 def test_parts_are_as_large_as_passes_in_time():
-    assert most_part_bytes("tcp://127.0.0.1:1", 10) == most_part_bytes("tcp://127.0.0.1:1") == 1 << 19
-    assert most_part_bytes("ipc://@x", 10) == most_part_bytes("ipc://@x") > 16 << 20
-    assert most_part_bytes("ipc://@x", 0.1) < 2 << 20
+    assert most_part_bytes("tcp://127.0.0.1:1") == 1 << 19
+    assert most_part_bytes("ipc://@x") > 16 << 20
 
 
 def test_a_session_is_never_missed_since_nothing(monkeypatch):
