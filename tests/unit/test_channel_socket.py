@@ -893,13 +893,14 @@ def test_whoever_has_gone_when_his_greeting_is_read_is_not_there(tmp_path):
     with shm.listen(f"ipc://{tmp_path}/here") as server:
         port = server._port
         with port.lock:  # the service sees nothing of it
+            before = open_fds()
             with zmq.Context() as context, context.socket(zmq.DEALER) as guest:
                 guest.linger = 1000
                 guest.connect(server.address)
                 greeting = Proof(b"").greeting(Kind.HELLO, b"k" * 16, b"n" * 16)
                 guest.send(PREFIX.pack(Kind.HELLO, 0, 0) + greeting)
                 poll_until(lambda: port._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
-            time.sleep(0.2)  # until ZeroMQ's thread has seen it leave; if not, nothing is tested
+            poll_until(lambda: open_fds() == before)  # ZeroMQ's thread has seen it leave
             port.pump(-1)
         with pytest.raises(shm.WouldBlock):
             server.accept(0)
