@@ -100,7 +100,7 @@ class DialPort(Port):
         self._hung_up = True
 
     def _greet(self) -> None:
-        if self._session.refusal:
+        if self._session.refusal or self._hung_up:
             return
         self._nonce = os.urandom(16)
         greeting = self._proof.greeting(

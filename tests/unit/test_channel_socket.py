@@ -886,6 +886,25 @@ def test_whoever_is_turned_away_dials_again(ends):
     assert left.stats().gaps == right.stats().gaps == 0
 
 
+def test_news_of_a_connection_that_was_hung_up(ends):
+    """It had come back by itself, and nobody had looked."""
+    import zmq
+
+    left, right = ends
+    right.send("begins")
+    assert left.receive(60) == "begins"
+    port = right._link._port
+    with port.lock:
+        port._wait_and_dial()
+        port.on_event(zmq.Event.HANDSHAKE_SUCCEEDED, 0)
+        port.cut_off(right._link._session)
+    port.hub.wake()
+    left.send("there")
+    right.send("and back")
+    assert left.receive(60) == "and back"
+    assert right.receive(60) == "there"
+
+
 def test_whoever_has_gone_when_his_greeting_is_read_is_not_there(tmp_path):
     """What has become of his connection is known before his greeting is."""
     import zmq
