@@ -17,7 +17,7 @@ from shmengine.channels.zeromq import uninterrupted, zmq
 
 __all__ = ["DialPort"]
 
-PAIR_SECONDS = (0.25, 16.0)  # within which a `PAIR` is expected to answer; growing
+PAIR_SECONDS = (0.25, 4.0)  # within which a `PAIR` is expected to answer; growing
 
 
 class DialPort(Port):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import os
@@ -87,10 +88,27 @@ def is_gone(identity: str) -> bool:
         with open(f"/proc/{process}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return True
+        return not _is_there(int(process))  # it may be hidden
+    except OSError:
+        return False
     return fields[0] in b"ZX" or fields[19].decode() != identity.rpartition(" ")[2]
 
 
-def _host() -> str:
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+@functools.lru_cache(1)
+def _host_of(pid: int) -> str:  # noqa: ARG001  a forked child may go elsewhere
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return f"{file.read().strip()} {os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def _host() -> str:
+    return _host_of(os.getpid())

@@ -22,6 +22,7 @@ __all__ = ["ListenPort"]
 
 MOST_UNKNOWN = 1024  # sessions that wait for `accept`
 
+_OF_CONNECTIONS = (zmq.Event.ACCEPTED, zmq.Event.DISCONNECTED)  # whose values are their descriptors
 _MORE = int(zmq.SNDMORE | zmq.DONTWAIT)
 
 
@@ -213,10 +214,14 @@ class ListenPort(Port):
         greeting = Greeting.unpack(part)
         if greeting is None or not self._proof.holds(Kind.HELLO, greeting):
             return
-        self.read_events(
-            pumps=False
-        )  # so that none of an earlier connection with this descriptor comes later
-        if part.source in self._ended:  # and so has this very one
+        # What has become of an earlier connection with this descriptor must not be taken for this one's fate.
+        news = self.hear_news()
+        for event, fd in [each for each in news if each[1] == part.source and each[0] in _OF_CONNECTIONS]:
+            self.on_event(event, fd)
+            news.remove((event, fd))
+        if news:
+            self.hub.notice()
+        if part.source in self._ended:
             return
         session = self._session_of(greeting, part)
         if session is None or session.refusal:
@@ -230,7 +235,14 @@ class ListenPort(Port):
         self._by_fd[part.source] = session
         self._peers[peer] = session
         answer = self._proof.greeting(Kind.WELCOME, greeting.key, greeting.nonce, window=session.window)
-        self.post(peer, session.greet(Kind.WELCOME, answer))
+        if not self.post(
+            peer, session.greet(Kind.WELCOME, answer)
+        ):  # it has ended, and its descriptor is another's
+            del self._peers[peer], self._by_fd[part.source]
+            if session in self.arrived:
+                self.arrived.remove(session)
+                self.remove(session)
+            return
         session.connected(peer, part, greeting, part.source)
         self._hand_over(session)
         self.wake_all()

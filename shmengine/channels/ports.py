@@ -68,6 +68,7 @@ class Port:
         self.links: dict[bytes, SocketLink] = {}
         self.greeting_until = 0.0  # somebody is expected to say who he is
         self.closed = False
+        self._news: deque[tuple[int, int]] = deque()
         self._posted = False  # something, while parts were sorted
         self.denied = ""
         self.raw: deque[Part] = deque()
@@ -207,27 +208,35 @@ class Port:
 
     # --- of the service --------------------------------------------------------------------------------
 
-    def read_events(self, *, pumps: bool = True) -> None:
+    def hear_news(self) -> deque[tuple[int, int]]:
+        """Return what has happened to connections and is not noted yet: events and their values. Under the lock."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self._news.append(EVENT.unpack_from(self.monitor.recv_multipart(zmq.DONTWAIT)[0]))
+        return self._news
+
+    def read_events(self) -> None:
         """Note all that has happened to connections, after what they have brought. Under the lock."""
-        while not self.closed:
-            try:
-                message = self.monitor.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
-                return
-            event, value = EVENT.unpack_from(message[0])
-            if pumps and event == zmq.Event.DISCONNECTED:
+        while not self.closed and (news := self.hear_news()):
+            first = news[0]
+            if first[0] == zmq.Event.DISCONNECTED:
                 self.pump(-1)
-            self.on_event(event, value)
+                if not news or news[0] is not first:  # a greeting that it brought was from a later connection
+                    continue
+            self.on_event(*first)
+            news.popleft()
 
     @property
     def busy(self) -> bool:
         """Whether the service should look here again soon."""
-        return self.greeting_until > 0 or any(
+        return bool(self._news or self.greeting_until > 0) or any(
             session.outstanding or session.is_behind for session in self.sessions.values()
         )
 
     def serve(self) -> None:
         """Do what is left to do. Under the lock."""
+        if self._news:
+            self.read_events()
         self.pump(MOST_AT_ONCE)
         for session in list(self.sessions.values()):
             self.hand_over(session)

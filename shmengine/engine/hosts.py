@@ -149,9 +149,11 @@ class HostPlugin(WorkerPlugin):  # type: ignore[misc]  # likewise
     async def teardown(self, worker: Worker) -> None:  # noqa: ARG002  # likewise
         """Be detached: the engine's end. It may take a while, and others have engines in this process."""
         try:
-            await asyncio.to_thread(self._end)
+            ending = asyncio.get_running_loop().run_in_executor(None, self._end)
         except RuntimeError:  # at the end of the process, when no thread can be had any more
             self._end()
+        else:
+            await ending
 
     def _end(self) -> None:
         with self._lock:

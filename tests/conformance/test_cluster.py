@@ -444,13 +444,13 @@ def test_an_engine_that_takes_long_to_end_holds_up_no_other():
 
 
 def test_an_engine_on_a_host_ends_at_the_end_of_that_process(monkeypatch):
-    def none_left(function):
+    def none_left(*_):
         raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
     plugin = hosts.HostPlugin("any", encode({"workers": 1, "memory": 64 << 20}).to_bytes())
     plugin.setup(None)
     plugin.backend()
-    monkeypatch.setattr(asyncio, "to_thread", none_left)
+    monkeypatch.setattr(asyncio.BaseEventLoop, "run_in_executor", none_left)
     asyncio.run(plugin.teardown(None))
     with pytest.raises(shm.Closed):
         plugin.backend()

@@ -356,7 +356,7 @@ def test_a_connection_that_breaks_again_and_again_loses_and_doubles_nothing():
                 assert np.array_equal(right.receive(FOREVER), block(number))
                 if number % 20 == 0:
                     try:
-                        with sockets.socket(fileno=os.dup(right._link._session.fd)) as connection:
+                        with sockets.fromfd(right._link._session.fd, sockets.AF_UNIX, 0) as connection:
                             connection.shutdown(sockets.SHUT_RDWR)
                             breaks += 1
                     except OSError:  # there is none at this moment
