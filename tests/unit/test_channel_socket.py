@@ -1359,7 +1359,7 @@ def test_acknowledgements_of_what_was_never_sent_do_no_harm():
     assert [number for number, _ in session.to_hand_over()] == [1]
 
 
-def test_parts_are_as_large_as_passes_in_time():
+def test_parts_are_larger_within_a_machine():
     assert most_part_bytes("tcp://127.0.0.1:1") == 1 << 19
     assert most_part_bytes("ipc://@x") > 16 << 20
 
