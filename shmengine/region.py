@@ -1,9 +1,10 @@
 """Regions: one sparse piece of shared memory, and this process's place in it.
 
-A region is made with `multiprocessing.shared_memory.SharedMemory` and unlinked at once, so that even a
-SIGKILL of everybody leaves nothing in ``/dev/shm``; where that file system is too small (containers give it
-64 MiB) an anonymous memory file takes its place. Only a region with a user's name keeps one. The C core maps it
-once a process; views hold the mapping, not the `Region`, so nothing is ever unmapped under them.
+A region with a user's name is a `multiprocessing.shared_memory.SharedMemory`. All others are files in the same
+``/dev/shm`` that never have a name, so that even a SIGKILL of everybody leaves nothing there, and nobody has to
+keep track of them; where that file system is too small (containers give it 64 MiB) an anonymous memory file takes
+its place. The C core maps a region once a process; views hold the mapping, not the `Region`, so nothing is ever
+unmapped under them.
 """
 
 from __future__ import annotations
@@ -466,71 +467,59 @@ def _remove_unfinished(fd: int, name: str) -> bool:
 
 def _make_file(total: int, arena: int, needed: int, name: str | None) -> int:
     """Return a descriptor of a new sparse file of `total` bytes, of which `needed` may really be used."""
+    if name is not None:
+        return _make_named(name, total, arena)
     free = config.shm_free()
-    if name is None and free < needed:
-        fd = -1
-        try:
-            fd = os.memfd_create("shmengine", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.truncate(fd, total)
-            # Memory is reserved within this length; who cut it would kill us by SIGBUS.
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        except OSError as error:
-            if fd >= 0:
-                os.close(fd)
-            raise MemoryBudgetExceeded(
-                f"/dev/shm has {config.format_bytes(free)} free, {config.format_bytes(total)} are asked for, and"
-                f" an anonymous memory file is refused ({error}); give a smaller memory=, or more to /dev/shm"
-                " (docker run --shm-size)",
-                total,
-            ) from error
-        return fd
-    with _tracking:
-        return _make_tracked(total, arena, name)
+    if free >= needed:
+        with contextlib.suppress(OSError):  # not every kernel and file system has files without a name
+            return _sized(
+                os.open(SHM_DIRECTORY, os.O_TMPFILE | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600), total
+            )
+    try:
+        fd = _sized(os.memfd_create("shmengine", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), total)
+    except OSError as error:
+        raise MemoryBudgetExceeded(
+            f"/dev/shm has {config.format_bytes(free)} free, {config.format_bytes(total)} are asked for, and"
+            f" an anonymous memory file is refused ({error}); give a smaller memory=, or more to /dev/shm"
+            " (docker run --shm-size)",
+            total,
+        ) from error
+    # Memory is reserved within this length; who cut it would kill us by SIGBUS.
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
 
 
-def _make_tracked(total: int, arena: int, name: str | None) -> int:
+def _sized(fd: int, total: int) -> int:
+    try:
+        os.truncate(fd, total)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _make_named(name: str, total: int, arena: int) -> int:
+    """Return a descriptor of a new file with a name, locked until the region in it is finished or we die."""
     from multiprocessing import resource_tracker
     from multiprocessing.shared_memory import SharedMemory
 
-    # Starting it takes a while, in which a SIGKILL would leave the name behind.
-    resource_tracker.ensure_running()
-    full = f"{NAME_PREFIX}{name if name is not None else os.urandom(16).hex()}"
-    tracked = "/" + full, "shared_memory"  # as the standard library says it, once there is such a file
-    if name is None:  # known before there is one: nobody else has this name
-        resource_tracker.register(*tracked)
-    try:
-        if name is not None:
-            return _make_named(full, name, total)
-        memory = SharedMemory(full, create=True, size=total)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        if name is None:
-            resource_tracker.register(
-                *tracked
-            )  # the standard library may have taken it back: once more, so as to do it
-            resource_tracker.unregister(*tracked)
-        raise MemoryBudgetExceeded(
-            f"/dev/shm cannot hold a region of {config.format_bytes(arena)}: {error}", total
-        ) from error
-    try:
-        return os.dup(memory._fd)  # type: ignore[attr-defined]
-    finally:
-        memory.close()
-        memory.unlink()
-
-
-def _make_named(full: str, name: str, total: int) -> int:
-    """Return a descriptor of a new file, locked until the region in it is finished or we die."""
-    from multiprocessing.shared_memory import SharedMemory
-
-    while True:
-        memory = SharedMemory(full, create=True, size=total)
-        try:
-            fd = os.dup(memory._fd)  # type: ignore[attr-defined]
-        finally:
-            memory.close()
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        if _has_name(fd, name):
-            return fd
-        os.close(fd)  # we stood still so long that somebody took us for dead
+    with _tracking:
+        # Starting it takes a while, in which a SIGKILL would leave the name behind.
+        resource_tracker.ensure_running()
+        while True:
+            try:
+                memory = SharedMemory(f"{NAME_PREFIX}{name}", create=True, size=total)
+            except FileExistsError:
+                raise
+            except OSError as error:
+                raise MemoryBudgetExceeded(
+                    f"/dev/shm cannot hold a region of {config.format_bytes(arena)}: {error}", total
+                ) from error
+            try:
+                fd = os.dup(memory._fd)  # type: ignore[attr-defined]
+            finally:
+                memory.close()
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if _has_name(fd, name):
+                return fd
+            os.close(fd)  # we stood still so long that somebody took us for dead

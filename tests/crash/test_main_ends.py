@@ -14,7 +14,15 @@ import time
 
 import pytest
 
-from tests.helpers import descendants, poll_until, run_in_pty, run_script, shm_names, start_script
+from tests.helpers import (
+    descendants,
+    mount_namespace_run,
+    poll_until,
+    run_in_pty,
+    run_script,
+    shm_names,
+    start_script,
+)
 
 PRELUDE = """
 import ctypes, os, signal, sys, threading, time
@@ -109,25 +117,27 @@ def test_a_main_process_that_is_killed_while_it_starts():
             assert_gone(workers, names)
 
 
-def test_a_main_process_that_is_killed_as_soon_as_there_is_a_name():
-    names = shm_names()
+def test_an_engine_has_no_name_that_a_killed_main_process_could_leave():
+    """From the moment on in which there is a file; and nobody has to keep track of it."""
     source = script("""
-        from multiprocessing import shared_memory
-        opened = shared_memory._posixshmem.shm_open
+        opened, seen = os.open, []
 
-        def open_and_die(*args, **kwargs):
-            opened(*args, **kwargs)
-            print(*(name for name in os.listdir("/dev/shm") if "shmengine" in name), flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
+        def open_and_look(*args, **kwargs):
+            fd = opened(*args, **kwargs)
+            if args[0] == "/dev/shm":
+                seen.append(os.listdir("/dev/shm"))
+            return fd
 
-        shared_memory._posixshmem = type("Module", (), {"shm_open": staticmethod(open_and_die)})
-        shm.Engine(1, memory="64 MiB")
+        before, os.open = os.listdir("/dev/shm"), open_and_look
+        with shm.Engine(2, memory="64 MiB") as engine:
+            assert engine.submit(abs, -1).result() == 1
+            shm.Ring(4, "8 MiB").send(np.ones(5))
+        assert seen and all(names == before for names in seen), seen
+        from multiprocessing import resource_tracker
+        assert resource_tracker._resource_tracker._pid is None, "a process that is not needed"
     """)
-    with start_script(source) as process:
-        assert process.stdout.readline().strip(), "there was a name"
-        process.wait()
-        assert_gone((), names)
-        process.stderr.read()  # the resource tracker tells what it found
+    result = mount_namespace_run(source, "128m", timeout=SECONDS)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_a_parent_thread_that_ends_takes_no_worker_along():

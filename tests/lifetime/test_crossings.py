@@ -397,7 +397,7 @@ def inventory():
 
     gc.collect()
     with open("/proc/self/maps") as maps:
-        mappings = sum("shmengine." in line for line in maps)
+        mappings = sum("/dev/shm/#" in line for line in maps)
     return len(os.listdir("/proc/self/fd")), mappings, len(util._finalizer_registry), regions_joined()
 
 

@@ -350,7 +350,7 @@ def test_a_limit_of_descriptors(limit):
     """Too few for the workers: the error says so, and what had started is gone."""
     source = script(f"""
         import subprocess
-        shm.Ring(8, "8 MiB").close()  # starts the resource tracker
+        shm.Ring(8, "8 MiB").close()  # all is imported
         before = sorted(os.listdir("/proc/self/fd"))
         resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))
         try:

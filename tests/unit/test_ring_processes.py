@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import multiprocessing
 import os
@@ -268,7 +269,7 @@ def test_a_fork_while_other_threads_make_and_close_rings():
         from shmengine.ring import Ring
 
         def make_one():
-            Ring(capacity=4, arena_bytes=1 << 21).close()
+            Ring(4, 1 << 21, f"{os.getpid()}-{threading.get_ident()}").close()
 
         def make_many():
             while not done:
@@ -422,6 +423,21 @@ def test_a_named_ring_leaves_nothing_for_the_resource_tracker_to_complain_about(
     assert not os.path.exists(_path(name))
 
 
+def test_where_every_file_must_have_a_name_a_memory_file_takes_its_place(monkeypatch):
+    opened = os.open
+
+    def refuse(path, flags, *args, **kwargs):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), path)
+        return opened(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with Ring(4, "8 MiB") as ring:
+        assert "/memfd:shmengine" in os.readlink(f"/proc/self/fd/{ring._region.fd}")
+        ring.send([1])
+        assert ring.receive(timeout=FOREVER)[0] == 1
+
+
 # --- other code closes all descriptors ---------------------------------------------------------------
 
 NUMBERS_TAKEN = """
@@ -451,12 +467,12 @@ def test_files_that_have_our_numbers_by_now_are_left_alone(end):
 def inherited():
     """Count what a process has of regions: descriptors, mappings."""
     with open("/proc/self/maps") as file:
-        mappings = sum("shmengine" in line for line in file)
+        mappings = sum("/dev/shm/#" in line for line in file)
     files = []
     for number in os.listdir("/proc/self/fd"):  # other libraries may close some of theirs in a forked child
         with contextlib.suppress(FileNotFoundError):  # that of the list itself
             files.append(os.readlink(f"/proc/self/fd/{number}"))
-    return sum("shmengine" in name or "pidfd" in name for name in files), mappings
+    return sum(name.startswith("/dev/shm/#") or "pidfd" in name for name in files), mappings
 
 
 def test_a_chain_of_forks_collects_nothing_of_its_ancestors(ring):
