@@ -15,6 +15,9 @@ from shmengine.bench.plan import FULL, MODES, QUICK, Plan, parse_size
 
 __all__ = ["add_arguments", "run"]
 
+INTERRUPTED: Final = "interrupted"  # of the environment, if it was
+INTERRUPTED_STATUS: Final = 130  # what shells say of Ctrl-C
+
 EPILOG: Final = (
     "Targets are mechanism (the channels shm, pipe, mqueue and socket), ours (Ring, Queue), rival (whatever is"
     " installed of multiprocessing, faster-fifo, kickmsg, iceoryx2 and pyzmq), or single names of the table."
@@ -81,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted", INTERRUPTED_STATUS)
     trouble = None
     to_stdout = False
     try:
@@ -94,6 +97,8 @@ def run(options: argparse.Namespace) -> int:
         return _fail(
             "some benches failed, and are not in the results, or not wholly; what pytest says is above", 1
         )
+    if trouble is None and INTERRUPTED in report.environment and not options.load:
+        return _fail("interrupted: what was done by then is above", INTERRUPTED_STATUS)
     return 0 if trouble is None else _fail(trouble)
 
 
@@ -129,6 +134,8 @@ def _measure(options: argparse.Namespace) -> Any:
         rows = measure(plan, [each for each in targets if each.name not in missing], progress)
     rounds = sorted({row.rounds for row in rows if row.error is None})
     stamp["rounds"] = " to ".join(map(str, dict.fromkeys(rounds[:1] + rounds[-1:]))) or "none"
+    if (done := len({row.nbytes for row in rows})) < len(plan.sizes):
+        stamp[INTERRUPTED] = f"after {done} of {len(plan.sizes)} sizes"
     return Report(stamp, asdict(plan), missing, rows, recommend(rows, load))
 
 

@@ -249,6 +249,12 @@ def measure(
     -------
     list of Row
         One for each target, mode and size that goes together, in this order of the sizes. What failed has an error.
+        After Ctrl-C those of the sizes that were done by then.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        None was done.
     """
     start = time.monotonic()
     end = start + PATIENT * (plan.total_seconds or math.inf)
@@ -266,7 +272,12 @@ def measure(
             progress(done + repeat, steps, text)
 
         tried = [target for target in targets if target.name not in given_up]
-        measured = _measure_size(plan, tried, nbytes, _Clock(share, end), report)
+        try:
+            measured = _measure_size(plan, tried, nbytes, _Clock(share, end), report)
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            return rows
         given_up |= {row.target for row in measured if row.error not in (None, OUT_OF_TIME)}
         rows += measured
     progress(steps, steps, "done")

@@ -6,9 +6,11 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from shmengine.bench import measure
 from shmengine.bench.plan import MIB
 from shmengine.bench.results import Report
 from shmengine.bench.work import WorkPlan, fitting
@@ -226,6 +228,32 @@ def test_when_it_is_ended_nothing_is_left(number):
         poll_until(lambda: not any(map(alive, children)), what="its processes are gone")
     if number == signal.SIGINT:
         assert (process.returncode, error) == (130, "shmengine bench: interrupted\n")
+
+
+def test_what_was_done_before_control_c_is_shown_and_written(monkeypatch, tmp_path, capsys):
+    def interrupted(plan, targets, progress):
+        return measured(replace(plan, sizes=plan.sizes[:1]), targets, progress)
+
+    measured = measure.measure
+    monkeypatch.setattr(measure, "measure", interrupted)
+    path = tmp_path / "results.json"
+    options = [
+        "--targets",
+        "multiprocessing.Pipe",
+        "--sizes",
+        "64,1KiB,1MiB",
+        "--repeats",
+        "1",
+        "--seconds",
+        "0.1",
+    ]
+    assert main(["bench", *options, "--json", str(path)]) == 130
+    out, error = capsys.readouterr()
+    assert "multiprocessing.Pipe" in out
+    assert "interrupted: what was done by then is above" in error
+    report = Report.from_json(path.read_text())
+    assert report.environment["interrupted"] == "after 1 of 3 sizes"
+    assert main(["bench", "--load", str(path)]) == 0
 
 
 def alive(pid):

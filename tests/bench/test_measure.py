@@ -64,6 +64,18 @@ def test_repeats_take_turns():
     assert seen[-1] == (4, "done")
 
 
+def test_sizes_that_were_done_before_control_c_are_kept():
+    def interrupt(done, _total, _text):
+        if done >= until:
+            raise KeyboardInterrupt
+
+    until, targets = 3, [Target("a", "rival", PipeLink)]  # each size takes two steps
+    assert {row.nbytes for row in measure(TINY, targets, interrupt)} == {64}
+    until = 1
+    with pytest.raises(KeyboardInterrupt):
+        measure(TINY, targets, interrupt)
+
+
 def test_the_least_is_done_when_time_is_short(monkeypatch):
     monkeypatch.setattr("shmengine.bench.measure.PATIENT", float("inf"))
     plan = Plan(sizes=(64,), modes=("copy",), repeats=1000, round_seconds=10.0, total_seconds=1e-9)
