@@ -332,7 +332,7 @@ class _Call:
                 place=self._arrays,
                 label="Parallel" if fn is None else f"Parallel({function_name(fn)})",
             )
-            known = fn, self._backend.submitter(Runner(batch, fn), options)
+            known = fn, self._backend.submitter(Runner(batch, fn, {"shmengine": __name__}), options)
             self._submits[0 if fn is None else id(fn)] = known
         return known[1](tuple(calls), {})
 

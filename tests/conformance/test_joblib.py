@@ -345,6 +345,23 @@ def test_workers_import_nothing_of_the_backend(mode):
     assert run_script(script, check=True).stdout == "set()\n"
 
 
+def test_a_task_may_name_the_backend_itself():
+    """Which workers import only then."""
+    script = """
+    from joblib import Parallel, delayed, parallel_config
+    import shmengine.joblib
+
+    def inner(number):
+        with parallel_config("shmengine"):
+            first = Parallel(2)(delayed(abs)(-i) for i in range(number))
+        assert Parallel(2, backend="shmengine")(delayed(abs)(-i) for i in range(number)) == first
+        return first
+
+    print(Parallel(2, backend="shmengine")(delayed(inner)(number) for number in (1, 2, 3)))
+    """
+    assert run_script(script, check=True).stdout == "[[0], [0, 1], [0, 1, 2]]\n"
+
+
 def test_an_error_says_where_it_was_raised():
     with pytest.raises(ZeroDivisionError) as caught:
         Parallel(**OTHERS)(delayed(lambda d: 1 / d)(i) for i in (1, 0, 2))
