@@ -11,7 +11,7 @@ from shmengine._native._handles import Part
 from shmengine.channels.greetings import Greeting, Proof
 from shmengine.channels.keys import Keys
 from shmengine.channels.local import unread_bytes, user_behind
-from shmengine.channels.ports import GREETING_SECONDS, LINGER_MS, NOW, Port
+from shmengine.channels.ports import GREETING_SECONDS, LINGER_MS, NOW, RECONNECT_MS, Port
 from shmengine.channels.sessions import PREFIX_BYTES, Kind, Session
 from shmengine.channels.zeromq import uninterrupted, zmq
 
@@ -33,6 +33,10 @@ class DialPort(Port):
         self._patience = PAIR_SECONDS[0] if self._meets_pair else GREETING_SECONDS
         self._fd = -1  # of the connection
         self._hung_up = False
+        self._pause, self._dial_at = (
+            RECONNECT_MS[0] / 1e3,
+            0.0,
+        )  # between two attempts; when the next one is due
         self._nonce = b""
         self.answered = threading.Event()
         self._socket.ipv6 = "[" in address
@@ -40,10 +44,10 @@ class DialPort(Port):
         try:
             self.add(session)
             self._dial()
-        except (zmq.ZMQError, OSError):
+            self.hub.watch(self)
+        except BaseException:
             self.close()
             raise
-        self.hub.watch(self)
 
     def on_event(self, event: int, fd: int) -> None:
         session = self._session
@@ -54,9 +58,8 @@ class DialPort(Port):
         elif event == zmq.Event.DISCONNECTED:
             self._nonce = b""
             self.cut_off(session)
-            if not self.is_local:
-                self._hang_up()
-                self._dial()
+            if not (self.is_local or self._hung_up):  # (ipc:// is dialed again by ZeroMQ)
+                self._wait_and_dial()
         elif event == zmq.Event.HANDSHAKE_FAILED_AUTH and session.missed_since == 0:
             session.refusal = "it does not know the key of this end"
             self.answered.set()
@@ -84,7 +87,8 @@ class DialPort(Port):
     def serve(self) -> None:
         super().serve()
         if self._hung_up:
-            self._dial()
+            if self._dial_at <= time.monotonic():
+                self._dial()
         elif self._nonce and self.greeting_until == 0 and self._session.peer is None:
             if self._meets_pair and unread_bytes(self._fd):
                 # A PAIR turns away whoever comes while it has not done with another connection: of what he sends it
@@ -94,8 +98,14 @@ class DialPort(Port):
                 self._greet()  # the answer, or the question, was lost on arrival
 
     def _wait_and_dial(self) -> None:
-        """Hang up now, and dial when the service comes again: this end's own PAIR has to be done with it, too."""
+        """Hang up now, and dial a moment later: this end's own PAIR has to be done with it, too.
+
+        The moments grow, as ZeroMQ's do, until somebody answers: others may be there in place of who is expected, and
+        close what they accept.
+        """
         self._nonce, self.greeting_until = b"", 0.0
+        self._dial_at = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, RECONNECT_MS[1] / 1e3)
         self._hang_up()
         self._hung_up = True
 
@@ -142,15 +152,18 @@ class DialPort(Port):
         user = user_behind(part.source) if self.is_local else os.geteuid()
         if user < 0:  # this connection has ended; who is there the next one will show
             return
-        self._nonce, self.greeting_until = b"", 0.0
         if user != os.geteuid():
             session.refusal = "it is a process of another user"
         elif kind == Kind.REFUSAL:
             session.refusal = greeting.text
         else:
+            session.connected(b"", part, greeting, part.source)
+        # Only now: a signal's handler may have raised in between, and the same answer is read again.
+        self._nonce, self.greeting_until = b"", 0.0
+        if session.peer is not None:
+            self._pause = RECONNECT_MS[0] / 1e3
             if self._meets_pair:
                 self._patience = PAIR_SECONDS[0]
-            session.connected(b"", part, greeting, part.source)
             self._hand_over(session)
         self.answered.set()
         self.wake_all()

@@ -191,15 +191,18 @@ class Hub:
         with _lock:
             if self.members or finishing or self._closing:
                 return False
+            _ending.add(self)
             if _hub is self:
                 _hub = None
-        self._finalizer.detach()
         self._epoll.close()
         with self._waking:
             event, self._event = self._event, -1
             os.close(event)
         self._zap.close(0)
-        end_context(self.context)
+        end_context(self.context)  # which waits, but not for long, until what was handed over is sent
+        self._finalizer.detach()
+        with _lock:
+            _ending.discard(self)
         return True
 
     def _say_who_may_come_in(self) -> None:
@@ -235,6 +238,7 @@ def _check_descriptors() -> None:
 
 
 _hub: Hub | None = None
+_ending: set[Hub] = set()  # nobody's any more, and not quite done
 _lock = threading.Lock()
 _of_parents: list[Any] = []  # in a forked child: never to be touched, nor collected
 
@@ -257,8 +261,11 @@ def enter(port: Port) -> Hub:
 
 
 def _end_process(pid: int) -> None:
-    hub = _hub
-    if hub is not None and pid == os.getpid():
+    if pid != os.getpid():
+        return
+    with _lock:
+        hubs = [hub for hub in {*_ending, _hub} if hub is not None]
+    for hub in hubs:
         for port in list(hub.members):
             port.end()
         hub.end()
@@ -266,6 +273,8 @@ def _end_process(pid: int) -> None:
 
 def _after_fork() -> None:
     global _hub, _lock
+    _of_parents.extend(_ending)
+    _ending.clear()
     if _hub is not None:
         _of_parents.append(_hub)
         for port in _hub.members:

@@ -55,6 +55,7 @@ class ListenPort(Port):
         self._peers: dict[bytes, Session] = {}
         self._by_fd: dict[int, Session] = {}
         self._ended: set[int] = set()  # descriptors of connections that have ended
+        self._lost = 0  # stand-ins for descriptors that have become another connection's; negative
         self.arrived: deque[Session] = deque()
         self.news = threading.Event()
         super().__init__(
@@ -71,13 +72,13 @@ class ListenPort(Port):
             uninterrupted(self._socket.bind, address)
             if self.is_local and not address.startswith("ipc://@"):
                 self._file = SocketFile(address.removeprefix("ipc://"))
-        except (zmq.ZMQError, OSError):
+            # So far there is only this event. The descriptor is ZeroMQ's, and closed here only in forked children.
+            self._listener = Descriptor(EVENT.unpack_from(self.monitor.recv_multipart()[0])[1], "a server")
+            self.address = bytes(self._socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
+            self.hub.watch(self)
+        except BaseException:
             self.close()
             raise
-        # So far there is only this event. The descriptor is ZeroMQ's, and closed here only in forked children.
-        self._listener = Descriptor(EVENT.unpack_from(self.monitor.recv_multipart()[0])[1], "a server")
-        self.address = bytes(self._socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0")
-        self.hub.watch(self)
 
     def stop(self) -> None:
         """Have the service refuse new sessions. Waits for nothing."""
@@ -134,20 +135,24 @@ class ListenPort(Port):
         elif event == zmq.Event.ACCEPTED:
             self._ended.discard(fd)
         elif event == zmq.Event.DISCONNECTED:
-            self._ended.add(fd)
-            if (session := self._by_fd.pop(fd, None)) is not None:
+            if fd >= 0:
+                self._ended.add(fd)
+            if (session := self._by_fd.get(fd)) is not None:  # forgotten last: a signal's handler may raise
                 self.cut_off(session)
+                del self._by_fd[fd]
 
     def cut_off(self, session: Session) -> None:
-        if session.peer is not None:
-            self._peers.pop(session.peer, None)
         super().cut_off(session)
+        self._forget_peers(session)
 
     def remove(self, session: Session) -> None:
         super().remove(session)
-        if session.peer is not None:
-            self._peers.pop(session.peer, None)
+        self._forget_peers(session)
         self._by_fd = {fd: other for fd, other in self._by_fd.items() if other is not session}
+
+    def _forget_peers(self, session: Session) -> None:
+        """Take what its connections still bring for nobody's. (Who found out by sending has left a name here.)"""
+        self._peers = {peer: other for peer, other in self._peers.items() if other is not session}
 
     def post(self, peer: bytes, part: Any) -> bool:
         try:
@@ -215,26 +220,30 @@ class ListenPort(Port):
         if greeting is None or not self._proof.holds(Kind.HELLO, greeting):
             return
         # What has become of an earlier connection with this descriptor must not be taken for this one's fate.
-        news = self.hear_news()
-        for event, fd in [each for each in news if each[1] == part.source and each[0] in _OF_CONNECTIONS]:
-            self.on_event(event, fd)
-            news.remove((event, fd))
-        if news:
-            self.hub.notice()
+        self._note_descriptor(part.source)
         if part.source in self._ended:
             return
+        earlier = self._by_fd.get(part.source)
+        if earlier is not None and earlier.key != greeting.key:
+            # One of both connections has ended. Where ZeroMQ takes something, that is the one that is there.
+            self._posted = True
+            if earlier.peer is not None and self.post(earlier.peer, earlier.prefix(Kind.ACKNOWLEDGE)):
+                return
+            self.cut_off(earlier)
         session = self._session_of(greeting, part)
         if session is None or session.refusal:
             why = "it does not know this session any more, or takes no new ones"
+            self._posted = True
             self.post(peer, refusal(self._proof.greeting(Kind.REFUSAL, greeting.key, greeting.nonce, why)))
             return
         if session.peer is not None:
-            self._peers.pop(session.peer, None)
             session.disconnected()
+        self._forget_peers(session)
         self._by_fd = {fd: other for fd, other in self._by_fd.items() if other is not session}
         self._by_fd[part.source] = session
         self._peers[peer] = session
         answer = self._proof.greeting(Kind.WELCOME, greeting.key, greeting.nonce, window=session.window)
+        self._posted = True
         if not self.post(
             peer, session.greet(Kind.WELCOME, answer)
         ):  # it has ended, and its descriptor is another's
@@ -247,17 +256,46 @@ class ListenPort(Port):
         self._hand_over(session)
         self.wake_all()
 
+    def _note_descriptor(self, fd: int) -> None:
+        """Note what has happened to connections with this descriptor.
+
+        That one has ended is all that is noted of it now. It may have brought more, which is read before its session is
+        cut off: in its turn among the other news, under a stand-in.
+        """
+        news, known = self.hear_news(), False
+        for at, (event, of) in enumerate(list(news)):
+            if of != fd or event not in _OF_CONNECTIONS:
+                continue
+            known = True
+            if event == zmq.Event.DISCONNECTED and (session := self._by_fd.get(fd)) is not None:
+                self._lost -= 1
+                self._by_fd[self._lost] = session
+                news[at] = event, self._lost
+                del self._by_fd[fd]
+            self.on_event(event, fd)
+        for each in [each for each in news if each[1] == fd and each[0] in _OF_CONNECTIONS]:
+            news.remove(each)
+        if known:  # ZeroMQ is to see at once, too, whose connections have ended
+            self._socket.getsockopt(zmq.EVENTS)
+            self._posted = True
+        if news:
+            self.hub.notice()
+
     def _session_of(self, greeting: Greeting, part: Part) -> Session | None:
         """Return the session that a greeting is of, made if it is new; None: it is refused."""
-        session = self.sessions.get(greeting.key)
+        key = greeting.key
+        session = self.sessions.get(key)
         if session is None and self._alone is None and self._make is not None:
             number = int.from_bytes(memoryview(part)[8:PREFIX_BYTES], "little")
             if number == 0 and len(self.arrived) < MOST_UNKNOWN:
-                session = self._make(greeting.key)
+                session = self._make(key)
                 try:
                     self.add(session)
                 except OSError:  # no descriptors are left
                     return None
-                self.arrived.append(session)
-                self.news.set()
+        # Somebody may have been interrupted here, and left one that nobody would accept.
+        is_somebodys = self._alone is not None or key in self.links or session in self.arrived
+        if session is not None and not is_somebodys:
+            self.arrived.append(session)
+            self.news.set()
         return session

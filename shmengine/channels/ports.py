@@ -26,7 +26,7 @@ from shmengine.channels.zeromq import monitor_of, wire_of, zmq
 if TYPE_CHECKING:
     from shmengine.channels.socket import SocketLink
 
-__all__ = ["EVENT", "GREETING_SECONDS", "LINGER_MS", "NOW", "Port"]
+__all__ = ["EVENT", "GREETING_SECONDS", "LINGER_MS", "NOW", "RECONNECT_MS", "Port"]
 
 BATCH = 128  # parts that are taken from a socket at once
 MOST_AT_ONCE = 1 << 14  # that the service takes, of one socket
@@ -69,6 +69,7 @@ class Port:
         self.greeting_until = 0.0  # somebody is expected to say who he is
         self.closed = False
         self._news: deque[tuple[int, int]] = deque()
+        self._heard: deque[Part] = deque()  # of the monitor, and not among the news yet
         self._posted = False  # something, while parts were sorted
         self.denied = ""
         self.raw: deque[Part] = deque()
@@ -96,7 +97,7 @@ class Port:
             undo.callback(self.monitor.close, 0)
             undo.callback(socket.disable_monitor)
             self.fd = int(socket.fd)
-            self.wire = wire_of(socket)
+            self.wire, self._monitor_wire = wire_of(socket), wire_of(self.monitor)
             self._send: Callable[..., Any] = super(zmq.Socket, socket).send
             undo.pop_all()
 
@@ -114,12 +115,15 @@ class Port:
         self._sort()
         while self._posted:  # sending may have swallowed the sign that something has come
             self._posted = False
-            more = self.wire.receive(self.raw, most, alone)
+            if most >= 0:
+                return True
+            self.wire.receive(self.raw, -1, alone)
             self._sort()
         return more
 
     def _request(self, session: Session, peer: bytes) -> None:
         self.post(peer, session.request())
+        self._posted = True
         session.requested()
 
     def hand_over(self, session: Session) -> None:
@@ -161,6 +165,7 @@ class Port:
             if session.meter is not None:
                 session.meter.look(session.fd)
             for number, part in session.to_hand_over():
+                self._posted = True
                 if not self.post(peer, part):
                     session.disconnected()
                     break
@@ -210,9 +215,12 @@ class Port:
 
     def hear_news(self) -> deque[tuple[int, int]]:
         """Return what has happened to connections and is not noted yet: events and their values. Under the lock."""
-        with contextlib.suppress(zmq.Again):
-            while True:
-                self._news.append(EVENT.unpack_from(self.monitor.recv_multipart(zmq.DONTWAIT)[0]))
+        heard = self._heard
+        self._monitor_wire.receive(heard, -1, None)  # no handler of a signal can raise between it and `heard`
+        while heard:
+            if heard[0].more:  # the second part says of which address
+                self._news.append(EVENT.unpack_from(heard[0]))
+            heard.popleft()
         return self._news
 
     def read_events(self) -> None:
@@ -259,7 +267,7 @@ class Port:
             reader = Waiter(self)
             try:
                 pair = reader, Waiter(self)
-            except OSError:
+            except BaseException:
                 reader.close()
                 raise
             self.waiters[session.key] = pair
@@ -300,6 +308,7 @@ class Port:
                 self.remove(session)
             self.hub.forget(self)
             self.wire.close()
+            self._monitor_wire.close()
             self._socket.disable_monitor()
             self.monitor.close(0)
             self._socket.close()

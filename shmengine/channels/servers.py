@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
 import socket as sockets
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,6 +29,7 @@ from shmengine.channels.sessions import SESSION_BYTES, Session, most_part_bytes
 from shmengine.channels.socket import DRAIN_NS, PEER_SECONDS, SocketLink
 from shmengine.channels.zeromq import zmq
 from shmengine.errors import Closed, PeerLost, SerializationError, Timeout, UseAfterFork, WouldBlock
+from shmengine.interrupts import InterruptsLater
 
 __all__ = ["Server", "connect", "listen"]
 
@@ -100,15 +103,17 @@ class Server:
         self._closed = False
         self._pid = os.getpid()
         self._accepting = threading.Lock()
+        self._accepted: deque[End] = deque()  # whose `accept` was interrupted before it could return them
 
         def make(key: bytes) -> Session:
             return Session(key, Counts(), options.buffer_bytes, most_part_bytes(address), accepted=False)
 
         try:
-            self._port = ListenPort(address, Proof(b""), peer_timeout, auth, make=make)
+            with InterruptsLater():  # half a server would keep the address
+                self._port = ListenPort(address, Proof(b""), peer_timeout, auth, make=make)
+                self.address = self._port.address
         except zmq.ZMQError as error:
             raise OSError(error.errno, f"cannot listen at {address}: {error.strerror}") from None
-        self.address = self._port.address
 
     def accept(self, timeout: float | None = None) -> End:
         """Wait for somebody to connect, and return this side's end of the channel.
@@ -135,14 +140,15 @@ class Server:
         while True:
             port.news.clear()
             self._check_open()
-            with self._accepting, port.lock:
-                if port.arrived:
+            with self._accepting, InterruptsLater(), port.lock:  # half an end would be closed, as garbage
+                if port.arrived and not self._accepted:
                     session = port.arrived[0]
                     link = _RemoteLink(self._options, port, session, self._peer_timeout)
-                    end = link.end(self._options)
+                    self._accepted.append(link.end(self._options))
                     port.accept(session)
                     port.arrived.popleft()
-                    return end
+            with contextlib.suppress(IndexError):  # another thread was faster
+                return self._accepted.popleft()
             now = time.monotonic_ns()
             if deadline == 0:
                 raise WouldBlock("accept: nobody waits to be accepted")
@@ -167,6 +173,7 @@ class Server:
         """
         if not self._closed:
             self._closed = True
+            self._accepted.clear()
             if self._pid == os.getpid():
                 self._port.stop()
 
@@ -285,13 +292,11 @@ def connect(
         options.buffer_bytes,
         most_part_bytes(place.address),
     )
+    made: list[End] = []
     try:
-        port = DialPort(zmq.DEALER, place.address, session, Proof(b""), peer_timeout, place.keys)
-    except zmq.ZMQError as error:
-        raise OSError(error.errno, f"cannot connect to {address}: {error.strerror}") from None
-    link = _RemoteLink(options, port, session, peer_timeout)
-    end = link.end(options)
-    try:
+        with InterruptsLater():  # half an end would never be closed
+            port = DialPort(zmq.DEALER, place.address, session, Proof(b""), peer_timeout, place.keys)
+            made.append(_RemoteLink(options, port, session, peer_timeout).end(options))
         while not port.answered.wait(
             LOOK_SECONDS if until < 0 else max(0, until - time.monotonic_ns()) / 1e9
         ):
@@ -300,10 +305,13 @@ def connect(
                 raise Timeout(f"connect to {address}: no server answers there{hint}", timeout)
         if session.refusal:
             raise PeerLost(f"connect to {address}: the server refuses: {session.refusal}")
+    except zmq.ZMQError as error:
+        raise OSError(error.errno, f"cannot connect to {address}: {error.strerror}") from None
     except BaseException:
-        end.close()
+        for end in made:
+            end.close()
         raise
-    return end
+    return made[0]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import shmengine as shm
-from shmengine.channels import dialing, hub, local
+from shmengine.channels import dialing, hub, listening, local
 from shmengine.channels.greetings import Greeting, Proof, identity_of_this_process, is_gone
 from shmengine.channels.link import Counts
 from shmengine.channels.sessions import PREFIX, Kind, Session, most_part_bytes
@@ -32,6 +32,11 @@ from tests.helpers.channels import nobody_serves
 from tests.helpers.proxy import Proxy
 
 STARTS = ["fork", "spawn"]
+ROUNDS = 100
+
+
+class Interrupted(BaseException):
+    """What handlers of signals raise here."""
 
 
 @pytest.fixture
@@ -830,9 +835,6 @@ def test_without_the_secret_nobody_is_the_other_end(ends):
 
 
 def test_asking_what_is_behind_a_connection_keeps_no_descriptor_whatever_interrupts():
-    class Interrupted(Exception):
-        pass
-
     def interrupt(*_):
         if asking:
             asking.clear()
@@ -960,6 +962,325 @@ def test_whoever_comes_with_the_descriptor_of_one_who_has_gone_is_heard(tmp_path
         with second:
             assert second.poll(60_000)
             assert second.recv()[0] == Kind.WELCOME
+
+
+def act_as_guests(address, orders):
+    """Be clients of ZeroMQ's that greet by themselves; the other process has only what it accepts."""
+    import zmq
+
+    here = {}
+    with zmq.Context() as context:
+        for what, key, parts in iter(orders.recv, None):
+            if what == "come":
+                here[key] = context.socket(zmq.DEALER)
+                here[key].linger = 1000
+                here[key].connect(address)
+            for part in parts:
+                here[key].send(part)
+            if what == "leave":
+                here.pop(key).close()
+            orders.send(here[key].recv() if what == "hear" else None)
+        context.destroy(0)
+
+
+class Guests:
+    """Who comes to a server, one after the other with the same descriptor."""
+
+    def __init__(self, server):
+        context = multiprocessing.get_context("spawn")
+        self.port = server._port
+        self.orders, orders = context.Pipe()
+        self.process = context.Process(target=act_as_guests, args=(server.address, orders))
+        self.process.start()
+        orders.close()
+        self.none = self.connections()
+
+    def _order(self, what, key, *parts):
+        self.orders.send((what, key, parts))
+        return self.orders.recv()
+
+    def come(self, key, greetings=1):
+        greeting = PREFIX.pack(Kind.HELLO, 0, 0) + Proof(b"").greeting(Kind.HELLO, key, b"n" * 16)
+        self._order("come", key, *[greeting] * greetings)
+
+    def send(self, key, *parts):
+        self._order("send", key, *parts)
+
+    def hear(self, key):
+        return self._order("hear", key)
+
+    def leave(self, key):
+        """Let one go; ZeroMQ sees that, and nobody else if the caller has the port's lock."""
+        self._order("leave", key)
+        poll_until(lambda: self.connections() == self.none)
+
+    @staticmethod
+    def connections():
+        return {fd for fd, what in open_fds().items() if what.startswith("socket:")}
+
+    def wait(self, *, news, parts=1):
+        """Wait until so much is known of connections, and until so many parts should have come."""
+        poll_until(lambda: len(self.port.hear_news()) >= news)
+        time.sleep(0.02 * parts)  # too little would only make the test easier
+
+    def close(self):
+        self.orders.send(None)
+        self.process.join()
+        self.process.close()
+        self.orders.close()
+
+
+@pytest.fixture
+def guests(tmp_path):
+    with (
+        shm.listen(f"ipc://{tmp_path}/here", peer_timeout=0.5) as server,
+        contextlib.closing(Guests(server)) as guests,
+    ):
+        yield server, guests
+
+
+def test_what_one_has_brought_is_read_when_his_descriptor_is_anothers(guests):
+    """Also if that one's greeting comes in between: ZeroMQ takes one part of each in turn."""
+    server, guests = guests
+    port = server._port
+    guests.come(b"a" * 16)
+    assert guests.hear(b"a" * 16)[0] == Kind.WELCOME
+    with port.lock:
+        (fd,) = port._by_fd
+        parts = PREFIX.pack(Kind.DATA, 0, 0) + b"there", PREFIX.pack(Kind.GOODBYE, 1, 0)
+        guests.send(b"a" * 16, *parts)
+        guests.leave(b"a" * 16)
+        guests.come(b"b" * 16)
+        guests.wait(news=3, parts=3)
+        poll_until(lambda: (port.read_events(), port.pump(-1), b"b" * 16 in port.sessions)[2])
+        port.read_events()
+        gone, there = port.sessions[b"a" * 16], port.sessions[b"b" * 16]
+        assert (gone.received, gone.goodbye, gone.peer) == (2, True, None)
+        assert port._by_fd == {fd: there}
+        assert [*port._peers] == [there.peer]
+
+
+def test_a_late_greeting_of_one_who_has_gone_is_not_taken_for_anothers(guests):
+    """Whose descriptor is the same: he greeted twice, and the second time is read after the other one's."""
+    server, guests = guests
+    port = server._port
+    with port.lock:
+        guests.come(b"a" * 16, greetings=2)
+        guests.wait(news=2, parts=2)
+        guests.leave(b"a" * 16)
+        guests.come(b"b" * 16)
+        guests.wait(news=5, parts=3)
+        poll_until(lambda: (port.read_events(), port.pump(-1), b"b" * 16 in port.sessions)[2])
+        port.read_events()
+        there = [session for session in port.sessions.values() if session.peer is not None]
+        assert [session.key[:1] for session in there] == [b"b"]
+        assert [*port._by_fd.values()] == there
+
+
+def test_nothing_is_kept_of_one_who_was_missed_by_who_sent(guests):
+    import zmq
+
+    server, guests = guests
+    port = server._port
+    guests.come(b"a" * 16)
+    assert guests.hear(b"a" * 16)[0] == Kind.WELCOME
+    with port.lock:
+        session = port.sessions[b"a" * 16]
+        guests.leave(b"a" * 16)
+        port._socket.getsockopt(zmq.EVENTS)  # ZeroMQ's socket knows what its thread has seen
+        session.keep([session.prefix(Kind.DATA, 0) + b"there"])
+        port._hand_over(session)
+        assert session.peer is None
+        port.read_events()
+        port.arrived.remove(session)
+        port.remove(session)
+        assert not port._peers
+        assert not port._by_fd
+
+
+def test_no_news_of_connections_are_lost_to_a_handler_that_raises(guests):
+    """Whatever it interrupts."""
+
+    def interrupt(_, frame):
+        if frame.f_code.co_filename.startswith(os.path.dirname(shm.__file__)):
+            raise Interrupted
+
+    def visit():
+        for number in range(ROUNDS):
+            guests.come(b"%016d" % number)
+            guests.leave(b"%016d" % number)
+
+    server, guests = guests
+    port, heard, interrupted = server._port, 0, 0
+    visitor = threading.Thread(target=visit)
+    with port.lock:
+        handler = signal.signal(signal.SIGALRM, interrupt)
+        visitor.start()
+        signal.setitimer(signal.ITIMER_REAL, 1e-3, 1e-4)
+        try:
+            while heard < 3 * ROUNDS:  # accepted, greeted, gone. If one is missing the watchdog ends this.
+                try:
+                    heard = len(port.hear_news())
+                except Interrupted:
+                    interrupted += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
+            visitor.join()
+        assert interrupted > 0
+        port._news.clear()
+
+
+class Once:
+    """Calls something, and the first time raises before or after it."""
+
+    def __init__(self, function, *, after=False):
+        self.function, self.after, self.left = function, after, 1
+
+    def __call__(self, *args, **kwargs):
+        first, self.left = self.left, 0
+        if first and not self.after:
+            raise Interrupted
+        result = self.function(*args, **kwargs)
+        if first:
+            raise Interrupted
+        return result
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_who_was_interrupted_while_reading_an_answer_is_connected(server, after):
+    end, other = dial(server)
+    with end, other:
+        end.send(1)
+        assert other.receive(20) == 1
+        port, session = end._link._port, end._link._session
+        with port.lock:  # what the service would do, done here
+            session.connected = once = Once(session.connected, after=after)
+            port.cut_off(session)
+            port._wait_and_dial()
+
+            def answered():
+                with contextlib.suppress(Interrupted):
+                    port.read_events()
+                    port.serve()
+                with server._port.lock:
+                    server._port.read_events()
+                    server._port.serve()
+                return not once.left
+
+            poll_until(answered)
+            session.connected = once.function
+        end.send(2)
+        assert other.receive(20) == 2
+        other.send(3)
+        assert end.receive(20) == 3
+
+
+def test_who_was_interrupted_while_a_guest_came_has_him_to_accept(guests):
+    server, guests = guests
+    port = server._port
+    with port.lock:
+        port.add = Once(port.add, after=True)
+        guests.come(b"a" * 16)
+        guests.wait(news=2)
+        with pytest.raises(Interrupted):
+            while True:
+                port.pump(-1)
+        port.pump(-1)
+        assert [session.key for session in port.arrived] == [b"a" * 16]
+        port.add = port.add.function
+    with server.accept(20) as end:
+        assert guests.hear(b"a" * 16)[0] == Kind.WELCOME
+        end.send("there")
+
+
+@contextlib.contextmanager
+def interrupting(target, name):
+    """Have a signal come with each call of a function, whose handler raises."""
+
+    def interrupt(*_):
+        raise Interrupted
+
+    def call(*args, **kwargs):
+        signal.raise_signal(signal.SIGUSR1)
+        return function(*args, **kwargs)
+
+    function = getattr(target, name)
+    handler = signal.signal(signal.SIGUSR1, interrupt)
+    setattr(target, name, call)
+    try:
+        with pytest.raises(Interrupted):
+            yield
+    finally:
+        setattr(target, name, function)
+        signal.signal(signal.SIGUSR1, handler)
+
+
+def test_a_guest_is_not_lost_to_who_was_interrupted_in_accept(server):
+    with shm.connect(server.address, timeout=20) as end:
+        end.send(1)
+        with interrupting(server._port, "accept"):
+            server.accept(20)
+        gc.collect()
+        with server.accept(20) as other:
+            assert other.receive(20) == 1
+            other.send(2)
+            assert end.receive(20) == 2
+        with pytest.raises(shm.WouldBlock):
+            server.accept(0)
+
+
+def test_who_was_interrupted_in_connect_or_listen_has_left_nothing(server, tmp_path):
+    address = f"ipc://{tmp_path}/here"
+    members = set(server._port.hub.members)
+    with interrupting(dialing.DialPort, "_dial"):
+        shm.connect(server.address, timeout=20)
+    with interrupting(listening, "SocketFile"):
+        shm.listen(address)
+    gc.collect()
+    with shm.listen(address):
+        pass
+    poll_until(lambda: server._port.hub.members == members)
+
+
+def test_between_attempts_there_are_pauses():
+    """Whoever accepts and hangs up, as forwarders with nobody behind them do, is not called without end."""
+    with socket.create_server(("127.0.0.1", 0)) as forwarder:
+        calls = threading.Thread(target=pytest.raises, args=(shm.Timeout, call_in_vain, forwarder))
+        calls.start()
+        forwarder.accept()[0].close()
+        begin = time.monotonic()
+        for _ in range(7):
+            forwarder.accept()[0].close()
+        assert time.monotonic() - begin >= 0.5  # 5 ms, and then twice as long each time
+        calls.join()
+
+
+def call_in_vain(forwarder):
+    shm.connect("tcp://{}:{}".format(*forwarder.getsockname()), timeout=3)
+
+
+def test_the_end_of_a_process_waits_for_what_its_sockets_still_send():
+    """Also when nobody needs them any more."""
+    script = """
+        import time, shmengine as shm
+        from shmengine.channels import hub
+
+        def end_context(context):
+            time.sleep(0.5)  # as when the machine is busy
+            at_once(context)
+            print("sent")
+
+        at_once, hub.end_context = hub.end_context, end_context
+        left, right = shm.channel("socket")
+        left.send(1)
+        assert right.receive(20) == 1
+        left.close()
+        right.close()
+        while hub._hub is not None:
+            time.sleep(0.01)
+    """
+    assert run_script(script, check=True).stdout == "sent\n"
 
 
 def test_a_dead_client_whose_child_lives_on_is_lost(tmp_path):
