@@ -17,6 +17,7 @@ from shmengine.channels.ports import EVENT, GREETING_SECONDS, NOW, Port
 from shmengine.channels.sessions import PREFIX_BYTES, Kind, Session, refusal
 from shmengine.channels.zeromq import uninterrupted, zmq
 from shmengine.descriptors import Descriptor
+from shmengine.interrupts import InterruptsLater
 
 __all__ = ["ListenPort"]
 
@@ -104,6 +105,8 @@ class ListenPort(Port):
                 self._hand_over(session)
                 self.remove(session)
             self.news.set()
+            if self.armed:  # sending may have swallowed the sign that something has come
+                self.pump(-1)
             if self.is_over:
                 self.close()
         return True
@@ -236,22 +239,19 @@ class ListenPort(Port):
             self._posted = True
             self.post(peer, refusal(self._proof.greeting(Kind.REFUSAL, greeting.key, greeting.nonce, why)))
             return
-        if session.peer is not None:
-            session.disconnected()
+        answer = self._proof.greeting(Kind.WELCOME, greeting.key, greeting.nonce, window=session.window)
+        self._posted = True
+        if not self.post(peer, session.greet(Kind.WELCOME, answer)):
+            # This connection has ended; another one of this session may be there.
+            if session in self.arrived and session.peer is None and session.missed_since == 0:
+                self.arrived.remove(session)
+                self.remove(session)
+            return
+        session.disconnected()
         self._forget_peers(session)
         self._by_fd = {fd: other for fd, other in self._by_fd.items() if other is not session}
         self._by_fd[part.source] = session
         self._peers[peer] = session
-        answer = self._proof.greeting(Kind.WELCOME, greeting.key, greeting.nonce, window=session.window)
-        self._posted = True
-        if not self.post(
-            peer, session.greet(Kind.WELCOME, answer)
-        ):  # it has ended, and its descriptor is another's
-            del self._peers[peer], self._by_fd[part.source]
-            if session in self.arrived:
-                self.arrived.remove(session)
-                self.remove(session)
-            return
         session.connected(peer, part, greeting, part.source)
         self._hand_over(session)
         self.wake_all()
@@ -267,8 +267,11 @@ class ListenPort(Port):
             if of != fd or event not in _OF_CONNECTIONS:
                 continue
             known = True
-            if event == zmq.Event.DISCONNECTED and (session := self._by_fd.get(fd)) is not None:
+            session = self._by_fd.get(fd)
+            if event == zmq.Event.DISCONNECTED and session is not None:
+                self._ended.add(fd)
                 self._lost -= 1
+                # No call from here on, in which a signal's handler could raise.
                 self._by_fd[self._lost] = session
                 news[at] = event, self._lost
                 del self._by_fd[fd]
@@ -289,13 +292,11 @@ class ListenPort(Port):
             number = int.from_bytes(memoryview(part)[8:PREFIX_BYTES], "little")
             if number == 0 and len(self.arrived) < MOST_UNKNOWN:
                 session = self._make(key)
-                try:
-                    self.add(session)
-                except OSError:  # no descriptors are left
-                    return None
-        # Somebody may have been interrupted here, and left one that nobody would accept.
-        is_somebodys = self._alone is not None or key in self.links or session in self.arrived
-        if session is not None and not is_somebodys:
-            self.arrived.append(session)
-            self.news.set()
+                with InterruptsLater():  # or nobody would accept it
+                    try:
+                        self.add(session)
+                    except OSError:  # no descriptors are left
+                        return None
+                    self.arrived.append(session)
+                    self.news.set()
         return session

@@ -117,7 +117,10 @@ class Port:
             self._posted = False
             if most >= 0:
                 return True
+            received = 0 if alone is None else alone.received
             self.wire.receive(self.raw, -1, alone)
+            if self.armed and alone is not None and alone.received > received:
+                self.waiters[alone.key][0].wake()
             self._sort()
         return more
 
@@ -137,6 +140,8 @@ class Port:
         session.accept()
         if session.misses and session.peer is not None:
             self._request(session, session.peer)
+            if self.armed:
+                self.pump(-1)
 
     def acknowledge(self, session: Session) -> None:
         """Tell the other end what was taken, if it does not know."""
@@ -198,6 +203,7 @@ class Port:
                 self._hand_over(session)
                 if session.peer is not None:  # else that has found the connection ended
                     self.post(session.peer, session.prefix(Kind.ACKNOWLEDGE))
+                    self._posted = True
             elif room:
                 self._hand_over(session)
         return kind
@@ -238,7 +244,7 @@ class Port:
     def busy(self) -> bool:
         """Whether the service should look here again soon."""
         return bool(self._news or self.greeting_until > 0) or any(
-            session.outstanding or session.is_behind for session in self.sessions.values()
+            session.outstanding or session.is_behind for session in list(self.sessions.values())
         )
 
     def serve(self) -> None:

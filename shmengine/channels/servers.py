@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import os
 import re
@@ -140,15 +139,19 @@ class Server:
         while True:
             port.news.clear()
             self._check_open()
-            with self._accepting, InterruptsLater(), port.lock:  # half an end would be closed, as garbage
-                if port.arrived and not self._accepted:
-                    session = port.arrived[0]
-                    link = _RemoteLink(self._options, port, session, self._peer_timeout)
-                    self._accepted.append(link.end(self._options))
-                    port.accept(session)
-                    port.arrived.popleft()
-            with contextlib.suppress(IndexError):  # another thread was faster
-                return self._accepted.popleft()
+            end = None
+            try:
+                with InterruptsLater(), self._accepting:
+                    if not self._accepted:
+                        self._accept_one()
+                    if self._accepted:
+                        end = self._accepted.popleft()
+            except BaseException:
+                if end is not None:
+                    self._accepted.appendleft(end)
+                raise
+            if end is not None:
+                return end
             now = time.monotonic_ns()
             if deadline == 0:
                 raise WouldBlock("accept: nobody waits to be accepted")
@@ -156,6 +159,22 @@ class Server:
                 raise Timeout("accept: nobody has connected", timeout)
             # Of several who wait, one may clear what was set for another: so look again soon.
             port.news.wait(LOOK_SECONDS if deadline < 0 else min(LOOK_SECONDS, (deadline - now) / 1e9))
+
+    def _accept_one(self) -> None:
+        """Make an end for who has waited longest, if somebody waits. A signal's handler must not raise here."""
+        port = self._port
+        with port.lock:
+            while port.arrived:
+                session = port.arrived[0]
+                if (
+                    session.key in port.sessions and session.key not in port.links
+                ):  # else a second Ctrl-C did raise
+                    end = _RemoteLink(self._options, port, session, self._peer_timeout).end(self._options)
+                    port.accept(session)
+                    self._accepted.append(end)
+                    port.arrived.popleft()
+                    return
+                port.arrived.popleft()
 
     def __iter__(self) -> Iterator[End]:
         """Accept until the server is closed."""

@@ -18,11 +18,16 @@ class Waiter:
 
     def __init__(self, port: Port) -> None:
         self._port = port
-        self._epoll = select.epoll()
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._epoll.register(self._event, select.EPOLLIN)
-        self._epoll.register(port.fd, select.EPOLLIN)
+        self._event = -1
         self._woken = False
+        self._epoll = select.epoll()
+        try:
+            self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._epoll.register(self._event, select.EPOLLIN)
+            self._epoll.register(port.fd, select.EPOLLIN)
+        except BaseException:
+            self.close()
+            raise
         self.fd = self._epoll.fileno()
 
     def arm(self) -> None:
@@ -53,7 +58,7 @@ class Waiter:
 
     def close(self) -> None:
         self._port.armed.discard(self)
+        self._epoll.close()
         if self._event >= 0:
-            self._epoll.close()
             event, self._event = self._event, -1
             os.close(event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -65,8 +66,10 @@ def uninterrupted(call: Callable[..., Any], *args: Any) -> None:
         try:
             call(*args)
             return
-        except InterruptedError:
-            continue  # its handler has been called, and has not raised
+        except (InterruptedError, zmq.ZMQError) as error:
+            if error.errno != errno.EINTR:
+                raise
+            # Its handler has been called, and has not raised.
 
 
 def monitor_of(socket: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
