@@ -470,29 +470,36 @@ def _make_file(total: int, arena: int, needed: int, name: str | None) -> int:
     if name is not None:
         return _make_named(name, total, arena)
     free = config.shm_free()
+    refused = f"it has {config.format_bytes(free)} free"
     if free >= needed:
-        with contextlib.suppress(OSError):  # not every kernel and file system has files without a name
-            return _sized(
-                os.open(SHM_DIRECTORY, os.O_TMPFILE | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600), total
-            )
+        flags = os.O_TMPFILE | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+        try:
+            return _sized(os.open(SHM_DIRECTORY, flags, 0o600), total)
+        except OSError as error:  # not every kernel and file system has files without a name
+            if error.errno is None:  # a signal's handler has raised
+                raise
+            refused = f"it refuses a file ({error.strerror})"
     try:
-        fd = _sized(os.memfd_create("shmengine", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), total)
+        fd = os.memfd_create("shmengine", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        # Memory is reserved within this length; who cut it would kill us by SIGBUS.
+        return _sized(fd, total, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     except OSError as error:
+        if error.errno is None:
+            raise
         raise MemoryBudgetExceeded(
-            f"/dev/shm has {config.format_bytes(free)} free, {config.format_bytes(total)} are asked for, and"
-            f" an anonymous memory file is refused ({error}); give a smaller memory=, or more to /dev/shm"
-            " (docker run --shm-size)",
+            f"{config.format_bytes(total)} are asked for. /dev/shm cannot give them: {refused}. And an anonymous memory"
+            f" file is refused ({error}); give a smaller memory=, or more to /dev/shm (docker run --shm-size)",
             total,
         ) from error
-    # Memory is reserved within this length; who cut it would kill us by SIGBUS.
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    return fd
 
 
-def _sized(fd: int, total: int) -> int:
+def _sized(fd: int, total: int, seals: int = 0) -> int:
+    """Give a new file its length, and seals; close it if that is not possible."""
     try:
         os.truncate(fd, total)
-    except OSError:
+        if seals:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except BaseException:
         os.close(fd)
         raise
     return fd

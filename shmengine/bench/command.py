@@ -121,7 +121,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 def _measure(options: argparse.Namespace) -> Any:
     from shmengine.bench import environment, registry
-    from shmengine.bench.measure import measure
+    from shmengine.bench.measure import Interrupted, measure
     from shmengine.bench.recommend import recommend
     from shmengine.bench.results import Report
 
@@ -131,11 +131,13 @@ def _measure(options: argparse.Namespace) -> Any:
     load = environment.load_per_core()
     stamp = environment.stamp(pinned=plan.pinned)
     with _progress() as progress:
-        rows = measure(plan, [each for each in targets if each.name not in missing], progress)
+        try:
+            rows = measure(plan, [each for each in targets if each.name not in missing], progress)
+        except Interrupted as interrupted:
+            rows = interrupted.rows
+            stamp[INTERRUPTED] = f"after {interrupted.sizes} of {len(plan.sizes)} sizes"
     rounds = sorted({row.rounds for row in rows if row.error is None})
     stamp["rounds"] = " to ".join(map(str, dict.fromkeys(rounds[:1] + rounds[-1:]))) or "none"
-    if (done := len({row.nbytes for row in rows})) < len(plan.sizes):
-        stamp[INTERRUPTED] = f"after {done} of {len(plan.sizes)} sizes"
     return Report(stamp, asdict(plan), missing, rows, recommend(rows, load))
 
 

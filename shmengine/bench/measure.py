@@ -22,7 +22,7 @@ from shmengine.bench.registry import Target
 from shmengine.bench.results import Row, Spread, spread
 from shmengine.bench.target import End, Link, Side
 
-__all__ = ["Kind", "Pair", "Round", "Wrong", "measure"]
+__all__ = ["Interrupted", "Kind", "Pair", "Round", "Wrong", "measure"]
 
 Kind = Literal["one way", "round trip"]
 KINDS: Final[tuple[Kind, ...]] = ("one way", "round trip")
@@ -32,6 +32,22 @@ CALIBRATIONS: Final = 5
 PATIENT: Final = 1.3  # times the time that a run should take; then what is left is left out
 OUT_OF_TIME: Final = "there was no time left"
 ENOUGH_TRIPS: Final = 100  # below, no 99th percentile is told
+
+
+class Interrupted(KeyboardInterrupt):
+    """Measuring was, and some sizes were done.
+
+    Attributes
+    ----------
+    rows : list of Row
+        What they have shown.
+    sizes : int
+        How many they were.
+    """
+
+    def __init__(self, rows: list[Row], sizes: int) -> None:
+        super().__init__(rows, sizes)
+        self.rows, self.sizes = rows, sizes
 
 
 class Wrong(CrewError):
@@ -249,12 +265,11 @@ def measure(
     -------
     list of Row
         One for each target, mode and size that goes together, in this order of the sizes. What failed has an error.
-        After Ctrl-C those of the sizes that were done by then.
 
     Raises
     ------
-    KeyboardInterrupt
-        None was done.
+    Interrupted
+        By Ctrl-C, when some sizes were done.
     """
     start = time.monotonic()
     end = start + PATIENT * (plan.total_seconds or math.inf)
@@ -275,9 +290,9 @@ def measure(
         try:
             measured = _measure_size(plan, tried, nbytes, _Clock(share, end), report)
         except KeyboardInterrupt:
-            if not rows:
+            if number == 0:
                 raise
-            return rows
+            raise Interrupted(rows, number) from None
         given_up |= {row.target for row in measured if row.error not in (None, OUT_OF_TIME)}
         rows += measured
     progress(steps, steps, "done")

@@ -44,7 +44,8 @@ class Table:
 
     def column_width(self) -> int:
         """Characters of the widest cell."""
-        return max(map(len, (*self.sizes, *(cell for _, cells in self.lines for cell in cells))))
+        cells = [cell for _, cells in self.lines for cell in cells]
+        return max(map(len, (*self.sizes, *cells)), default=0)
 
 
 def tables(report: Report) -> list[Table]:

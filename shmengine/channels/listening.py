@@ -292,11 +292,13 @@ class ListenPort(Port):
             number = int.from_bytes(memoryview(part)[8:PREFIX_BYTES], "little")
             if number == 0 and len(self.arrived) < MOST_UNKNOWN:
                 session = self._make(key)
-                with InterruptsLater():  # or nobody would accept it
+                with InterruptsLater():
                     try:
                         self.add(session)
                     except OSError:  # no descriptors are left
                         return None
-                    self.arrived.append(session)
-                    self.news.set()
+        is_somebodys = self._alone is not None or key in self.links or session in self.arrived
+        if session is not None and not is_somebodys:  # whoever is interrupted before this comes here again
+            self.arrived.append(session)
+            self.news.set()
         return session

@@ -147,7 +147,9 @@ class Server:
                     if self._accepted:
                         end = self._accepted.popleft()
             except BaseException:
-                if end is not None:
+                if end is not None and self._closed:
+                    end.close()
+                elif end is not None:
                     self._accepted.appendleft(end)
                 raise
             if end is not None:

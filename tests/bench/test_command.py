@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from shmengine.bench import measure
+from shmengine.bench import measure, registry
 from shmengine.bench.plan import MIB
 from shmengine.bench.results import Report
 from shmengine.bench.work import WorkPlan, fitting
@@ -232,7 +232,8 @@ def test_when_it_is_ended_nothing_is_left(number):
 
 def test_what_was_done_before_control_c_is_shown_and_written(monkeypatch, tmp_path, capsys):
     def interrupted(plan, targets, progress):
-        return measured(replace(plan, sizes=plan.sizes[:1]), targets, progress)
+        rows = measured(replace(plan, sizes=plan.sizes[:1]), targets, progress)
+        raise measure.Interrupted(rows, 1)
 
     measured = measure.measure
     monkeypatch.setattr(measure, "measure", interrupted)
@@ -254,6 +255,12 @@ def test_what_was_done_before_control_c_is_shown_and_written(monkeypatch, tmp_pa
     report = Report.from_json(path.read_text())
     assert report.environment["interrupted"] == "after 1 of 3 sizes"
     assert main(["bench", "--load", str(path)]) == 0
+
+
+def test_sizes_without_rows_are_no_interruption(monkeypatch, capsys):
+    monkeypatch.setattr(registry, "missing", lambda _target: "it is not installed")
+    assert main(["bench", "--targets", "multiprocessing.Pipe", "--sizes", "64,1KiB", "--quick"]) == 0
+    assert "interrupted" not in "".join(capsys.readouterr())
 
 
 def alive(pid):

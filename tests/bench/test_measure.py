@@ -11,7 +11,7 @@ import pytest
 
 from shmengine.bench import registry
 from shmengine.bench.crew import Crew, Died, Failed, Hung
-from shmengine.bench.measure import Pair, Wrong, measure
+from shmengine.bench.measure import Interrupted, Pair, Wrong, measure
 from shmengine.bench.ours import RingLink
 from shmengine.bench.plan import KIB, MIB, Plan
 from shmengine.bench.registry import Target
@@ -70,10 +70,13 @@ def test_sizes_that_were_done_before_control_c_are_kept():
             raise KeyboardInterrupt
 
     until, targets = 3, [Target("a", "rival", PipeLink)]  # each size takes two steps
-    assert {row.nbytes for row in measure(TINY, targets, interrupt)} == {64}
-    until = 1
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted) as caught:
         measure(TINY, targets, interrupt)
+    assert ({row.nbytes for row in caught.value.rows}, caught.value.sizes) == ({64}, 1)
+    until = 1
+    with pytest.raises(KeyboardInterrupt) as before_any:
+        measure(TINY, targets, interrupt)
+    assert before_any.type is KeyboardInterrupt
 
 
 def test_the_least_is_done_when_time_is_short(monkeypatch):
