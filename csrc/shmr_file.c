@@ -3,7 +3,11 @@
  * ours too, and the number is soon another file's. So before a descriptor is believed or closed we look whether it
  * still is the file that we had. (Between that look and the use other threads of the process can still do harm.)
  */
+#include <errno.h>
+#include <limits.h>
+#include <poll.h>
 #include <stdio.h>
+#include <sys/select.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -24,6 +28,24 @@ uint32_t shmr_pidfd_pid(int fd) {
         if (sscanf(line, "Pid: %u", &pid) == 1) break; /* -1 is WAITED_FOR */
     fclose(file);
     return pid;
+}
+
+/* select() on one descriptor, of any number; or a mere pause (-1). poll() refuses to look at more descriptors than this
+ * process may have, and where RLIMIT_NOFILE is 0 that is one. */
+static bool is_readable(int fd, int milliseconds) {
+    struct timeval t = {milliseconds / 1000, milliseconds % 1000 * 1000};
+    unsigned long *bits = fd < 0 ? NULL : calloc((size_t)fd / LONG_BIT + 1, sizeof *bits);
+    if (bits) bits[fd / LONG_BIT] = 1ul << fd % LONG_BIT;
+    int count = select(bits ? fd + 1 : 0, (fd_set *)bits, NULL, NULL, &t);
+    free(bits);
+    return count > 0;
+}
+
+bool shmr_has_ended(int pidfd, int milliseconds) {
+    struct pollfd poll_fd = {pidfd, POLLIN, 0};
+    int count = poll(&poll_fd, 1, milliseconds);
+    if (count < 0 && errno == EINVAL) return is_readable(pidfd, milliseconds);
+    return count > 0 && poll_fd.revents & POLLIN;
 }
 
 int shmr_file_keep(shmr_file *file, int fd) {

@@ -216,6 +216,7 @@ static inline int shmr_leave(shmr *h, int status) {
 
 /* ---- shmr_file.c --------------------------------------------------------------------------------------------- */
 uint32_t shmr_pidfd_pid(int fd);
+bool shmr_has_ended(int pidfd, int milliseconds); /* waiting for it that long at most; -1 never has */
 
 /* ---- shmr_reserve.c ------------------------------------------------------------------------------------------ */
 int shmr_reserve(shmr *h, uint64_t offset, uint64_t bytes);

@@ -12,7 +12,6 @@
  *   extents, groups                          adopted: the allocator is rebuilt from the block table
  */
 #include <errno.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <sys/syscall.h>
@@ -59,11 +58,6 @@ uint64_t shmr_start_time(uint32_t pid) {
     return at ? strtoull(at + 1, NULL, 10) : 0;
 }
 
-static bool has_ended(int pidfd) {
-    struct pollfd poll_fd = {pidfd, POLLIN, 0};
-    return poll(&poll_fd, 1, 0) == 1 && poll_fd.revents & POLLIN;
-}
-
 /* Ask the kernel, by a pidfd of our own making; *kept: that pidfd, if the participant lives and is surely this one. */
 static bool is_gone(shmr *h, uint32_t slot, uint64_t life, shmr_file *kept) {
     struct shmr_participant *p = shmr_participant_at(h, slot);
@@ -79,7 +73,7 @@ static bool is_gone(shmr *h, uint32_t slot, uint64_t life, shmr_file *kept) {
      * of itself when it joined, or of it now, say for want of a file descriptor, and proves nothing. */
     uint64_t start = shmr_life_kind(life) == SHMR_JOINING ? 0 : shmr_load_relaxed(&p->start_time); /* published by R13 */
     uint64_t found = start ? shmr_start_time(pid) : 0;
-    bool gone = has_ended(fd) || (found && found != start);
+    bool gone = shmr_has_ended(fd, 0) || (found && found != start);
     if (!gone && found == start && shmr_file_keep(kept, fd)) return false;
     close(fd);
     return gone && shmr_load_acquire(&p->life) == life; /* A13 W15: still the same participant */
@@ -93,7 +87,7 @@ static bool is_dead(shmr *h, uint32_t slot, uint64_t life) {
         return false; /* cannot tell: the pid means something else here */
     uint64_t name = shmr_life_pack(shmr_life_epoch(life), 0, shmr_life_pid(life), SHMR_JOINING); /* of both states */
     shmr_file *pidfd = &h->pidfds[slot];
-    if (h->pidfd_lives[slot] == name && shmr_file_is_ours(pidfd, NULL) && !has_ended(pidfd->fd)) return false;
+    if (h->pidfd_lives[slot] == name && shmr_file_is_ours(pidfd, NULL) && !shmr_has_ended(pidfd->fd, 0)) return false;
     /* Not known yet; or it ended, or other code closed the descriptor, perhaps after our look at it: ask anew. */
     shmr_file_close(pidfd);
     h->pidfd_lives[slot] = name;

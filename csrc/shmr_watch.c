@@ -6,7 +6,6 @@
  * that others wait for.
  * What C code in a worker prints is to reach main while it runs, and before its result. */
 #include <errno.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <sys/syscall.h>
@@ -40,8 +39,7 @@ static bool is_gone(struct main_process *process) {
 static void *watch(void *argument) {
     struct main_process *process = argument;
     for (;;) {
-        struct pollfd poll_fd = {process->pidfd.fd, POLLIN, 0};
-        bool ready = poll(&poll_fd, 1, TICK_MS) > 0 && poll_fd.revents & POLLIN;
+        bool ready = shmr_has_ended(process->pidfd.fd, TICK_MS);
         if (!shmr_file_is_ours(&process->pidfd, NULL)) ready = is_gone(process);
         if (ready) break;
         shmr *h = shmr_pointer_get((void **)&served);

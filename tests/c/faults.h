@@ -105,8 +105,9 @@ WRAPPED(int, nanosleep, (const struct timespec *asked, struct timespec *left),
         return fault_hits(FAULT_NANOSLEEP) ? -1 : __real_nanosleep(asked, left);)
 WRAPPED(int, poll, (struct pollfd *fds, nfds_t count, int timeout), {
     if (!fault_hits(FAULT_POLL)) return __real_poll(fds, count, timeout);
+    errno = fault.error;
     fds->revents = POLLNVAL;
-    return 1;
+    return fault.error ? -1 : 1;
 })
 /* The watcher's, at its parent's end: what it has covered counts, too. */
 void __real__exit(int status);

@@ -379,6 +379,8 @@ static void asking_the_kernel(void) {
     break_calls(FAULT_POLL, 0); /* ready, but not at its end */
     CHECK_EQ(shmr_check_deaths(h), 0);
     CHECK_EQ(shmr_check_deaths(h), 0);
+    break_calls(FAULT_POLL, EINVAL); /* as where no descriptors are allowed */
+    CHECK_EQ(shmr_check_deaths(h), 0);
     disarm_faults();
     kill_and_reap(child);
     break_calls(FAULT_SYSCALL, EMFILE);
@@ -613,7 +615,7 @@ static void until_watched(shmr *own) {
 
 /* Its child ends, also when other code has closed the descriptor that it watches it by; but not before. */
 static void the_parent_dies(void) {
-    enum { LEFT_ALONE, CLOSED, ANOTHERS, NO_MORE_TO_BE_HAD, WAYS };
+    enum { LEFT_ALONE, CLOSED, ANOTHERS, NO_MORE_TO_BE_HAD, NONE_ALLOWED, WAYS };
     for (int way = 0; way < WAYS; way++) {
         int region, ends[2], other_file[2];
         shmr_config config = small_config();
@@ -629,7 +631,7 @@ static void the_parent_dies(void) {
                 shmr_watch_shortage(own);
                 if (way == ANOTHERS) CHECK(dup2(other_file[0], pidfd) == pidfd); /* as readable as who has died */
                 if (way == CLOSED || way == NO_MORE_TO_BE_HAD) close(pidfd);
-                if (way == NO_MORE_TO_BE_HAD) {
+                if (way == NO_MORE_TO_BE_HAD || way == NONE_ALLOWED) {
                     struct rlimit none = {0, 0};
                     CHECK(setrlimit(RLIMIT_NOFILE, &none) == 0);
                 }
