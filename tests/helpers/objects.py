@@ -34,7 +34,7 @@ def lies_shared(array: np.ndarray) -> bool:
         for line in maps:
             low, high = (int(part, 16) for part in line.split()[0].split("-"))
             if low <= address < high:
-                return "shmengine" in line or mapped_file() in line
+                return "/dev/shm/#" in line or "/memfd:shmengine" in line or mapped_file() in line
     return False
 
 
