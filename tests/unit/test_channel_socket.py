@@ -1252,14 +1252,15 @@ def test_between_attempts_there_are_pauses():
         calls = threading.Thread(target=pytest.raises, args=(shm.Timeout, call_in_vain, forwarder))
         calls.start()
         begin = time.monotonic()
-        for _ in range(8):
+        for _ in range(20):
             forwarder.accept()[0].close()
-        assert time.monotonic() - begin >= 0.5  # 5 ms, and then twice as long each time
+        # 5 ms, twice as long each time, and then 200. (In between ZeroMQ may come by itself, before we know.)
+        assert time.monotonic() - begin >= 0.5
         calls.join()
 
 
 def call_in_vain(forwarder):
-    shm.connect("tcp://{}:{}".format(*forwarder.getsockname()), timeout=3)
+    shm.connect("tcp://{}:{}".format(*forwarder.getsockname()), timeout=6)
 
 
 def test_the_end_of_a_process_waits_for_what_its_sockets_still_send():
