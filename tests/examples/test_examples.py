@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib
 import json
@@ -13,6 +14,7 @@ import pytest
 
 from tests.helpers import ROOT, run_script
 from tests.helpers.channels import MECHANISMS
+from tests.helpers.limits import message_queues
 
 EXPECTED = {
     "hello_map.py": "5000000 values, the last is 3.0; the sum of x is 2500000.0\n",
@@ -127,6 +129,15 @@ def log_file(tmp_path):
     path = tmp_path / "some.log"
     path.write_text("".join(LOG.format(number % 10, number) for number in range(1500)))
     return path
+
+
+@pytest.fixture(autouse=True)
+def queues(request):
+    """What an example has of message queues the kernel counts with those of other tests."""
+    with contextlib.ExitStack() as stack:
+        if hasattr(request.node, "callspec") and request.node.callspec.params.get("mechanism") == "mqueue":
+            stack.enter_context(message_queues())
+        yield
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
