@@ -30,9 +30,6 @@ collect_ignore = ["peers"]
 GRACE_SECONDS = float(os.environ.get("SHMENGINE_TEST_GRACE", "5"))
 """What is on its way out may take so long; this is no bound on speed (benches measure that)."""
 
-QUEUES_BYTES = 64 << 20
-"""Of message queues, for tests side by side: most users may have 800 KiB together, and a channel takes up to 160."""
-
 WATCHDOG = pytest.StashKey[Watchdog]()
 REPORT_FILE = pytest.StashKey[Any]()
 
@@ -48,8 +45,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     # Whoever first uses multiprocessing's shared memory starts this process; let it not be a test.
     multiprocessing.resource_tracker.ensure_running()
-    with contextlib.suppress(ValueError):  # not everybody may have more
-        resource.setrlimit(resource.RLIMIT_MSGQUEUE, (QUEUES_BYTES, QUEUES_BYTES))
     adopt_orphans()
 
 
