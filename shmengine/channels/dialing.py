@@ -33,10 +33,8 @@ class DialPort(Port):
         self._patience = PAIR_SECONDS[0] if self._meets_pair else GREETING_SECONDS
         self._fd = -1  # of the connection
         self._hung_up = False
-        self._pause, self._dial_at = (
-            RECONNECT_MS[0] / 1e3,
-            0.0,
-        )  # between two attempts; when the next one is due
+        self._pause = RECONNECT_MS[0] / 1e3  # before the next attempt
+        self._dial_at = 0.0  # when that is due
         self._nonce = b""
         self.answered = threading.Event()
         self._socket.ipv6 = "[" in address

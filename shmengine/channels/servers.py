@@ -168,9 +168,8 @@ class Server:
         with port.lock:
             while port.arrived:
                 session = port.arrived[0]
-                if (
-                    session.key in port.sessions and session.key not in port.links
-                ):  # else a second Ctrl-C did raise
+                # Else a handler has raised here all the same, as that of a second Ctrl-C does.
+                if session.key in port.sessions and session.key not in port.links:
                     end = _RemoteLink(self._options, port, session, self._peer_timeout).end(self._options)
                     port.accept(session)
                     self._accepted.append(end)

@@ -17,6 +17,7 @@ from shmengine.bench.plan import KIB, MIB, Plan
 from shmengine.bench.registry import Target
 from shmengine.bench.rivals import PipeLink
 from shmengine.bench.target import PRIME, Link, checks
+from tests.helpers.limits import queues_for
 
 TINY = Plan(sizes=(64, 64 * KIB), repeats=1, round_seconds=0.001, patience=30.0)
 INSTALLED = [target for target in registry.TARGETS if registry.missing(target) is None]
@@ -34,7 +35,8 @@ def heap():
 @pytest.mark.usefixtures("heap")
 @pytest.mark.parametrize("target", INSTALLED, ids=lambda target: target.name)
 def test_every_target_gets_every_message_right(target):
-    rows = measure(TINY, [target])
+    with queues_for(target.name):
+        rows = measure(TINY, [target])
     assert [row.error for row in rows] == [None] * len(rows)
     modes = {row.mode for row in rows}
     assert {(row.nbytes, row.mode) for row in rows} == {(size, mode) for size in TINY.sizes for mode in modes}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import pytest
 
 from shmengine.engine import Engine
 from tests.helpers.channels import MECHANISMS, make_pair
-from tests.helpers.limits import message_queues
+from tests.helpers.limits import queues_for
 from tests.helpers.partners import STARTS, Partners
 
 BACKENDS = ["serial", "thread", "process"]
@@ -74,7 +73,7 @@ def wait_for_file(path, value=None):
 
 @pytest.fixture(params=MECHANISMS)
 def mechanism(request):
-    with message_queues() if request.param == "mqueue" else contextlib.nullcontext():
+    with queues_for(request.param):
         yield request.param
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import doctest
 import importlib
 import json
@@ -14,7 +13,7 @@ import pytest
 
 from tests.helpers import ROOT, run_script
 from tests.helpers.channels import MECHANISMS
-from tests.helpers.limits import message_queues
+from tests.helpers.limits import queues_for
 
 EXPECTED = {
     "hello_map.py": "5000000 values, the last is 3.0; the sum of x is 2500000.0\n",
@@ -134,9 +133,7 @@ def log_file(tmp_path):
 @pytest.fixture(autouse=True)
 def queues(request):
     """What an example has of message queues the kernel counts with those of other tests."""
-    with contextlib.ExitStack() as stack:
-        if hasattr(request.node, "callspec") and request.node.callspec.params.get("mechanism") == "mqueue":
-            stack.enter_context(message_queues())
+    with queues_for(request.getfixturevalue("mechanism") if "mechanism" in request.fixturenames else ""):
         yield
 
 

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,11 @@ def message_queues(*, alone: bool = False) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX if alone or few else fcntl.LOCK_SH)
         yield
+
+
+def queues_for(mechanism: str) -> AbstractContextManager[None]:
+    """Within it this process may have channels of a mechanism: `message_queues`, if it is that one."""
+    return message_queues() if mechanism == "mqueue" else nullcontext()
 
 
 @dataclass(frozen=True)
